@@ -1,0 +1,82 @@
+"""Every error Tunegate raises on purpose, and the exit code it ends with.
+
+TunegateError
+├── InputError            exit 2: what you gave is wrong; trying again changes nothing
+│   ├── ConfigError         a preset, a `--set`, a model or a task name
+│   └── DataError           rows, files, the data contract
+└── InfrastructureError   exit 4: the machine, a server or a library failed
+    ├── StoreError          disk, database or registry
+    ├── WorkerError         a child process failed or was killed
+    └── TransientError      may pass if tried again; the only kind that is retried
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: what, where, the limit it broke, and what to do next."""
+
+    what: str
+    where: str = ""
+    limit: str = ""
+    act: str = ""
+
+    def __str__(self) -> str:
+        parts = [f"{self.where}: {self.what}" if self.where else self.what]
+        parts += [f"limit: {self.limit}"] if self.limit else []
+        parts += [f"next: {self.act}"] if self.act else []
+        return "\n    ".join(parts)
+
+
+class TunegateError(Exception):
+    """All problems found, not only the first. Holds only its positional arguments, so it pickles."""
+
+    exit_code = 4
+
+    def __init__(self, *problems: Problem) -> None:
+        super().__init__(*problems)
+        self.problems: Sequence[Problem] = problems
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.problems)
+
+
+class InputError(TunegateError, ValueError):
+    """What the user gave is wrong."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A preset, a `--set`, a model or a task name is wrong."""
+
+
+class DataError(InputError):
+    """Rows, files or the data contract are wrong."""
+
+
+class InfrastructureError(TunegateError, RuntimeError):
+    """The machine, a server or a library failed."""
+
+
+class StoreError(InfrastructureError):
+    """The disk, the database or the registry failed."""
+
+
+class WorkerError(InfrastructureError):
+    """A child process failed or was killed."""
+
+
+class TransientError(InfrastructureError):
+    """May pass if tried again."""
+
+
+ERRORS: dict[str, type[TunegateError]] = {
+    cls.__name__: cls
+    for cls in (
+        TunegateError, InputError, ConfigError, DataError,
+        InfrastructureError, StoreError, WorkerError, TransientError,
+    )
+}  # fmt: skip

@@ -1,0 +1,242 @@
+"""What steps hand to each other: small manifests (a path and a sha256), never frames or models.
+
+Paths are relative to the store's root, so a store can be moved. All are frozen pydantic models that Prefect
+keeps as JSON.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+Interval = tuple[float, float]
+
+
+class Report(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRef(Report):
+    """A file or folder of the store: its relative path and the sha256 of its content."""
+
+    path: str
+    sha256: str
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+
+
+class SourceFile(Report):
+    name: str
+    format: str
+    rows: int
+    sha256: str
+
+
+class Snapshot(Report):
+    """Every row that came in, readable or not: parquet columns row_id, source, line, raw, messages, reason, detail."""
+
+    id: str
+    file: FileRef
+    rows_in: int
+    unreadable: int
+    sources: list[SourceFile]
+
+
+class ValidatedData(Report):
+    """Rows that passed the rules, rows in quarantine with their reason, and the batch contract's result."""
+
+    snapshot_id: str
+    kept: FileRef
+    quarantine: FileRef
+    rows_in: int
+    rows_kept: int
+    reasons: dict[str, int]
+    contract_result: FileRef
+    data_docs: str
+
+
+class DatasetManifest(Report):
+    """The splits. rows_in = kept + quarantined + duplicates, and kept = sum of the splits."""
+
+    snapshot_id: str
+    rows_in: int
+    kept: int
+    quarantined: int
+    duplicates: int
+    exact_duplicates: int
+    near_duplicates: int
+    reasons: dict[str, int]
+    splits: dict[str, int]
+    known_rows: int
+    train: FileRef
+    validation: FileRef
+    test: FileRef
+    quarantine: FileRef
+    duplicate_rows: FileRef
+    contract_result: FileRef
+    data_docs: str
+
+
+# --- models -------------------------------------------------------------------------------------------------
+
+
+class BaseModelRef(Report):
+    """A base model in the store or on this machine, named by the digest of its files."""
+
+    name: str  # what the user asked for
+    digest: str
+    path: str  # relative to the store, or a hub id's local folder
+    note: str  # what "full precision" means for this base
+    revision: str | None = None
+
+
+class AdapterRef(Report):
+    """A LoRA adapter: its folder, and the sha256 of adapter_model.safetensors."""
+
+    folder: str
+    sha256: str
+
+
+class LossPoint(Report):
+    step: int
+    loss_nats: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+
+
+class TrainReport(Report):
+    """One trained arm. Memory in bytes; peak is the process's, weights are the base as stored."""
+
+    method: Literal["lora", "qlora"]
+    seed: int
+    adapter: AdapterRef
+    step0_sha256: str
+    steps: int
+    resumed_from_step: int
+    train_rows: int
+    rows_too_long: int
+    train_tokens: int
+    completion_tokens: int
+    trainable_parameters: int
+    weights_bytes: int
+    peak_rss_bytes: int
+    peak_train_rss_bytes: int
+    seconds: float
+    train_seconds: float
+    useful_tokens_per_s: float
+    final_validation_nll_nats: float | None
+    loss: list[LossPoint]
+    precision: str
+    precision_reason: str
+    threads: int
+    threads_reason: str
+    device: str
+
+
+class SampleAnswer(Report):
+    question: str
+    reference: str
+    answer: str
+
+
+class TaskScore(Report):
+    """One lm-eval metric with its interval; per-item values lie in the samples file."""
+
+    task: str
+    metric: str
+    value: float
+    interval: Interval | None
+    items: int
+
+
+class EvalReport(Report):
+    """One model on the frozen items."""
+
+    target: str  # base, lora, qlora, champion
+    adapter_sha256: str | None
+    items_sha256: str
+    nll_nats: float | None
+    perplexity: float | None
+    accuracy: float | None
+    accuracy_interval: Interval | None
+    lexical_baseline_accuracy: float | None
+    items: int
+    scores: list[TaskScore]
+    samples: FileRef  # JSONL: row_id, task, values
+    answers: list[SampleAnswer]
+    seconds: float
+
+
+# --- verdict ------------------------------------------------------------------------------------------------
+
+
+class Comparison(Report):
+    """LoRA against QLoRA: quality paired by item, memory and speed by process."""
+
+    nll_nats: dict[str, float]
+    nll_gain_ci95: dict[str, Interval]  # base minus arm, nats per token
+    accuracy: dict[str, float]
+    accuracy_gain_ci95: dict[str, Interval]
+    retention: float | None
+    retention_ci95: Interval | None
+    accuracy_drop: float | None
+    accuracy_drop_ci95: Interval | None
+    memory_saving: float | None
+    weights_saving: float | None
+    speed_ratio: float | None
+    items: int
+    claims: list[str]
+
+
+class GateResult(Report):
+    name: str
+    threshold: float | None
+    actual: float | None
+    interval: Interval | None
+    verdict: Verdict
+    why: str
+
+
+class GateReport(Report):
+    gates: list[GateResult]
+    verdict: Verdict
+
+
+class ModelVersion(Report):
+    name: str
+    version: str
+    aliases: list[str]
+    run_id: str
+    answer: str | None = None
+
+
+class RecordedRun(Report):
+    """The MLflow parent run and its child for each arm."""
+
+    mlflow_run_id: str
+    arm_run_ids: dict[str, str]
+
+
+class Stage(Report):
+    name: str
+    status: Literal["ran", "cached", "skipped"]
+    seconds: float
+
+
+class RunReport(Report):
+    """Everything a run has to say. `tunegate run --json` prints `summary()`."""
+
+    run_id: str
+    spec: dict[str, Any]
+    dataset: DatasetManifest
+    base: BaseModelRef
+    arms: list[TrainReport]
+    evaluations: list[EvalReport]
+    comparison: Comparison
+    gate: GateReport
+    recorded: RecordedRun
+    model: ModelVersion
+    stages: list[Stage]
+    html: str

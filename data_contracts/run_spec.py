@@ -1,0 +1,166 @@
+"""RunSpec: every knob of a run, once, with its meaning, unit and range. Defaults live only here."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Method = Literal["lora", "qlora"]
+Format = Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataSpec(Section):
+    source: list[str] = ["builtin:python-docs"]
+    """Where raw rows come from: files, globs, folders, `hub:ORG/NAME`, or `builtin:python-docs`."""
+    format: Format = "auto"
+    """Row format; `auto` looks at the first rows of each file."""
+    columns: dict[str, str] = {}
+    """Your column names for `prompt`, `completion` and optionally `system`; dots reach into nested values."""
+    system_prompt: str | None = None
+    """System message for rows that have none; null leaves that to the model's chat template."""
+    encoding: str = "utf-8"
+    """Text encoding of the source files (any Python codec name)."""
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    """Column separator of CSV files (.tsv files always use a tab)."""
+    hub_split: str = "train"
+    """Split to read from a hub data set."""
+    packages: list[str] = ["stdlib"]
+    """python-docs only: `stdlib`, or names of importable packages and modules."""
+    max_lookup_rows: Annotated[int, Field(ge=0)] | None = None
+    """python-docs only: most look-up rows (`what does X do?`); null takes all."""
+    max_summary_rows: Annotated[int, Field(ge=0)] | None = None
+    """python-docs only: most summary rows (source -> docstring), shortest sources first; null takes all."""
+    max_rows_per_package: Annotated[int, Field(ge=1)] = 400
+    """python-docs only: most rows of each kind from one top-level package, so that none dominates."""
+
+
+class ContractSpec(Section):
+    max_quarantine_rate: Fraction = 0.05
+    """Budget of rejected rows, as a share of all rows read; above it the run stops."""
+    min_rows: Annotated[int, Field(ge=1)] = 20
+    """Fewest rows that must be left after the row rules."""
+    max_chars: Annotated[int, Field(ge=1)] = 8000
+    """Longest row, all messages together, in characters; longer rows are quarantined."""
+    suite: str = "instruction_rows"
+    """Great Expectations suite: a name in data_contracts/suites/ or a path to a suite's JSON file."""
+
+
+class CurateSpec(Section):
+    near_duplicate_threshold: Fraction = 0.8
+    """Jaccard similarity of word 3-grams from which two rows are the same row; 1 keeps all but exact copies."""
+    test_fraction: Fraction = 0.1
+    """Share of rows held out for the verdict, by hash of the duplicate cluster. Known rows keep their split for ever."""
+    max_test_rows: Annotated[int, Field(ge=1)] = 1000
+    """Most rows in the test split; once it is full, new rows go to training."""
+    validation_fraction: Fraction = 0.02
+    """Share of rows whose loss is followed during training."""
+    max_validation_rows: Annotated[int, Field(ge=0)] = 64
+    """Most rows in the validation split."""
+
+    @model_validator(mode="after")
+    def _some_rows_train(self) -> "CurateSpec":
+        if self.test_fraction + self.validation_fraction >= 1.0:
+            raise ValueError("test_fraction + validation_fraction must stay below 1: no row would be left to train on")
+        return self
+
+
+class ModelSpec(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "tunegate-model"
+    """Name in the MLflow registry, and the scope of the row ledger."""
+    base: str = "builtin:smollm2-135m"
+    """Base model: `builtin:smollm2-135m`, `builtin:tiny-llama` (random, for tests), a folder, or a hub id."""
+    revision: str | None = None
+    """Hub revision (commit) of the base; null takes the newest and records which it was."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of weights and arithmetic; `auto` takes bf16 only where the device has it in hardware."""
+
+
+class TrainSpec(Section):
+    methods: Annotated[list[Method], Field(min_length=1)] = ["lora", "qlora"]
+    """Arms to train, in this order; the verdict needs both."""
+    seed: Annotated[int, Field(ge=0)] = 17
+    """Seed of the step-0 adapter, of dropout and of the data order: the same for every arm."""
+    rank: Annotated[int, Field(ge=1)] = 16
+    """LoRA rank r (arXiv 2106.09685)."""
+    alpha: Annotated[int, Field(ge=1)] = 32
+    """LoRA scale: the update is multiplied by alpha / rank; 2 x rank is the common choice."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout before LoRA's A matrix."""
+    target_modules: str | list[str] = "all-linear"
+    """Layers that get an adapter; all linear ones are needed to match full tuning (arXiv 2305.14314)."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
+    """Peak learning rate; cosine decay to zero after the warm-up."""
+    warmup_ratio: Fraction = 0.05
+    """Share of the steps in which the rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    """Gradient norm from which gradients are scaled down."""
+    optimizer: str = "adamw_torch"
+    """Any `optim` name of transformers.TrainingArguments; bitsandbytes' 8-bit ones are slow on CPUs."""
+    epochs: Annotated[int, Field(ge=1)] = 1
+    """Passes over the training rows."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimiser steps after which training stops; null trains all epochs."""
+    batch_tokens: Annotated[int, Field(ge=16)] = 1024
+    """Most tokens (prompts and answers together) in one optimiser step; memory grows with it."""
+    max_tokens: Annotated[int, Field(ge=16)] = 1024
+    """Longest row in tokens; longer rows are left out of training, counted and listed, never cut."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third slower, far less memory."""
+    checkpoint_steps: Annotated[int, Field(ge=1)] = 20
+    """Steps between checkpoints: what a crash can cost."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads of a worker; null takes the cores that are free."""
+
+
+class EvaluateSpec(Section):
+    tasks: Annotated[list[str], Field(min_length=1)] = ["domain_nll", "domain_choice"]
+    """lm-eval tasks: the two built from the test split, and any lm-eval task whose data can be had."""
+    max_items: Annotated[int, Field(ge=2)] = 1000
+    """Most test rows scored (lowest hash first: the same ones each time)."""
+    task_limit: Annotated[int, Field(ge=1)] | None = None
+    """Most items of each further lm-eval task; null scores all."""
+    batch_tokens: Annotated[int, Field(ge=16)] = 512
+    """Most tokens in one forward pass."""
+    sample_questions: Annotated[int, Field(ge=0)] = 3
+    """Test questions answered by every model, to read beside the numbers."""
+    sample_tokens: Annotated[int, Field(ge=1)] = 48
+    """Longest sample answer in tokens."""
+
+
+class GateSpec(Section):
+    min_retention: Fraction = 0.95
+    """QLoRA must keep at least this share of LoRA's loss gain (lower end of the interval)."""
+    max_champion_nll_increase_nats: Annotated[float, Field(ge=0.0)] = 0.0
+    """How much worse than the champion a candidate may be, in nats per token (upper end of the interval)."""
+    max_accuracy_drop: Fraction | None = None
+    """How far QLoRA's accuracy may lie below LoRA's (lower end of the interval); null reports it without a gate."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    """Level of every interval."""
+    bootstrap_draws: Annotated[int, Field(ge=100)] = 10_000
+    """Bootstrap resamples behind each interval."""
+
+
+class StoreSpec(Section):
+    root: str = "mlruns"
+    """Folder of everything a run keeps: MLflow's database, artifacts, snapshots, checkpoints, Prefect's state."""
+    mlflow_uri: str | None = None
+    """MLflow tracking server; null uses the database in `root`."""
+
+
+class RunSpec(Section):
+    """One run. Sections mirror the stages."""
+
+    data: DataSpec = DataSpec()
+    contract: ContractSpec = ContractSpec()
+    curate: CurateSpec = CurateSpec()
+    model: ModelSpec = ModelSpec()
+    train: TrainSpec = TrainSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    gates: GateSpec = GateSpec()
+    store: StoreSpec = StoreSpec()

@@ -1,0 +1,1 @@
+"""One step each: thin Prefect tasks that load, call, save and log."""

@@ -1,0 +1,1 @@
+"""Pure functions: no Prefect, MLflow, network, clock, environment or global random state."""

@@ -1,0 +1,97 @@
+"""The store: the only module that knows where files lie. One folder to back up.
+
+    ROOT/mlflow.db          MLflow's database
+    ROOT/artifacts/         MLflow's artifacts
+    ROOT/store/             snapshots, data sets, bases, adapters, evaluations, the ledger, Prefect's state
+"""
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_contracts.errors import Problem, StoreError
+from data_contracts.reports import FileRef
+
+_FREE_BYTES_NEEDED = 2 * 1024**3  # the default base (0.5 GB) twice while it is converted, checkpoints, artifacts
+
+
+@dataclass(frozen=True)
+class Store:
+    """Paths under one root. What it publishes is complete or absent, never half-written."""
+
+    root: Path
+
+    @property
+    def files(self) -> Path:
+        return self.root / "store"
+
+    @property
+    def database_uri(self) -> str:
+        return f"sqlite:///{self.root.resolve() / 'mlflow.db'}"
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root.resolve() / "artifacts"
+
+    @property
+    def ledger(self) -> Path:
+        return self.files / "ledger.db"
+
+    def ref(self, path: Path) -> FileRef:
+        """Name a file or folder of the store by relative path and content."""
+        return FileRef(path=path.resolve().relative_to(self.files.resolve()).as_posix(), sha256=digest(path))
+
+    def path(self, ref: FileRef | str) -> Path:
+        """Where a manifest's file lies now. Raises StoreError if it is gone."""
+        relative = ref if isinstance(ref, str) else ref.path
+        path = self.files / relative
+        if not path.exists():
+            raise StoreError(
+                Problem(f"{relative} is recorded but gone", str(self.files), act="run again with --force to rebuild it")
+            )
+        return path
+
+    @contextmanager
+    def publish(self, kind: str, name: str) -> Iterator[Path]:
+        """Yield an empty folder to fill; it becomes `store/kind/name` only if the block ends well.
+
+        Names hold a content key: what lies there already has the same content and is replaced by it.
+        """
+        final = self.files / kind / name
+        final.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{name[:24]}-", dir=final.parent))
+        try:
+            yield draft
+            if final.exists():
+                shutil.rmtree(final)
+            draft.chmod(0o755)
+            draft.rename(final)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    def check_room(self, needed: int = _FREE_BYTES_NEEDED) -> None:
+        """Raise StoreError before the work starts if the disk cannot hold it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.root).free
+        if free < needed:
+            raise StoreError(
+                Problem(
+                    f"{free / 1024**3:.1f} GiB free",
+                    str(self.root),
+                    f"{needed / 1024**3:.1f} GiB needed",
+                    "free some room, or move the store with --set store.root=DIR",
+                )
+            )
+
+
+def digest(path: Path) -> str:
+    """Hex sha256 of a file's bytes, or of a folder's sorted (relative path, file digest) pairs."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    lines = (f"{p.relative_to(path).as_posix()} {digest(p)}\n" for p in sorted(path.rglob("*")) if p.is_file())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
