@@ -1,0 +1,144 @@
+"""Stage 1: every record of every source becomes one row of an immutable snapshot, named by its content."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_contracts.errors import ERRORS, DataError, Problem, WorkerError
+from data_contracts.records import content_id
+from data_contracts.reports import Snapshot, SourceFile
+from data_contracts.rules import Rejection
+from data_contracts.run_spec import DataSpec
+from tasks.core.formats import Converter, converter
+from tasks.drafts import content_key, draft_folder, publish_draft
+from tasks.probes import probe
+from tasks.readers import RawRow, read_source
+from tasks.sources import Source, find_sources
+from tasks.stores import Store, digest
+
+_BATCH_ROWS = 10_000
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_SCHEMA = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("source", pa.string()),
+        ("line", pa.int64()),
+        ("raw", pa.string()),
+        ("messages", MESSAGES),  # null if the row was rejected
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+
+
+def ingest(store: Store, data: DataSpec) -> Snapshot:
+    """Read all sources into one Parquet file. Raises DataError with the problems of all of them before any row.
+
+    The id is the sha256 of every row's source name, line, raw text and what was understood of it: the same content
+    gets the same id on any machine; other columns or another format of the same files give another id.
+    """
+    with draft_folder(store, "snapshots") as draft:
+        sources = _ready_sources(data, draft)
+        formats, problems = probe(sources, data)
+        if problems:
+            raise DataError(*problems)
+        files, unreadable = _write(draft / "rows.parquet", sources, formats, data)
+        snapshot_id = content_key(*(rows_digest for _, rows_digest in files))
+        folder = publish_draft(store, "snapshots", draft, ["rows.parquet"], snapshot_id)
+    return Snapshot(
+        id=snapshot_id,
+        file=store.ref(folder / "rows.parquet"),
+        rows_in=sum(file.rows for file, _ in files),
+        unreadable=unreadable,
+        sources=[file for file, _ in files],
+    )
+
+
+def _ready_sources(data: DataSpec, draft: Path) -> list[Source]:
+    """Sources that can be read now: files exist and builders have run."""
+    sources, problems = find_sources(data)
+    if problems:
+        # What is wrong inside the files that were found belongs into the same message.
+        readable = [source for source in sources if source.kind == "file"]
+        raise DataError(*problems, *probe(readable, data)[1])
+    return [_build_python_docs(source, data, draft) if source.kind == "builtin" else source for source in sources]
+
+
+def _build_python_docs(source: Source, data: DataSpec, draft: Path) -> Source:
+    limits = ("packages", "max_lookup_rows", "max_summary_rows", "max_rows_per_package")
+    out = draft / source.name
+    _run_worker("tasks.workers.build_python_docs", data.model_dump(include=set(limits)), out)
+    return replace(source, address=str(out / "rows.jsonl"))
+
+
+def _run_worker(module: str, spec: dict[str, Any], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "spec.json").write_text(json.dumps(spec))
+    command = [sys.executable, "-m", module, str(out / "spec.json"), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode and (out / "error.json").exists():
+        error = json.loads((out / "error.json").read_text())
+        raise ERRORS[error["error"]](*(Problem(**problem) for problem in error["problems"]))
+    if done.returncode:
+        raise WorkerError(Problem(done.stderr[-500:], module, f"exit code {done.returncode}"))
+
+
+def _write(
+    parquet: Path, sources: list[Source], formats: dict[str, str], data: DataSpec
+) -> tuple[list[tuple[SourceFile, str]], int]:
+    """Stream all rows to disk. Returns each source with the digest of its rows, and how many rows were rejected."""
+    files: list[tuple[SourceFile, str]] = []
+    unreadable = 0
+    with pq.ParquetWriter(parquet, _SCHEMA, compression="zstd") as writer:
+        for source in sources:
+            rows_hash, count = hashlib.sha256(), 0
+            rows = _rows(source, data, converter(formats[source.name], data.columns, data.system_prompt))
+            while batch := list(islice(rows, _BATCH_ROWS)):
+                writer.write_table(_table(batch))
+                for row_id, name, line, raw, _, reason, _ in batch:
+                    rows_hash.update(f"{name}\0{line}\0{row_id}\0{reason}\0{raw}\n".encode())
+                count += len(batch)
+                unreadable += sum(row[4] is None for row in batch)
+            rows_digest = rows_hash.hexdigest()
+            sha256 = rows_digest if source.kind == "hub" else digest(source.path)
+            file = SourceFile(name=source.name, format=formats[source.name], rows=count, sha256=sha256)
+            files.append((file, rows_digest))
+    return files, unreadable
+
+
+_RowTuple = tuple[str, str, int, str, list[dict[str, str]] | None, str | None, str | None]
+
+
+def _rows(source: Source, data: DataSpec, convert: Converter) -> Iterator[_RowTuple]:
+    """One tuple in the order of the schema for each record."""
+    for row in read_source(source, data):
+        value = row.value if isinstance(row.value, Rejection) else convert(row.value)
+        if isinstance(value, Rejection):
+            # Without a conversation the raw text is all there is to name the row by.
+            row_id = hashlib.sha256(row.raw.encode()).hexdigest()
+            yield row_id, _name(source, row), row.line, row.raw, None, value.reason.value, value.detail
+        else:
+            messages = [message._asdict() for message in value]
+            yield content_id(value), _name(source, row), row.line, row.raw, messages, None, None
+
+
+def _name(source: Source, row: RawRow) -> str:
+    """A builder says itself which of its kinds of rows this is."""
+    if source.kind == "builtin" and not isinstance(row.value, Rejection):
+        return str(row.value["source"])
+    return source.name
+
+
+def _table(rows: list[_RowTuple]) -> pa.Table:
+    columns = zip(*rows, strict=True)
+    return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA)

@@ -1,0 +1,125 @@
+"""A look at the first rows of every source finds what is wrong with a whole file before any row is stored."""
+
+import codecs
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+
+from data_contracts.errors import DataError, Problem
+from data_contracts.rules import Reason, Rejection
+from data_contracts.run_spec import DataSpec
+from tasks.core.formats import check_columns, converter, detect_format
+from tasks.readers import RawRow, codec, decodes, is_text, read_source
+from tasks.sources import Source
+
+_ROWS = 100
+_BYTES = 256 * 1024
+
+
+def probe(sources: list[Source], data: DataSpec) -> tuple[dict[str, str], list[Problem]]:
+    """The format of each source by name, and the problems of all of them."""
+    problems = _configuration_problems(data)
+    if problems:
+        return {}, problems
+    formats: dict[str, str] = {}
+    for source in sources:
+        found = _byte_problems(source.path, data.encoding) if is_text(source) else []
+        try:
+            if not found:
+                formats[source.name] = _format(source, data)
+        except DataError as error:
+            found = list(error.problems)
+        problems += found
+    return formats, problems
+
+
+def _configuration_problems(data: DataSpec) -> list[Problem]:
+    problems = [check_columns(data.columns)] if data.columns else []
+    try:
+        codecs.lookup(data.encoding)
+    except LookupError:
+        problems.append(Problem(f"unknown encoding {data.encoding!r}", "data.encoding", "a Python codec name"))
+    return [problem for problem in problems if problem]
+
+
+def _format(source: Source, data: DataSpec) -> str:
+    where = source.address
+    rows = list(islice(read_source(source, data), _ROWS))
+    objects = [row.value for row in rows if not isinstance(row.value, Rejection)]
+    if not rows:
+        raise DataError(Problem("no rows in it", where, "at least one", "check that the export is complete"))
+    if not objects:
+        raise DataError(_nothing_readable(rows, where))
+    if source.kind == "builtin":
+        return "messages"
+    name = "columns" if data.columns else data.format
+    if name == "auto":
+        return detect_format(objects, where)
+    answers = [converter(name, data.columns, None)(item) for item in objects]
+    if all(isinstance(answer, Rejection) and answer.reason is Reason.MISSING_FIELD for answer in answers):
+        raise DataError(_nothing_matches(answers[0], objects[0], where))
+    return name
+
+
+def _nothing_matches(answer: object, item: Mapping[str, object], where: str) -> Problem:
+    detail = answer.detail if isinstance(answer, Rejection) else ""
+    act = "correct data.columns or data.format"
+    return Problem(f"no row fits the configured columns or format: {detail}", where, f"fields: {', '.join(item)}", act)
+
+
+def _nothing_readable(rows: list[RawRow], where: str) -> Problem:
+    first = rows[0]
+    rejection = first.value
+    assert isinstance(rejection, Rejection)
+    return Problem(
+        f"none of the first {len(rows)} records can be read; line {first.line}: {rejection.reason} ({rejection.detail})",
+        where,
+        "JSONL: one object a line; JSON: one array of objects",
+        "a file that holds one array must be named .json",
+    )
+
+
+def _byte_problems(path: Path, encoding: str) -> list[Problem]:
+    """Empty, or hardly a line decodes: the first 256 KiB tell."""
+    with path.open("rb") as file:
+        sample = file.read(_BYTES)
+    if not sample.strip():
+        return [Problem("the file is empty", str(path), act="check that the export is complete")]
+    if len(sample) == _BYTES:
+        sample = sample[: sample.rfind(b"\n") + 1] or sample  # whole lines only: no character is cut in two
+    if not _mostly_undecodable(sample, encoding):
+        return []
+    guess = _guess_encoding(sample)
+    act = f"--set data.encoding={guess}" if guess else "set data.encoding to the encoding it was saved in"
+    return [Problem(f"hardly a line of it is {encoding}", str(path), act=act)]
+
+
+def _mostly_undecodable(sample: bytes, encoding: str) -> bool:
+    wide = encoding.lower().replace("_", "-").startswith(("utf-16", "utf16", "utf-32", "utf32"))
+    if not wide and sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return True
+    try:
+        lines = [line for line in sample.decode(codec(encoding), "surrogateescape").split("\n") if line.strip()]
+    except UnicodeDecodeError:
+        return True  # UTF-16 and UTF-32 have no byte that could be escaped
+    return sum(not decodes(line) for line in lines) > len(lines) / 2
+
+
+def _guess_encoding(sample: bytes) -> str | None:
+    from charset_normalizer import from_bytes
+
+    best = from_bytes(sample[: 64 * 1024]).best()
+    if best is None:
+        return None
+    # gb18030 reads everything its two subsets read.
+    return (
+        "gb18030" if best.encoding in ("gb2312", "gbk", "hz", "big5hkscs") and _reads_gb18030(sample) else best.encoding
+    )
+
+
+def _reads_gb18030(sample: bytes) -> bool:
+    try:
+        sample.decode("gb18030")
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -1,0 +1,217 @@
+"""Every record of a source comes out once, in order, parsed or with the reason why not. Nothing is skipped."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from data_contracts.errors import DataError, InfrastructureError, Problem
+from data_contracts.rules import Reason, Rejection
+from data_contracts.run_spec import DataSpec
+from tasks.sources import Source
+
+_DELIMITERS: Final = (",", ";", "\t", "|")
+
+
+class RawRow(NamedTuple):
+    """One record as found. `line` is 1-based, or the record's number where the format has no lines."""
+
+    line: int
+    raw: str
+    value: Mapping[str, Any] | Rejection
+
+
+def read_source(source: Source, data: DataSpec) -> Iterator[RawRow]:
+    """All records of a file or hub data set. Raises DataError if the source as a whole cannot be read."""
+    if source.kind == "hub":
+        return _read_hub(source.address, data.hub_split)
+    suffix = source.path.suffix.lower()
+    if suffix == ".parquet":
+        return _read_parquet(source.path)
+    if suffix in (".csv", ".tsv"):
+        return _read_csv(source.path, data.encoding, "\t" if suffix == ".tsv" else data.delimiter)
+    if suffix == ".json" and _holds_array(source.path, data.encoding):
+        return _read_json_array(source.path, data.encoding)
+    return _read_json_lines(source.path, data.encoding)
+
+
+def is_text(source: Source) -> bool:
+    return source.kind == "file" and source.path.suffix.lower() != ".parquet"
+
+
+def codec(encoding: str) -> str:
+    """UTF-8 tolerates a byte order mark."""
+    return "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+
+
+def decodes(text: str) -> bool:
+    """False if the text holds a surrogate: a byte that could not be decoded, or half a character in JSON."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _printable(text: str) -> str:
+    """Surrogates become `\\udc80`, so that the text can be stored."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _undecodable(line: int, raw: str, encoding: str) -> RawRow:
+    return RawRow(line, _printable(raw), Rejection(Reason.UNDECODABLE, f"not {encoding}"))
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_decode_json = json.JSONDecoder(parse_constant=_refuse_constant).decode
+
+
+def _parse(line: int, raw: str) -> RawRow:
+    """One JSON text. NaN and Infinity are no JSON; nesting or numbers beyond Python's limits count as unparsable."""
+    try:
+        value = _decode_json(raw)
+    except json.JSONDecodeError as error:
+        return RawRow(line, raw, Rejection(Reason.UNPARSABLE, f"{error.msg} at column {error.colno}"))
+    except (ValueError, RecursionError) as error:
+        return RawRow(line, raw, Rejection(Reason.UNPARSABLE, str(error)[:80]))
+    if not isinstance(value, dict):
+        return RawRow(line, raw, Rejection(Reason.NOT_AN_OBJECT, type(value).__name__))
+    # Only an escape can smuggle half a character past the decoder.
+    if "\\u" in raw and not decodes(json.dumps(value, ensure_ascii=False)):
+        return RawRow(line, raw, Rejection(Reason.UNDECODABLE, "half a surrogate pair"))
+    return RawRow(line, raw, value)
+
+
+def _read_json_lines(path: Path, encoding: str) -> Iterator[RawRow]:
+    # newline="\n": a lone CR or U+2028 inside a text does not end a record.
+    with path.open(encoding=codec(encoding), errors="surrogateescape", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            raw = line.strip()
+            if raw and not decodes(raw):
+                yield _undecodable(number, raw, encoding)
+            elif raw:
+                yield _parse(number, raw)
+
+
+def _holds_array(path: Path, encoding: str) -> bool:
+    with path.open(encoding=codec(encoding), errors="surrogateescape") as file:
+        return file.read(4096).lstrip().startswith("[")
+
+
+def _read_json_array(path: Path, encoding: str) -> Iterator[RawRow]:
+    text = path.read_text(encoding=codec(encoding), errors="surrogateescape")
+    try:
+        items = json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {error.lineno}, column {error.colno}"
+        raise DataError(
+            Problem(f"not valid JSON: {error.msg}", where, act="repair the file, or save it as JSONL")
+        ) from error
+    for number, item in enumerate(items, start=1):
+        raw = json.dumps(item, ensure_ascii=False)
+        # Parsed again alone, so that one bad item is rejected and not the whole file.
+        yield _parse(number, raw) if decodes(raw) else _undecodable(number, raw, encoding)
+
+
+def _read_csv(path: Path, encoding: str, delimiter: str) -> Iterator[RawRow]:
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB turns one long cell into an error
+    taken: list[str] = []
+    with path.open(encoding=codec(encoding), errors="surrogateescape", newline="") as file:
+        # strict: an unbalanced quote is an error instead of a cell that swallows the next records.
+        reader = csv.reader(_noting(file, taken), delimiter=delimiter, strict=True)
+        header = _csv_header(path, reader, delimiter)
+        taken.clear()
+        while True:
+            line = reader.line_num + 1
+            cells: list[str] | Rejection | None
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                cells = _broken_record(path, line, reader.line_num, error)
+            raw = "".join(taken).rstrip("\r\n")
+            taken.clear()
+            if cells is None:
+                return
+            if not decodes(raw):
+                yield _undecodable(line, raw, encoding)
+            elif isinstance(cells, Rejection):
+                yield RawRow(line, raw, cells)
+            elif len(cells) not in (0, len(header)):
+                yield RawRow(line, raw, Rejection(Reason.UNPARSABLE, f"{len(cells)} cells, header has {len(header)}"))
+            elif cells:
+                yield RawRow(line, raw, dict(zip(header, cells, strict=True)))
+
+
+def _noting(lines: Iterator[str], taken: list[str]) -> Iterator[str]:
+    """The same lines, noted in `taken`: csv does not give back a record's text."""
+    for line in lines:
+        taken.append(line)
+        yield line
+
+
+def _csv_header(path: Path, reader: "Iterator[list[str]]", delimiter: str) -> list[str]:
+    header = next(reader, [])
+    other = next((d for d in _DELIMITERS if d != delimiter and d in "".join(header)), None)
+    if len(header) == 1 and other:
+        raise DataError(
+            Problem(
+                f"the header is one column with {other!r} in it: the delimiter is not {delimiter!r}",
+                str(path),
+                act="rename the file to .csv" if path.suffix.lower() == ".tsv" else f"--set data.delimiter={other!r}",
+            )
+        )
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(Problem(f"columns named twice: {', '.join(twice)}", str(path), act="rename one of them"))
+    return header
+
+
+def _broken_record(path: Path, line: int, last_line: int, error: csv.Error) -> Rejection:
+    """A bad record is rejected; a quote that is never closed would hide many, so it stops the run."""
+    if "unexpected end of data" in str(error) and last_line > line:
+        what = f"a quote opened in line {line} is never closed: {last_line - line + 1} lines would count as one record"
+        raise DataError(Problem(what, f"{path}, line {line}", act="close the quote")) from error
+    return Rejection(Reason.UNPARSABLE, str(error)[:80])
+
+
+def _read_parquet(path: Path) -> Iterator[RawRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        yield from _numbered(row for batch in file.iter_batches(batch_size=1000) for row in batch.to_pylist())
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
+        raise DataError(Problem(f"not a readable Parquet file: {str(error)[:120]}", str(path))) from error
+
+
+def _numbered(rows: Iterator[Mapping[str, Any]]) -> Iterator[RawRow]:
+    for number, row in enumerate(rows, start=1):
+        yield RawRow(number, json.dumps(row, ensure_ascii=False, default=str), row)
+
+
+def _read_hub(name: str, split: str) -> Iterator[RawRow]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        act = "check ORG/NAME, and log in with `hf auth login` if it is private"
+        raise DataError(Problem("no such data set on the hub", f"hub:{name}", act=act)) from error
+    except ValueError as error:
+        act = "choose another one with --set data.hub_split=NAME"
+        raise DataError(
+            Problem(f"split {split!r} cannot be read: {str(error)[:200]}", f"hub:{name}", act=act)
+        ) from error
+    except (OSError, RuntimeError) as error:
+        act = "go online (unset HF_HUB_OFFLINE), or download the data set and give its files as data.source"
+        what = f"the hub cannot be reached and no copy is cached: {str(error)[:200]}"
+        raise InfrastructureError(Problem(what, f"hub:{name}", act=act)) from error
+    yield from _numbered(iter(rows))
