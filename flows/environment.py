@@ -1,0 +1,55 @@
+"""Set what Prefect, MLflow and Hugging Face read from the environment, before any of them is imported.
+
+Everything they keep lands in the store, so one folder holds a run and HOME stays clean. Nothing reports home.
+A value that is set already wins: your server, your cache.
+"""
+
+import os
+from pathlib import Path
+
+from data_contracts.run_spec import StoreSpec
+from tasks.stores import Store
+
+
+def prepare_environment(store: StoreSpec) -> None:
+    """Set defaults for this process and its children."""
+    files = Store(Path(store.root).expanduser()).files.resolve()
+    has_server = "PREFECT_API_URL" in os.environ
+    for name, value in (_QUIET | _homes(files)).items():
+        if name == "PREFECT_HOME" and has_server:
+            continue  # your server comes with your own profile
+        os.environ.setdefault(name, value)
+
+
+_QUIET = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # The default of 20 s fails on a fresh database when the cores are busy.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_LOGGING_LEVEL": "ERROR",
+    "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "GX_ANALYTICS_ENABLED": "false",
+}
+
+
+def _homes(files: Path) -> dict[str, str]:
+    """Where each library keeps what it would put under HOME."""
+    cache = files / "cache"
+    return {
+        "PREFECT_HOME": str(files / "prefect"),
+        # Results outlive the server they were made under: a run goes on from them.
+        "PREFECT_LOCAL_STORAGE_PATH": str(files / "prefect" / "results"),
+        # The hub's own cache stays where it is: other projects share its models.
+        "HF_DATASETS_CACHE": str(cache / "datasets"),
+        "HF_EVALUATE_CACHE": str(cache / "evaluate"),
+        "HF_MODULES_CACHE": str(cache / "modules"),
+        "MPLCONFIGDIR": str(cache / "matplotlib"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "torchinductor"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+    }
