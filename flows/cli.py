@@ -7,7 +7,7 @@ Exit codes: 0 good, 1 a gate said no, 2 input or configuration wrong, 3 inconclu
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -23,6 +23,9 @@ from flows.console import (
     say,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from data_contracts.run_spec import RunSpec, StoreSpec
 
 EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 3}
 USAGE = 2
@@ -56,31 +59,25 @@ def run(
     as_json: AsJson = False,
 ) -> Outcome:
     """Raw data to a gated, registered model. Goes on from where an earlier run stopped."""
-    from flows.environment import prepare_environment
-    from flows.spec_files import load_spec
-
-    loaded = load_spec(preset, changes or [])
     if dry_run:
         from flows.pages import plan, show_plan
+        from flows.spec_files import load_spec
 
+        loaded = load_spec(preset, changes or [])
         return Outcome(plan(loaded), partial(show_plan, loaded))
-    prepare_environment(loaded.spec.store)
+    spec = _prepared_spec(preset, changes)
     from flows.retrain import retrain
     from flows.summary import summary
     from flows.tables import show_run
 
-    report = retrain(loaded.spec, force=force)
+    report = retrain(spec, force=force)
     return Outcome(summary(report), partial(show_run, report), EXIT_CODES[report.gate.verdict])
 
 
 @app.command()
 def data(preset: Preset = None, changes: Changes = None, force: Force = False, as_json: AsJson = False) -> Outcome:
     """Ingest, validate and split only, with a report on every row."""
-    from flows.environment import prepare_environment
-    from flows.spec_files import load_spec
-
-    spec = load_spec(preset, changes or []).spec
-    prepare_environment(spec.store)
+    spec = _prepared_spec(preset, changes)
     from flows.pages import show_data
     from flows.retrain import prepare_data
     from flows.summary import data_summary
@@ -114,11 +111,7 @@ def gate(
     as_json: AsJson = False,
 ) -> Outcome:
     """Evaluate a registered version and decide: the door for CI."""
-    from flows.environment import prepare_environment
-    from flows.spec_files import load_spec
-
-    spec = load_spec(preset, changes or []).spec
-    prepare_environment(spec.store)
+    spec = _prepared_spec(preset, changes)
     from flows.gate import gate as decide
     from flows.summary import gate_summary
     from flows.tables import show_decision
@@ -142,11 +135,7 @@ def promote(
     """Make a version the champion, if its gates passed."""
     if override and not reason.strip():
         raise ConfigError(Problem("--override without --reason", "promote", act='add --reason "why"'))
-    from flows.environment import prepare_environment
-    from flows.spec_files import load_store
-
-    store = load_store(changes or [])
-    prepare_environment(store)
+    store = _prepared_store(changes)
     from flows.release import promote as set_champion
     from flows.summary import model_summary
     from flows.tables import show_version
@@ -158,11 +147,7 @@ def promote(
 @app.command()
 def rollback(name: Name, changes: StoreChanges = None, as_json: AsJson = False) -> Outcome:
     """Make the champion before this one the champion again."""
-    from flows.environment import prepare_environment
-    from flows.spec_files import load_store
-
-    store = load_store(changes or [])
-    prepare_environment(store)
+    store = _prepared_store(changes)
     from flows.release import rollback as set_back
     from flows.summary import model_summary
     from flows.tables import show_version
@@ -184,11 +169,7 @@ def predict(
         raise ConfigError(
             Problem("the question is empty", "predict", act='tunegate predict "what does ...?" --model URI')
         )
-    from flows.environment import prepare_environment
-    from flows.spec_files import load_store
-
-    store = load_store(changes or [])
-    prepare_environment(store)
+    store = _prepared_store(changes)
     from flows.release import ask
 
     answer = ask(store, model, question, max_new_tokens)
@@ -204,12 +185,9 @@ def ui(
     as_json: AsJson = False,
 ) -> Outcome:
     """Open MLflow's and Prefect's pages on this machine; Ctrl-C stops both."""
-    from flows.environment import prepare_environment
     from flows.servers import servers, show_servers, start_all, wait_for_ctrl_c
-    from flows.spec_files import load_store
 
-    store = load_store(changes or [])
-    prepare_environment(store)
+    store = _prepared_store(changes)
     running = servers(store, mlflow_port, prefect_port)
     start_all(running)
     payload = {server.name.lower(): server.url for server in running}
@@ -261,6 +239,25 @@ def _without_command(
     return Outcome({"version": found}, lambda console: console.print(f"tunegate {found}"))
 
 
+def _prepared_spec(preset: str | None, changes: list[str] | None) -> "RunSpec":
+    """The spec, with the environment set for what is imported next."""
+    from flows.environment import prepare_environment
+    from flows.spec_files import load_spec
+
+    spec = load_spec(preset, changes or []).spec
+    prepare_environment(spec.store)
+    return spec
+
+
+def _prepared_store(changes: list[str] | None) -> "StoreSpec":
+    from flows.environment import prepare_environment
+    from flows.spec_files import load_store
+
+    store = load_store(changes or [])
+    prepare_environment(store)
+    return store
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; answer with its exit code."""
     args = sys.argv[1:] if argv is None else argv
@@ -273,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         except TunegateError as error:
             return fail(error, stream, as_json)
         except Exception as error:  # noqa: BLE001 the last resort: nobody should meet a bare traceback
-            return fail_unexpectedly(error, _store_root(args), stream, as_json)
+            return fail_unexpectedly(error, args, stream, as_json)
 
 
 def _run(args: list[str], stream: TextIO, as_json: bool) -> int:
@@ -293,11 +290,3 @@ def _run(args: list[str], stream: TextIO, as_json: bool) -> int:
     if result.then:
         result.then()
     return result.exit_code
-
-
-def _store_root(args: list[str]) -> Path:
-    """Where a traceback goes: the store named on the command line, even if the rest of it was wrong."""
-    from data_contracts.run_spec import StoreSpec
-
-    named = [arg.partition("store.root=")[2] for arg in args if "store.root=" in arg]
-    return Path(named[-1] if named else StoreSpec().root)

@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,7 +41,7 @@ def result_stream(as_json: bool) -> Iterator[TextIO]:
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
-        with os.fdopen(os.dup(kept), "w", encoding="utf-8") as stream:
+        with os.fdopen(os.dup(kept), "w", encoding="utf-8") as stream, redirect_stdout(sys.stderr):
             yield stream
     finally:
         sys.stdout.flush()
@@ -90,7 +90,7 @@ def fail(error: TunegateError, stream: TextIO, as_json: bool) -> int:
     return error.exit_code
 
 
-def fail_unexpectedly(error: Exception, root: Path, stream: TextIO, as_json: bool) -> int:
+def fail_unexpectedly(error: Exception, args: list[str], stream: TextIO, as_json: bool) -> int:
     """A bug or a broken library: one line, and the traceback in a file (or on stderr with TUNEGATE_DEBUG=1)."""
     what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     text = "".join(traceback.format_exception(error))
@@ -98,7 +98,7 @@ def fail_unexpectedly(error: Exception, root: Path, stream: TextIO, as_json: boo
         sys.stderr.write(text)
         act = "the traceback is above"
     else:
-        act = f"the traceback is in {_write_log(text, root)}; TUNEGATE_DEBUG=1 prints it"
+        act = f"the traceback is in {_write_log(text, _store_root(args))}; TUNEGATE_DEBUG=1 prints it"
     problem = Problem(what, "unexpected", act=act)
     return fail(TunegateError(problem), stream, as_json)
 
@@ -109,6 +109,14 @@ def interrupted(stream: TextIO, as_json: bool) -> int:
     if as_json:
         write_json(error_payload("Interrupted", [problem], INTERRUPTED), stream)
     return INTERRUPTED
+
+
+def _store_root(args: list[str]) -> Path:
+    """Where a traceback goes: the store named on the command line, even if the rest of it was wrong."""
+    from data_contracts.run_spec import StoreSpec
+
+    named = [arg.partition("store.root=")[2] for arg in args if "store.root=" in arg]
+    return Path(named[-1] if named else StoreSpec().root)
 
 
 def _write_log(text: str, root: Path) -> Path:
