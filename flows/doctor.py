@@ -38,7 +38,7 @@ class Check:
 
 
 def examine(spec: StoreSpec) -> list[Check]:
-    store = Store(Path(spec.root).expanduser())
+    store = Store(Path(spec.root))
     return [_python(), *_packages(), _default_model(), *_device(), _room(store), _contents(store, spec), *_ports()]
 
 

@@ -13,7 +13,7 @@ from tasks.stores import Store
 
 def prepare_environment(store: StoreSpec) -> None:
     """Set defaults for this process and its children."""
-    files = Store(Path(store.root).expanduser()).files.resolve()
+    files = Store(Path(store.root)).files.resolve()
     has_server = "PREFECT_API_URL" in os.environ
     for name, value in (_QUIET | _homes(files)).items():
         if name == "PREFECT_HOME" and has_server:

@@ -204,7 +204,7 @@ def _resolve(given: list[Given], problems: list[Problem], source: str) -> Loaded
             entry = {item.key.rpartition(".")[2]: item.value}
             values[field] = {**earlier, **entry} if isinstance(earlier, dict) else entry
         else:
-            values[field] = _as_list(item.key, item.value)
+            values[field] = _normal(item.key, item.value)
         origins[f"{section}.{field}"] = item.origin
         if isinstance(item.value, float) and not math.isfinite(item.value):
             problems = [*problems, Problem(f"{item.key} is {item.value}", item.origin, "a finite number")]
@@ -217,9 +217,13 @@ def _resolve(given: list[Given], problems: list[Problem], source: str) -> Loaded
     return LoadedSpec(spec, origins, source)
 
 
-def _as_list(key: str, value: Any) -> Any:
-    """A single string where a list of them belongs is a list of one."""
-    return [value] if isinstance(value, str) and get_origin(dials()[key].annotation) is list else value
+def _normal(key: str, value: Any) -> Any:
+    """A single string where a list of them belongs is a list of one; `~` in the store's root is the home folder."""
+    if not isinstance(value, str):
+        return value
+    if key == "store.root":
+        return str(Path(value).expanduser())
+    return [value] if get_origin(dials()[key].annotation) is list else value
 
 
 # --- writing ------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def find_report(store: Store, run_id: str | None) -> RunReport:
         act = "start one with `tunegate run`, or name the store with --set store.root=DIR"
         raise ConfigError(Problem("holds no finished run", str(store.root), act=act))
     if run_id is None:
-        return _read(files[0])
+        return _here(_read(files[0]), store)
     by_name = [path for path in files if path.parent.name.startswith(run_id)]
     found = [_read(path) for path in by_name] or [
         report for report in map(_read, files) if report.recorded.mlflow_run_id.startswith(run_id)
@@ -106,7 +106,13 @@ def find_report(store: Store, run_id: str | None) -> RunReport:
         known = ", ".join(path.parent.name for path in files[:5])
         what = f"{len(found)} runs begin with {run_id!r}" if found else f"no run is called {run_id!r}"
         raise ConfigError(Problem(what, str(store.root), act=f"the newest runs are {known}"))
-    return found[0]
+    return _here(found[0], store)
+
+
+def _here(report: RunReport, store: Store) -> RunReport:
+    """The report, pointing into the store it was found in: a store can be moved."""
+    moved = {**report.spec["store"], "root": str(store.root)}
+    return report.model_copy(update={"spec": {**report.spec, "store": moved}})
 
 
 def _read(path: Path) -> RunReport:

@@ -41,6 +41,10 @@ def test_set_wins_over_the_file_and_the_file_over_defaults(tmp_path):
     assert (origins["train.rank"], origins["train.alpha"], origins["train.seed"]) == ("my.yaml:2", "--set", "default")
 
 
+def test_the_store_may_lie_under_home():
+    assert load_store(["store.root=~/runs"]).root == str(Path("~/runs").expanduser())
+
+
 def test_every_dial_has_an_origin():
     assert list(load_spec("smoke", []).origins) == list(dials())
 

@@ -1,0 +1,236 @@
+"""A finished run as JSON and as a page, from one planted report."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_contracts.reports import (
+    AdapterRef,
+    BaseModelRef,
+    Comparison,
+    DatasetManifest,
+    EvalReport,
+    FileRef,
+    GateReport,
+    GateResult,
+    LossPoint,
+    ModelVersion,
+    RecordedRun,
+    RunReport,
+    SampleAnswer,
+    Stage,
+    TrainReport,
+)
+from data_contracts.run_spec import RunSpec, StoreSpec
+from flows.cli import main
+from flows.console import Outcome, say
+from flows.pages import show_data
+from flows.summary import report_file, summary
+from flows.tables import show_run
+from tasks.stores import Store
+
+
+def ref(path: str) -> FileRef:
+    return FileRef(path=path, sha256="0" * 64)
+
+
+def dataset() -> DatasetManifest:
+    files = {name: ref(f"data/{name}.parquet") for name in ("train", "validation", "test")}
+    return DatasetManifest(
+        snapshot_id="5" * 64,
+        rows_in=100,
+        kept=90,
+        quarantined=4,
+        duplicates=6,
+        exact_duplicates=4,
+        near_duplicates=2,
+        reasons={"empty_answer": 3, "unparsable": 1},
+        splits={"train": 70, "validation": 5, "test": 15},
+        known_rows=0,
+        **files,
+        quarantine=ref("data/quarantine.parquet"),
+        duplicate_rows=ref("data/duplicates.parquet"),
+        contract_result=ref("data/contract.json"),
+        data_docs="data/docs/index.html",
+    )
+
+
+def arm(method: str, weights: int) -> TrainReport:
+    return TrainReport(
+        method=method,
+        seed=17,
+        adapter=AdapterRef(folder=f"adapters/{method}", sha256=method * 8),
+        step0_sha256="same",
+        steps=10,
+        resumed_from_step=0,
+        train_rows=70,
+        rows_too_long=1,
+        train_tokens=5000,
+        completion_tokens=2000,
+        trainable_parameters=4_884_480,
+        weights_bytes=weights,
+        peak_rss_bytes=1_500_000_000,
+        peak_train_rss_bytes=1_400_000_000,
+        seconds=130.0,
+        train_seconds=120.0,
+        useful_tokens_per_s=16.7,
+        final_validation_nll_nats=2.5,
+        loss=[LossPoint(step=1, loss_nats=4.0, learning_rate=1e-4, tokens=500, seconds=12.0)],
+        precision="fp32",
+        precision_reason="no bf16",
+        threads=2,
+        threads_reason="2 of 2 cores are free",
+        device="cpu",
+    )
+
+
+def scores(target: str, nll: float) -> EvalReport:
+    return EvalReport(
+        target=target,
+        adapter_sha256=None if target == "base" else target * 8,
+        items_sha256="i",
+        nll_nats=nll,
+        perplexity=9.9,
+        accuracy=0.55,
+        accuracy_interval=(0.5, 0.6),
+        lexical_baseline_accuracy=0.57,
+        items=15,
+        scores=[],
+        samples=ref(f"samples/{target}.jsonl"),
+        answers=[SampleAnswer(question="What is `[b]x[/b]`?", reference="A ref.", answer=f"{target} says so.")],
+        seconds=3.0,
+    )
+
+
+def planted(root: Path, run_id: str = "20261124-abc", aliases: list[str] | None = None) -> RunReport:
+    gates = [GateResult(name="retention", threshold=0.8, actual=0.9, interval=(0.85, 0.95), verdict="pass", why="kept")]
+    comparison = Comparison(
+        nll_nats={"base": 4.0, "lora": 2.0, "qlora": 2.2},
+        nll_gain_ci95={"lora": (1.9, 2.1), "qlora": (1.7, 1.9)},
+        accuracy={"base": 0.5, "lora": 0.6, "qlora": 0.6},
+        accuracy_gain_ci95={},
+        retention=0.9,
+        retention_ci95=(0.85, 0.95),
+        accuracy_drop=0.0,
+        accuracy_drop_ci95=(-0.02, 0.02),
+        memory_saving=0.2,
+        weights_saving=0.75,
+        speed_ratio=float("nan"),
+        items=15,
+        claims=["99 % does not hold on this run."],
+    )
+    return RunReport(
+        run_id=run_id,
+        spec=RunSpec(store=StoreSpec(root=str(root))).model_dump(mode="json"),
+        dataset=dataset(),
+        base=BaseModelRef(name="builtin:x", digest="d", path="bases/d", note="dequantised Q4_1"),
+        arms=[arm("lora", 500_000_000), arm("qlora", 125_000_000)],
+        evaluations=[scores("base", 4.0), scores("lora", 2.0), scores("qlora", 2.2)],
+        comparison=comparison,
+        gate=GateReport(gates=gates, verdict="pass"),
+        recorded=RecordedRun(mlflow_run_id=f"mlflow-{run_id}", arm_run_ids={"lora": "child-l", "qlora": "child-q"}),
+        model=ModelVersion(name="m", version="1", aliases=["champion"] if aliases is None else aliases, run_id="r"),
+        stages=[Stage(name="ingest", status="cached", seconds=0.1), Stage(name="train", status="ran", seconds=120)],
+        html=f"runs/{run_id}/report.html",
+    )
+
+
+def saved(report: RunReport, root: Path, age_seconds: int = 0) -> None:
+    path = report_file(Store(root), report.run_id)
+    path.parent.mkdir(parents=True)
+    path.write_text(report.model_dump_json())
+    then = path.stat().st_mtime - age_seconds
+    os.utime(path, (then, then))
+
+
+def page_of(report: RunReport, capfd: pytest.CaptureFixture[str]) -> str:
+    say(Outcome({}, lambda page: show_run(report, page)), sys.stdout, as_json=False)
+    return capfd.readouterr().out
+
+
+def test_the_summary_holds_what_scripts_were_promised(tmp_path):
+    told = summary(planted(tmp_path))
+    assert {"run_id", "mlflow_run_id", "snapshot", "arms", "comparison", "gates", "verdict", "model", "stages"} <= set(
+        told
+    )
+    assert {"id", "rows_in", "kept", "quarantined", "duplicates", "splits"} <= set(told["snapshot"])
+    (lora, qlora) = told["arms"]
+    assert {"method", "seed", "step0_sha256", "weights_bytes", "peak_rss_bytes", "train_tokens"} <= set(lora)
+    assert {"useful_tokens_per_s", "seconds"} <= set(lora)
+    assert (lora["adapter_sha256"], qlora["adapter_sha256"]) == ("lora" * 8, "qlora" * 8)
+    assert (lora["mlflow_run_id"], qlora["mlflow_run_id"]) == ("child-l", "child-q")
+    assert (lora["eval"]["nll_nats"], qlora["eval"]["nll_nats"], told["base"]["eval"]["nll_nats"]) == (2.0, 2.2, 4.0)
+    assert {"retention", "retention_ci95", "memory_saving", "speed_ratio"} <= set(told["comparison"])
+    assert set(told["gates"][0]) == {"name", "threshold", "actual", "interval", "verdict", "why"}
+    assert {"name", "version", "aliases"} <= set(told["model"])
+    assert told["stages"][0] == {"name": "ingest", "status": "cached", "seconds": 0.1}
+
+
+def test_the_page_sets_the_models_side_by_side_and_ends_with_what_to_do(tmp_path, capfd):
+    text = page_of(planted(tmp_path), capfd)
+    loss = next(line for line in text.splitlines() if "held-out loss" in line)
+    assert [part for part in loss.replace("│", " ").split() if part[0].isdigit()] == ["4.000", "2.000", "2.200"]
+    assert "QLoRA keeps 90.0% [85.0%, 95.0%] of LoRA's loss gain" in text
+    assert "99 % does not hold on this run." in text
+    assert "verdict: PASS" in text
+    assert "registered: m version 1 (champion)" in text
+    assert "What is `[b]x[/b]`?" in text
+    assert "qlora says so." in text
+    assert f"tunegate ui --set store.root={tmp_path}" in text
+    assert "--model models:/m@champion" in text
+
+
+def test_a_version_that_is_not_in_production_is_asked_by_number(tmp_path, capfd):
+    assert "--model models:/m/1" in page_of(planted(tmp_path, aliases=["challenger"]), capfd)
+
+
+def test_compare_shows_the_newest_run_or_the_one_named(tmp_path, capfd):
+    saved(planted(tmp_path, "run-old"), tmp_path, age_seconds=100)
+    saved(planted(tmp_path, "run-new"), tmp_path)
+    store = ["--set", f"store.root={tmp_path}", "--json"]
+    for args, expected in (([], "run-new"), (["--run", "run-old"], "run-old"), (["--run", "mlflow-run-o"], "run-old")):
+        assert main(["compare", *args, *store]) == 0
+        told = json.loads(capfd.readouterr().out)
+        assert told["run_id"] == expected
+        assert told["comparison"]["speed_ratio"] is None
+    assert main(["compare", "--run", "run", *store]) == 2
+    assert "2 runs begin with 'run'" in capfd.readouterr().err
+    assert main(["compare", "--run", "other", *store]) == 2
+    assert "no run is called 'other'" in capfd.readouterr().err
+
+
+def test_a_store_that_was_moved_is_read_where_it_is(tmp_path, capfd):
+    saved(planted(Path("/where/it/was")), tmp_path)
+    assert main(["compare", "--set", f"store.root={tmp_path}", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["report"].startswith(str(tmp_path))
+
+
+def test_a_broken_report_is_an_infrastructure_failure(tmp_path, capfd):
+    path = report_file(Store(tmp_path), "r")
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    assert main(["compare", "--set", f"store.root={tmp_path}"]) == 4
+    assert "no readable run report" in capfd.readouterr().err
+
+
+def test_data_shows_every_reason_with_examples_by_file_and_line(tmp_path, capfd):
+    store = Store(tmp_path)
+    rows = {
+        "source": ["a[0].jsonl"] * 4,
+        "line": [3, 5, 8, 9],
+        "reason": ["empty_answer"] * 3 + ["unparsable"],
+        "detail": ["0 characters", "0 characters", None, "Expecting ','"],
+    }
+    path = store.files / dataset().quarantine.path
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.table(rows), path)
+    say(Outcome({}, lambda page: show_data(dataset(), [], store, page)), sys.stdout, as_json=False)
+    text = capfd.readouterr().out
+    assert "a[0].jsonl:3 0 characters" in text
+    assert "a[0].jsonl:9 Expecting ','" in text
+    assert text.index("empty_answer") < text.index("unparsable")
