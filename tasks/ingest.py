@@ -1,19 +1,15 @@
 """Stage 1: every record of every source becomes one row of an immutable snapshot, named by its content."""
 
 import hashlib
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_contracts.errors import ERRORS, DataError, Problem, WorkerError
+from data_contracts.errors import DataError
 from data_contracts.records import content_id
 from data_contracts.reports import Snapshot, SourceFile
 from data_contracts.rules import Rejection
@@ -21,6 +17,7 @@ from data_contracts.run_spec import DataSpec
 from tasks.core.formats import Converter, converter
 from tasks.drafts import content_key, draft_folder, publish_draft
 from tasks.probes import probe
+from tasks.processes import run_worker
 from tasks.readers import RawRow, read_source
 from tasks.sources import Source, find_sources
 from tasks.stores import Store, digest
@@ -77,20 +74,8 @@ def _ready_sources(data: DataSpec, draft: Path) -> list[Source]:
 def _build_python_docs(source: Source, data: DataSpec, draft: Path) -> Source:
     limits = ("packages", "max_lookup_rows", "max_summary_rows", "max_rows_per_package")
     out = draft / source.name
-    _run_worker("tasks.workers.build_python_docs", data.model_dump(include=set(limits)), out)
+    run_worker("tasks.workers.build_python_docs", data.model_dump(include=set(limits)), out)
     return replace(source, address=str(out / "rows.jsonl"))
-
-
-def _run_worker(module: str, spec: dict[str, Any], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "spec.json").write_text(json.dumps(spec))
-    command = [sys.executable, "-m", module, str(out / "spec.json"), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode and (out / "error.json").exists():
-        error = json.loads((out / "error.json").read_text())
-        raise ERRORS[error["error"]](*(Problem(**problem) for problem in error["problems"]))
-    if done.returncode:
-        raise WorkerError(Problem(done.stderr[-500:], module, f"exit code {done.returncode}"))
 
 
 def _write(

@@ -75,7 +75,7 @@ def _nothing_readable(rows: list[RawRow], where: str) -> Problem:
         f"none of the first {len(rows)} records can be read; line {first.line}: {rejection.reason} ({rejection.detail})",
         where,
         "JSONL: one object a line; JSON: one array of objects",
-        "a file that holds one array must be named .json",
+        "write one object a line, or one array in a file named .json",
     )
 
 
@@ -90,7 +90,9 @@ def _byte_problems(path: Path, encoding: str) -> list[Problem]:
     if not _mostly_undecodable(sample, encoding):
         return []
     guess = _guess_encoding(sample)
-    act = f"--set data.encoding={guess}" if guess else "set data.encoding to the encoding it was saved in"
+    act = "set data.encoding to the encoding it was saved in"
+    if guess:
+        act = f"--set data.encoding={guess} (a guess: look at some rows then)"
     return [Problem(f"hardly a line of it is {encoding}", str(path), act=act)]
 
 

@@ -160,17 +160,18 @@ def _csv_header(path: Path, reader: "Iterator[list[str]]", delimiter: str) -> li
     header = next(reader, [])
     other = next((d for d in _DELIMITERS if d != delimiter and d in "".join(header)), None)
     if len(header) == 1 and other:
-        raise DataError(
-            Problem(
-                f"the header is one column with {other!r} in it: the delimiter is not {delimiter!r}",
-                str(path),
-                act="rename the file to .csv" if path.suffix.lower() == ".tsv" else f"--set data.delimiter={other!r}",
-            )
-        )
+        what = f"the header is one column with {other!r} in it: the delimiter is not {delimiter!r}"
+        raise DataError(Problem(what, str(path), act=_delimiter_act(path, other)))
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise DataError(Problem(f"columns named twice: {', '.join(twice)}", str(path), act="rename one of them"))
     return header
+
+
+def _delimiter_act(path: Path, other: str) -> str:
+    if path.suffix.lower() == ".tsv":
+        return "rename the file to .csv"
+    return "rename the file to .tsv" if other == "\t" else f"--set data.delimiter={other!r}"
 
 
 def _broken_record(path: Path, line: int, last_line: int, error: csv.Error) -> Rejection:

@@ -1,0 +1,269 @@
+"""Copies leave, splits never change as data grow, and nothing held out reaches training."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_contracts.errors import DataError, StoreError
+from data_contracts.records import Message, content_id
+from data_contracts.reports import DatasetManifest, FileRef, ValidatedData
+from data_contracts.run_spec import CurateSpec
+from tasks.core.dedup import answer_groups, exact_groups, jaccard, near_groups, normalise, shingles
+from tasks.core.split import Known, position, representative
+from tasks.curate import curate
+from tasks.ledger import Entry, known_splits, record
+from tasks.stores import Store
+
+WORDS = [f"word{i}" for i in range(20)]
+NOWHERE = FileRef(path="none", sha256="0")
+
+
+def facts(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Distinct questions and answers without words in common worth mentioning."""
+    draw = random.Random(seed)
+    return [
+        (f"What is item {seed}-{i}?", " ".join(draw.choices(WORDS, k=12)) + f" {seed} {i}") for i in range(count)
+    ]  # fmt: skip
+
+
+def validated(store: Store, rows: Sequence[tuple[str, str]], quarantined: int = 0) -> ValidatedData:
+    folder = store.files / "validated" / content_id(tuple(Message("user", "\0".join(row)) for row in rows))
+    folder.mkdir(parents=True, exist_ok=True)
+    items = []
+    for line, (prompt, answer) in enumerate(rows, start=1):
+        messages = (Message("user", prompt), Message("assistant", answer))
+        turns = [message._asdict() for message in messages]
+        items.append({"row_id": content_id(messages), "source": "a.jsonl", "line": line, "messages": turns})
+    pq.write_table(pa.Table.from_pylist(items), folder / "kept.parquet")
+    bad = [{"row_id": f"bad{i}", "reason": "empty_answer"} for i in range(quarantined)]
+    (folder / "quarantine.jsonl").write_text("".join(json.dumps(item) + "\n" for item in bad))
+    return ValidatedData(
+        snapshot_id=folder.name,
+        kept=store.ref(folder / "kept.parquet"),
+        quarantine=store.ref(folder / "quarantine.jsonl"),
+        rows_in=len(rows) + quarantined,
+        rows_kept=len(rows),
+        reasons={"empty_answer": quarantined} if quarantined else {},
+        contract_result=NOWHERE,
+        data_docs="none",
+    )
+
+
+def run(store: Store, rows: Sequence[tuple[str, str]], quarantined: int = 0, **spec: Any) -> DatasetManifest:
+    return curate(store, validated(store, rows, quarantined), CurateSpec(**spec), "model")
+
+
+def lines(store: Store, ref: FileRef) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in store.path(ref).read_text().splitlines()]
+
+
+def splits(store: Store, manifest: DatasetManifest) -> dict[str, str]:
+    """Question -> split."""
+    return {
+        row["messages"][0]["content"]: name
+        for name in ("train", "validation", "test")
+        for row in lines(store, getattr(manifest, name))
+    }
+
+
+def test_every_row_is_kept_quarantined_or_a_duplicate(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    rows = facts(100)
+    manifest = run(store, [*rows, *rows[:7]], quarantined=3)
+    assert (manifest.rows_in, manifest.kept, manifest.quarantined, manifest.duplicates) == (110, 100, 3, 7)
+    assert sum(manifest.splits.values()) == 100
+    assert [row["kind"] for row in lines(store, manifest.duplicate_rows)] == ["exact"] * 7
+
+
+def test_rows_that_vanish_between_the_steps_are_noticed(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    data = validated(store, facts(50)).model_copy(update={"rows_in": 51, "rows_kept": 51})
+    with pytest.raises(AssertionError, match="51 rows in, 50 kept"):
+        curate(store, data, CurateSpec(), "model")
+
+
+def test_the_order_of_the_rows_changes_nothing(tmp_path: Path) -> None:
+    rows = [*facts(200), *[(question, answer + " indeed") for question, answer in facts(20)]]
+    shuffled = random.Random(1).sample(rows, len(rows))
+    first, second = Store(tmp_path / "a"), Store(tmp_path / "b")
+    before, after = run(first, rows), run(second, shuffled)
+    assert splits(first, before) == splits(second, after)
+    assert before.duplicates == after.duplicates > 0
+
+
+def test_a_row_keeps_its_split_when_data_grow_and_caps_fill_up(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    spec = {"test_fraction": 0.3, "max_test_rows": 30, "validation_fraction": 0.2, "max_validation_rows": 10}
+    before = run(store, facts(100), **spec)
+    grown = [*facts(400, seed=1), *facts(100)]
+    after = run(store, grown, **spec)
+    assert before.splits["test"] > 0
+    old, new = splits(store, before), splits(store, after)
+    assert {question: new[question] for question in old} == old
+    assert after.splits["test"] == 30
+    assert after.splits["validation"] == 10
+    assert after.known_rows == 100
+
+
+def test_without_a_ledger_the_hash_alone_keeps_most_rows_in_place(tmp_path: Path) -> None:
+    before = run(Store(tmp_path / "a"), facts(200))
+    after = run(Store(tmp_path / "b"), [*facts(200, seed=2), *facts(200)])
+    old, new = splits(Store(tmp_path / "a"), before), splits(Store(tmp_path / "b"), after)
+    assert {question: new[question] for question in old} == old
+
+
+def test_the_same_data_twice_give_the_same_files(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    rows = [*facts(100), *[(question, answer + " x") for question, answer in facts(50)]]
+    first, second = run(store, rows), run(store, rows)
+    same = ("train", "validation", "test", "duplicate_rows", "splits")
+    assert [getattr(first, name) for name in same] == [getattr(second, name) for name in same]
+
+
+def test_other_models_have_their_own_ledger(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    data = validated(store, facts(50))
+    curate(store, data, CurateSpec(), "one")
+    assert curate(store, data, CurateSpec(), "two").known_rows == 0
+    assert curate(store, data, CurateSpec(), "one").known_rows == 50
+
+
+def test_copies_of_a_held_out_row_never_reach_training(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    rows = facts(200)
+    placed = splits(store, run(store, rows, test_fraction=0.3))
+    held_out = {question for question, split in placed.items() if split == "test"}
+    assert len(held_out) > 20
+    near = [(question, answer + " indeed") for question, answer in rows if question in held_out]
+    loud = [(question.upper(), answer) for question, answer in rows if question in held_out]
+    later = run(store, [*near, *facts(100, seed=3), *loud, *rows], test_fraction=0.3)
+    assert later.duplicates == len(near) + len(loud)
+    assert not {row["messages"][0]["content"].casefold() for row in lines(store, later.train)} & {
+        question.casefold() for question in held_out
+    }
+    # Even when the original has left the data: the split follows from the answer, and the ledger knows the copy.
+    alone = run(store, [*facts(100, seed=4), *loud, *near], test_fraction=0.3)
+    assert not {row["messages"][0]["content"].casefold() for row in lines(store, alone.train)} & {
+        question.casefold() for question in held_out
+    }
+
+
+def test_one_answer_asked_in_two_ways_stays_on_one_side(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    rows = facts(150)
+    other_ways = [(f"Tell me at length about number {i} please", answer) for i, (_, answer) in enumerate(rows)]
+    manifest = run(store, [*rows, *other_ways], test_fraction=0.3)
+    assert manifest.duplicates == 0
+    train = {row["messages"][1]["content"] for row in lines(store, manifest.train)}
+    test = {row["messages"][1]["content"] for row in lines(store, manifest.test)}
+    assert test
+    assert not train & test
+    # An answer that comes later, asked in a third way, follows the row that is already there.
+    third = [(f"Third way {i} of asking for it", answer) for i, (_, answer) in enumerate(rows)]
+    later = run(store, [*rows, *third], test_fraction=0.3)
+    assert not {row["messages"][1]["content"] for row in lines(store, later.train)} & test
+
+
+def test_labels_and_boilerplate_do_not_tie_rows_together() -> None:
+    label = [(Message("user", f"q{i}"), Message("assistant", "card_arrival")) for i in range(3)]
+    thanks = [(Message("user", f"q{i}"), Message("assistant", "Thank you for your patience.")) for i in range(20)]
+    fact = [(Message("user", f"q{i}"), Message("assistant", "Hold the button ten seconds.")) for i in range(2)]
+    rows = [*label, *thanks, *fact]
+    ids = [f"id{i}" for i in range(len(rows))]
+    groups = answer_groups(ids, rows)
+    assert len(set(groups.values())) == len(rows) - 1
+    assert groups[ids[-1]] == groups[ids[-2]]
+
+
+def test_a_split_that_would_be_empty_stops_the_run_with_numbers(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no row falls into the test split \(3 distinct rows, test_fraction 0.0"):
+        run(Store(tmp_path), facts(3), test_fraction=0.0)
+
+
+def test_in_a_cluster_of_rows_known_in_two_splits_the_held_out_one_stays() -> None:
+    known = {"a": Known("train", True), "b": Known("test", True), "c": Known("test", False)}
+    assert representative({"a", "b", "c", "0"}, known) == "b"
+    assert representative({"a", "0"}, known) == "a"
+    assert representative({"z", "y"}, known) == "y"
+
+
+def test_the_first_split_of_a_row_counts_for_ever(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    record(store, "m", "s1", [Entry("a", "kept", None, "train"), Entry("q", "quarantined", "too_long", None)])
+    record(store, "m", "s2", [Entry("a", "duplicate", "near", "test")])
+    record(store, "m", "s1", [Entry("a", "kept", None, "train")])
+    assert known_splits(store, "m") == {"a": Known("train", True)}
+    assert known_splits(store, "other") == {}
+
+
+def test_a_damaged_ledger_is_a_store_error(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.files.mkdir()
+    store.ledger.write_text("no database at all, but long enough to be read as one " * 20)
+    with pytest.raises(StoreError, match="ledger"):
+        known_splits(store, "m")
+
+
+def test_positions_are_uniform() -> None:
+    places = [position(str(i)) for i in range(2000)]
+    assert all(0 <= place < 1 for place in places)
+    assert 0.08 < sum(place < 0.1 for place in places) / 2000 < 0.12
+
+
+# --- duplicates -----------------------------------------------------------------------------------------------
+
+
+def talk(prompt: str, answer: str) -> tuple[Message, ...]:
+    return Message("user", prompt), Message("assistant", answer)
+
+
+LONG = "Hold the reset button for ten seconds until the light turns red and then wait for the router to start again"
+
+
+def test_exact_copies_differ_only_in_case_white_space_and_unicode_form() -> None:
+    rows = [talk("Café?", "yes"), talk(" cafe\u0301?", "YES\n"), talk("Cafe?", "yes"), talk("Café?", "no")]
+    assert exact_groups(rows) == [0, 0, 2, 3]
+    assert normalise("A\u00a0 b\nC") == "a b c"
+
+
+def test_near_copies_are_found_and_other_answers_are_not_merged() -> None:
+    passage = "Read this: " + " ".join(f"part{i}" for i in range(80))
+    rows = [
+        talk("How do I reset it?", LONG),
+        talk("How do I reset it?", LONG + " now"),
+        talk("How do I reset it?", "Send it back to the shop where you bought it and ask for a new one"),
+        talk(f"{passage} Who?", "Anna"),
+        talk(f"{passage} When?", "In spring"),
+        talk("路由器怎么重置呢请告诉我具体的步骤谢谢", "按住重置按钮十秒钟直到指示灯变红然后等待路由器重新启动"),
+        talk("路由器怎么重置呢请告诉我具体的步骤谢谢", "按住重置按钮十秒钟直到指示灯变红然后等待路由器重新启动吧"),
+    ]
+    assert near_groups(rows, 0.8) == [0, 0, 2, 3, 4, 5, 5]
+    assert near_groups(rows, 1.0) == list(range(7))
+
+
+def test_near_copies_at_the_threshold_are_found_reliably() -> None:
+    draw = random.Random(3)
+    pairs = 200
+    rows = []
+    for _ in range(pairs):
+        words = [f"{draw.choice(WORDS)}{draw.randrange(10_000)}" for _ in range(60)]
+        changed = [*words[:-3], *(f"new{draw.randrange(10_000)}" for _ in range(3))]
+        rows += [talk("Tell me", " ".join(words)), talk("Tell me", " ".join(changed))]
+    similarity = jaccard(*(frozenset(shingles(row[1].content)) for row in rows[:2]))
+    assert 0.8 < similarity < 0.95
+    found = near_groups(rows, 0.8)
+    assert sum(found[2 * i] == found[2 * i + 1] for i in range(pairs)) >= pairs - 2
+    assert len(set(found)) >= pairs
+
+
+def test_shingles_of_short_and_empty_texts() -> None:
+    assert shingles("") == [""]
+    assert shingles("one two") == ["one two"]
+    assert shingles("one two three four") == ["one two three", "two three four"]
+    assert jaccard(frozenset(), frozenset()) == 1.0
