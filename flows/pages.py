@@ -1,9 +1,9 @@
 """Pages for people before and around a run: its plan, its data, a report over a finished one."""
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
 from rich.table import Table
 from rich.text import Text
 
@@ -24,11 +24,16 @@ STAGES = {
     "ingest": "read the sources into an immutable snapshot",
     "validate": "row rules, quarantine, the batch contract",
     "curate": "normalise, drop duplicates, split",
-    "train": "one worker process for each arm, from one step-0 adapter",
-    "evaluate": "lm-eval on base and arms, the base loaded once",
+    "prepare_base": "the base model in the store, named by its content",
+    "init_adapter": "the step-0 adapter every arm starts from",
+    "train": "one worker process for each arm, in the same data order",
+    "evaluate": "lm-eval on base, arms and champion, the base loaded once",
     "compare": "paired intervals: retention, memory, speed",
     "gate": "pass, fail or inconclusive",
-    "register": "MLflow runs, a model version, a load-back check, aliases",
+    "record": "MLflow: a parent run, a child for each arm",
+    "register": "a model version under the alias challenger",
+    "load_back": "a fresh process loads the version and answers a question",
+    "promote": "the alias champion, only if the gates passed",
     "report": "one HTML page",
 }
 
@@ -100,14 +105,14 @@ def show_data(data: DatasetManifest, stages: list[Stage], store: Store, console:
     for reason, count in sorted(data.reasons.items(), key=lambda item: -item[1]):
         table.add_row(f"  {reason}", f"{count:,}", Text("\n".join(examples.get(reason, []))))
     console.print(table)
-    console.print(Text.assemble("contract: ", ("kept", "green"), f" ({store.files / data.data_docs})"), soft_wrap=True)
+    console.print(_contract_line(store, data), soft_wrap=True)
     for label, ref in _files(data).items():
-        console.print(Text(f"  {label:<12} {store.files / ref}"), soft_wrap=True)
+        console.print(Text(f"  {label:<16} {store.files / ref}"), soft_wrap=True)
 
 
 def _files(data: DatasetManifest) -> Mapping[str, str]:
     names = ("train", "validation", "test", "quarantine", "duplicate_rows", "contract_result")
-    return {name.replace("_", " "): getattr(data, name).path for name in names}
+    return {**{name.replace("_", " "): getattr(data, name).path for name in names}, "data docs": data.data_docs}
 
 
 def _examples(store: Store, data: DatasetManifest) -> dict[str, list[str]]:
@@ -121,9 +126,16 @@ def _examples(store: Store, data: DatasetManifest) -> dict[str, list[str]]:
 
 
 def _quarantined(store: Store, data: DatasetManifest) -> Iterator[dict[str, Any]]:
-    if not data.quarantined:
-        return
-    columns = ["source", "line", "reason", "detail"]
-    with pq.ParquetFile(store.path(data.quarantine)) as file:
-        for batch in file.iter_batches(columns=columns):
-            yield from batch.to_pylist()
+    with store.path(data.quarantine).open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def _contract_line(store: Store, data: DatasetManifest) -> Text:
+    """Critical expectations were met, or there would be no manifest; the others may have failed."""
+    results = json.loads(store.path(data.contract_result).read_text(encoding="utf-8"))["results"]
+    failed = [item["name"] for item in results if not item["success"]]
+    line = Text.assemble("contract: ", ("kept", "green"), f", {len(results)} expectations")
+    if failed:
+        line.append(f", {len(failed)} of them only warn: {', '.join(failed)}", style="yellow")
+    return line

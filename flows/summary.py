@@ -31,6 +31,7 @@ def summary(report: RunReport) -> dict[str, Any]:
         "comparison": report.comparison.model_dump(mode="json"),
         **gate_summary(report.gate),
         "model": model_summary(report.model),
+        "loaded_back": report.loaded_back.model_dump(mode="json"),
         "stages": [stage.model_dump(mode="json") for stage in report.stages],
         "report": str(report_file(store_of(report), report.run_id)),
         "html": str(html_file(report)),
@@ -58,7 +59,7 @@ def arm_summary(arm: TrainReport, scores: EvalReport | None, mlflow_run_id: str 
 
 
 def _eval(report: EvalReport | None) -> dict[str, Any] | None:
-    return report.model_dump(mode="json") if report else None
+    return {**report.model_dump(mode="json"), "perplexity": report.perplexity} if report else None
 
 
 def gate_summary(gate: GateReport, comparison: Comparison | None = None) -> dict[str, Any]:

@@ -123,7 +123,9 @@ def show_comparison(found: Comparison, console: "Console", note: str = "") -> No
         (found.memory_saving, lambda v: f"peak memory saved: {v:.1%}"),
         (found.speed_ratio, lambda v: f"QLoRA trains at {v:.2f} x LoRA's speed"),
     ]
-    console.print(Text(f"\nQLoRA against LoRA, paired on {found.items} held-out items", style="bold"))
+    console.print(Text(f"\nthe same {found.items} held-out items for every model, paired", style="bold"))
+    for target, interval in found.nll_gain_ci95.items():
+        console.print(Text(f"  {_gain(found, target)}{_interval(interval)} nats/token"), soft_wrap=True)
     for value, sentence in lines:
         if value is not None:
             console.print(Text(f"  {sentence(value)}"), soft_wrap=True)
@@ -131,6 +133,13 @@ def show_comparison(found: Comparison, console: "Console", note: str = "") -> No
         console.print(Text(f"  {claim}"), soft_wrap=True)
     if note:
         console.print(Text(f"  base: {note}", style="dim"), soft_wrap=True)
+
+
+def _gain(found: Comparison, target: str) -> str:
+    """How much lower the held-out loss is: of an arm against the base, of the candidate against the champion."""
+    rival, better = ("champion", found.candidate) if target == "champion" else ("base", target)
+    gain = found.nll_nats[rival] - found.nll_nats[better]
+    return f"{_LABELS.get(better, better)} lowers held-out loss against {_LABELS[rival]} by {gain:.3f}"
 
 
 def show_gate(report: GateReport, console: "Console") -> None:

@@ -5,8 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from data_contracts.reports import (
@@ -18,6 +16,7 @@ from data_contracts.reports import (
     FileRef,
     GateReport,
     GateResult,
+    LoadedBack,
     LossPoint,
     ModelVersion,
     RecordedRun,
@@ -31,7 +30,7 @@ from flows.cli import main
 from flows.console import Outcome, say
 from flows.pages import show_data
 from flows.summary import report_file, summary
-from flows.tables import show_run
+from flows.tables import show_comparison, show_run
 from tasks.stores import Store
 
 
@@ -53,7 +52,7 @@ def dataset() -> DatasetManifest:
         splits={"train": 70, "validation": 5, "test": 15},
         known_rows=0,
         **files,
-        quarantine=ref("data/quarantine.parquet"),
+        quarantine=ref("data/quarantine.jsonl"),
         duplicate_rows=ref("data/duplicates.parquet"),
         contract_result=ref("data/contract.json"),
         data_docs="data/docs/index.html",
@@ -80,7 +79,7 @@ def arm(method: str, weights: int) -> TrainReport:
         train_seconds=120.0,
         useful_tokens_per_s=16.7,
         final_validation_nll_nats=2.5,
-        loss=[LossPoint(step=1, loss_nats=4.0, learning_rate=1e-4, tokens=500, seconds=12.0)],
+        loss=[LossPoint(step=1, loss_nats=4.0, learning_rate=1e-4, seconds=12.0)],
         precision="fp32",
         precision_reason="no bf16",
         threads=2,
@@ -95,7 +94,6 @@ def scores(target: str, nll: float) -> EvalReport:
         adapter_sha256=None if target == "base" else target * 8,
         items_sha256="i",
         nll_nats=nll,
-        perplexity=9.9,
         accuracy=0.55,
         accuracy_interval=(0.5, 0.6),
         lexical_baseline_accuracy=0.57,
@@ -110,6 +108,7 @@ def scores(target: str, nll: float) -> EvalReport:
 def planted(root: Path, run_id: str = "20261124-abc", aliases: list[str] | None = None) -> RunReport:
     gates = [GateResult(name="retention", threshold=0.8, actual=0.9, interval=(0.85, 0.95), verdict="pass", why="kept")]
     comparison = Comparison(
+        candidate="qlora",
         nll_nats={"base": 4.0, "lora": 2.0, "qlora": 2.2},
         nll_gain_ci95={"lora": (1.9, 2.1), "qlora": (1.7, 1.9)},
         accuracy={"base": 0.5, "lora": 0.6, "qlora": 0.6},
@@ -128,13 +127,22 @@ def planted(root: Path, run_id: str = "20261124-abc", aliases: list[str] | None 
         run_id=run_id,
         spec=RunSpec(store=StoreSpec(root=str(root))).model_dump(mode="json"),
         dataset=dataset(),
-        base=BaseModelRef(name="builtin:x", digest="d", path="bases/d", note="dequantised Q4_1"),
+        base=BaseModelRef(
+            name="builtin:x",
+            digest="d",
+            path="bases/d",
+            note="dequantised Q4_1",
+            revision=None,
+            stops=[],
+            chat_template=None,
+        ),
         arms=[arm("lora", 500_000_000), arm("qlora", 125_000_000)],
         evaluations=[scores("base", 4.0), scores("lora", 2.0), scores("qlora", 2.2)],
         comparison=comparison,
         gate=GateReport(gates=gates, verdict="pass"),
         recorded=RecordedRun(mlflow_run_id=f"mlflow-{run_id}", arm_run_ids={"lora": "child-l", "qlora": "child-q"}),
         model=ModelVersion(name="m", version="1", aliases=["champion"] if aliases is None else aliases, run_id="r"),
+        loaded_back=LoadedBack(question="q", answer="a", as_evaluated=True),
         stages=[Stage(name="ingest", status="cached", seconds=0.1), Stage(name="train", status="ran", seconds=120)],
         html=f"runs/{run_id}/report.html",
     )
@@ -176,6 +184,7 @@ def test_the_page_sets_the_models_side_by_side_and_ends_with_what_to_do(tmp_path
     loss = next(line for line in text.splitlines() if "held-out loss" in line)
     assert [part for part in loss.replace("│", " ").split() if part[0].isdigit()] == ["4.000", "2.000", "2.200"]
     assert "QLoRA keeps 90.0% [85.0%, 95.0%] of LoRA's loss gain" in text
+    assert "LoRA lowers held-out loss against base by 2.000 [1.900, 2.100] nats/token" in text
     assert "99 % does not hold on this run." in text
     assert "verdict: PASS" in text
     assert "registered: m version 1 (champion)" in text
@@ -183,6 +192,14 @@ def test_the_page_sets_the_models_side_by_side_and_ends_with_what_to_do(tmp_path
     assert "qlora says so." in text
     assert f"tunegate ui --set store.root={tmp_path}" in text
     assert "--model models:/m@champion" in text
+
+
+def test_a_champion_is_compared_with_the_candidate(tmp_path, capfd):
+    found = planted(tmp_path).comparison
+    nll = {**found.nll_nats, "champion": 2.3}
+    found = found.model_copy(update={"nll_nats": nll, "nll_gain_ci95": {"champion": (0.05, 0.15)}})
+    say(Outcome({}, lambda page: show_comparison(found, page)), sys.stdout, as_json=False)
+    assert "QLoRA lowers held-out loss against champion by 0.100 [0.050, 0.150]" in capfd.readouterr().out
 
 
 def test_a_version_that_is_not_in_production_is_asked_by_number(tmp_path, capfd):
@@ -220,17 +237,16 @@ def test_a_broken_report_is_an_infrastructure_failure(tmp_path, capfd):
 
 def test_data_shows_every_reason_with_examples_by_file_and_line(tmp_path, capfd):
     store = Store(tmp_path)
-    rows = {
-        "source": ["a[0].jsonl"] * 4,
-        "line": [3, 5, 8, 9],
-        "reason": ["empty_answer"] * 3 + ["unparsable"],
-        "detail": ["0 characters", "0 characters", None, "Expecting ','"],
-    }
-    path = store.files / dataset().quarantine.path
-    path.parent.mkdir(parents=True)
-    pq.write_table(pa.table(rows), path)
+    reasons = [(3, "empty_answer", "0 characters"), (9, "unparsable", "Expecting ','"), (5, "empty_answer", "")]
+    rows = [{"source": "a[0].jsonl", "line": line, "reason": why, "detail": text} for line, why, text in reasons]
+    results = [{"name": "rows", "success": True}, {"name": "short answers", "success": False}]
+    quarantine, contract = store.files / dataset().quarantine.path, store.files / dataset().contract_result.path
+    quarantine.parent.mkdir(parents=True)
+    quarantine.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    contract.write_text(json.dumps({"results": results}))
     say(Outcome({}, lambda page: show_data(dataset(), [], store, page)), sys.stdout, as_json=False)
     text = capfd.readouterr().out
     assert "a[0].jsonl:3 0 characters" in text
     assert "a[0].jsonl:9 Expecting ','" in text
+    assert "2 expectations, 1 of them only warn: short answers" in text
     assert text.index("empty_answer") < text.index("unparsable")

@@ -14,6 +14,7 @@ from typer.main import get_command
 
 from data_contracts.run_spec import RunSpec
 from flows.cli import app
+from flows.pages import STAGES
 from flows.spec_files import load_spec, preset_names
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +62,11 @@ def test_every_dial_has_a_meaning():
     dials = [dial for section in sections for dial in section.model_fields.values()]
     assert len(dials) > 40
     assert all(dial.description for dial in dials)
+
+
+def test_a_dry_run_lists_the_stages_there_are():
+    source = (ROOT / "tasks" / "stages.py").read_text(encoding="utf-8")
+    assert list(STAGES) == re.findall(r'^@stage\("(\w+)"\)', source, re.MULTILINE)
 
 
 # --- installation -------------------------------------------------------------------------------------------
