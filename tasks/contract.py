@@ -77,7 +77,7 @@ def run_suite(suite: dict[str, Any], frame: pd.DataFrame, parameters: dict[str, 
         result = context.checkpoints.add(checkpoint).run(batch_parameters=batch, expectation_parameters=parameters)
         shutil.copytree(Path(root, "gx/uncommitted/data_docs/local_site"), docs)
     (validation,) = result.run_results.values()
-    outcomes = sorted(_outcome(item) for item in validation.to_json_dict()["results"])
+    outcomes = sorted(map(_outcome, validation.to_json_dict()["results"]), key=lambda item: (item.name, item.limit))
     if len(outcomes) != len(suite["expectations"]):
         what = f"{len(suite['expectations'])} expectations, {len(outcomes)} results"
         raise ConfigError(Problem(what, "contract.suite", act="remove expectations that stand twice"))

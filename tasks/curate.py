@@ -83,13 +83,12 @@ def curate(store: Store, validated: ValidatedData, curate: CurateSpec, scope: st
 
 
 def _load(kept: Path) -> list[_Identified]:
-    """Rows sorted by id, then source and line: from here on the order of the input is forgotten."""
     rows = []
     for batch in pq.ParquetFile(kept).iter_batches(10_000):
         for item in batch.to_pylist():
             messages = tuple(Message(m["role"], m["content"]) for m in item["messages"])
             rows.append(_Identified(item["row_id"], Row(messages, item["source"], item["line"])))
-    return sorted(rows, key=lambda row: row.order)
+    return rows
 
 
 def _curate(rows: list[_Identified], known: dict[str, Known], curate: CurateSpec) -> _Curated:
@@ -108,14 +107,14 @@ def _curate(rows: list[_Identified], known: dict[str, Known], curate: CurateSpec
 def _stand_ins(
     rows: list[_Identified], groups: list[int], known: dict[str, Known], kind: str, duplicates: list[_Duplicate]
 ) -> list[_Identified]:
-    """One row of each group, in order of id; the others are appended to `duplicates`."""
+    """One row of each group, in order of id, whatever the order of the rows; the others go to `duplicates`."""
     members: dict[int, list[_Identified]] = defaultdict(list)
     for row, group in zip(rows, groups, strict=True):
         members[group].append(row)
     kept = []
     for group_rows in members.values():
         chosen_id = representative({row.row_id for row in group_rows}, known)
-        chosen = next(row for row in group_rows if row.row_id == chosen_id)
+        chosen = min((row for row in group_rows if row.row_id == chosen_id), key=lambda row: row.order)
         kept.append(chosen)
         duplicates += [_Duplicate(row, kind, chosen_id) for row in group_rows if row is not chosen]
     return sorted(kept, key=lambda row: row.order)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from data_contracts.errors import DataError, InfrastructureError, Problem
+from data_contracts.errors import DataError, InfrastructureError, Problem, TransientError
 from data_contracts.rules import Reason, Rejection
 from data_contracts.run_spec import DataSpec
 from tasks.sources import Source
@@ -90,8 +90,7 @@ def _parse(line: int, raw: str) -> RawRow:
 
 
 def _read_json_lines(path: Path, encoding: str) -> Iterator[RawRow]:
-    # newline="\n": a lone CR or U+2028 inside a text does not end a record.
-    with path.open(encoding=codec(encoding), errors="surrogateescape", newline="\n") as file:
+    with path.open(encoding=codec(encoding), errors="surrogateescape") as file:
         for number, line in enumerate(file, start=1):
             raw = line.strip()
             if raw and not decodes(raw):
@@ -214,5 +213,7 @@ def _read_hub(name: str, split: str) -> Iterator[RawRow]:
     except (OSError, RuntimeError) as error:
         act = "go online (unset HF_HUB_OFFLINE), or download the data set and give its files as data.source"
         what = f"the hub cannot be reached and no copy is cached: {str(error)[:200]}"
-        raise InfrastructureError(Problem(what, f"hub:{name}", act=act)) from error
+        # Offline mode is a decision, a failed connection may pass.
+        kind = InfrastructureError if datasets.config.HF_HUB_OFFLINE else TransientError
+        raise kind(Problem(what, f"hub:{name}", act=act)) from error
     yield from _numbered(iter(rows))

@@ -59,7 +59,7 @@ def test_the_same_rows_come_out_of_every_file_type(tmp_path: Path) -> None:
 
 
 def test_every_line_that_is_not_blank_is_a_row_with_its_line_number_and_reason(tmp_path: Path) -> None:
-    lines = [LINE.encode(), b"\n", b'{"prompt": "\xff"}\n', b'{"prompt": "\\ud800"}\n', b'{"a": NaN}\n', b"[1]\n"]
+    lines = [LINE.encode(), b"\r\n", b'{"prompt": "\xff"}\n', b'{"prompt": "\\ud800"}\n', b'{"a": NaN}\n', b"[1]\n"]
     deep = b"[" * 100_000 + b"\n"
     rows = read(write(tmp_path, "a.jsonl", b"".join([*lines, deep, b'{"prompt": "cut'])))
     assert [row.line for row in rows] == [1, 3, 4, 5, 6, 7, 8]

@@ -6,7 +6,7 @@ collision of hashes never joins two rows. The result does not depend on the orde
 
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -101,12 +101,14 @@ def _buckets(texts: Sequence[str], threshold: float) -> Iterator[list[int]]:
     """Groups of rows that agree on one band of their MinHash digest."""
     rows_per_band = _rows_per_band(threshold)
     signatures = _signatures(texts)
+    factors = np.random.default_rng(_SEED).integers(1, 2**63, size=rows_per_band, dtype=np.uint64)
     for start in range(0, _PERMUTATIONS - rows_per_band + 1, rows_per_band):
-        bands = np.ascontiguousarray(signatures[:, start : start + rows_per_band])
-        buckets: dict[bytes, list[int]] = defaultdict(list)
-        for index, band in enumerate(bands):
-            buckets[band.tobytes()].append(index)
-        yield from (bucket for bucket in buckets.values() if len(bucket) > 1)
+        # Two bands with one key by chance only propose a pair more.
+        keys = (signatures[:, start : start + rows_per_band] * factors).sum(axis=1, dtype=np.uint64)
+        order = np.argsort(keys, kind="stable")
+        edges = np.concatenate(([0], np.flatnonzero(np.diff(keys[order])) + 1, [len(keys)]))
+        for run in np.flatnonzero(np.diff(edges) > 1):
+            yield order[edges[run] : edges[run + 1]].tolist()
 
 
 def _rows_per_band(threshold: float) -> int:
