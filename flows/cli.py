@@ -185,9 +185,12 @@ def ui(
     as_json: AsJson = False,
 ) -> Outcome:
     """Open MLflow's and Prefect's pages on this machine; Ctrl-C stops both."""
+    from flows.environment import prepare_environment
     from flows.servers import servers, show_servers, start_all, wait_for_ctrl_c
+    from flows.spec_files import load_store
 
-    store = _prepared_store(changes)
+    store = load_store(changes or [])
+    prepare_environment(store)
     running = servers(store, mlflow_port, prefect_port)
     start_all(running)
     payload = {server.name.lower(): server.url for server in running}
@@ -241,19 +244,22 @@ def _without_command(
 
 def _prepared_spec(preset: str | None, changes: list[str] | None) -> "RunSpec":
     """The spec, with the environment set for what is imported next."""
-    from flows.environment import prepare_environment
+    from flows.environment import make_homes, prepare_environment
     from flows.spec_files import load_spec
 
     spec = load_spec(preset, changes or []).spec
     prepare_environment(spec.store)
+    make_homes(spec.store)
     return spec
 
 
 def _prepared_store(changes: list[str] | None) -> "StoreSpec":
-    from flows.environment import prepare_environment
+    """A store that is there, with the environment set for what is imported next."""
+    from flows.environment import prepare_environment, require_store
     from flows.spec_files import load_store
 
     store = load_store(changes or [])
+    require_store(store)
     prepare_environment(store)
     return store
 

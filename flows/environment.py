@@ -7,6 +7,7 @@ A value that is set already wins: your server, your cache.
 import os
 from pathlib import Path
 
+from data_contracts.errors import ConfigError, Problem, StoreError
 from data_contracts.run_spec import StoreSpec
 from tasks.stores import Store
 
@@ -21,12 +22,30 @@ def prepare_environment(store: StoreSpec) -> None:
         os.environ.setdefault(name, value)
 
 
+def make_homes(store: StoreSpec) -> None:
+    """Make the store's folders. Prefect would only warn that it cannot make its own below one that is missing."""
+    try:
+        (Store(Path(store.root)).files / "prefect").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        act = "give a folder you may write to: --set store.root=DIR"
+        raise StoreError(Problem(f"cannot be made: {error.strerror}", store.root, act=act)) from error
+
+
+def require_store(store: StoreSpec) -> None:
+    """Raise ConfigError if nothing was ever kept there: most likely a typo in the path."""
+    if not store.mlflow_uri and not Store(Path(store.root)).files.is_dir():
+        act = "name the folder a run was kept in: --set store.root=DIR"
+        raise ConfigError(Problem("there is no store here", str(Path(store.root).resolve()), act=act))
+
+
 _QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     # The default of 20 s fails on a fresh database when the cores are busy.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    "PREFECT_LOGGING_LEVEL": "ERROR",
+    # Prefect's pages get its log; the terminal gets ours.
+    "PREFECT_LOGGING_LEVEL": "INFO",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -11,10 +11,14 @@ import pytest
 
 from data_contracts.errors import DataError, Problem, WorkerError
 from data_contracts.reports import GateReport, GateResult
+from data_contracts.run_spec import StoreSpec
 from flows import console
 from flows.cli import EXIT_CODES, main
 from flows.console import Outcome, result_stream, say
+from flows.doctor import _package
+from flows.environment import prepare_environment
 from flows.servers import Server, port_is_free, start_all, stop_all
+from flows.tables import show_decision
 
 COMMANDS = ["run", "data", "compare", "gate", "promote", "rollback", "predict", "ui", "doctor", "init"]
 SLOW = {"torch", "prefect", "mlflow", "great_expectations", "pandas", "transformers", "pyarrow", "pydantic"}
@@ -82,6 +86,9 @@ STORE = "store.root=elsewhere"
         (["compare", "--set", "train.rank=8"], "ConfigError", "train.rank has no effect here", "leave it out"),
         (["promote", "m", "--override"], "ConfigError", "--override without --reason", "--reason"),
         (["predict", " ", "--model", "models:/m/1"], "ConfigError", "the question is empty", "tunegate predict"),
+        (["promote", "m", "--set", STORE], "ConfigError", "there is no store here", "store.root=DIR"),
+        (["rollback", "m", "--set", STORE], "ConfigError", "there is no store here", "store.root=DIR"),
+        (["predict", "q", "--model", "models:/m/1"], "ConfigError", "there is no store here", "store.root=DIR"),
         (["init", "my.json", "--data", "x"], "ConfigError", "no .yaml ending", "my.json.yaml"),
         (["init", "my.yaml", "--data", "x.jsonl"], "ConfigError", "no such file or folder", ""),
         (["run", "--dry-run", "--set", "data.source=x.jsonl"], "DataError", "no such file or folder", ""),
@@ -162,6 +169,30 @@ def test_debug_prints_the_traceback(capfd, monkeypatch, tmp_path):
     assert main(["run", "--dry-run"]) == 4
     assert "Traceback" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_that_cannot_be_made_is_an_infrastructure_failure(capfd):
+    Path("elsewhere").write_text("a file")
+    code, told, _ = answer(capfd, "data", "smoke", "--set", STORE)
+    assert (code, told["error"]["kind"]) == (4, "StoreError")
+    assert "cannot be made" in told["error"]["problems"][0]["what"]
+
+
+def test_the_environment_keeps_home_clean_and_what_is_set_wins(tmp_path, monkeypatch):
+    monkeypatch.delenv("PREFECT_HOME", raising=False)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("MPLCONFIGDIR", "/mine")
+    prepare_environment(StoreSpec(root="elsewhere"))
+    assert os.environ["PREFECT_HOME"] == str(tmp_path / "elsewhere" / "store" / "prefect")
+    assert os.environ["MPLCONFIGDIR"] == "/mine"
+    assert os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
+
+
+def test_your_prefect_server_keeps_your_profile(monkeypatch):
+    monkeypatch.delenv("PREFECT_HOME", raising=False)
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+    prepare_environment(StoreSpec(root="elsewhere"))
+    assert "PREFECT_HOME" not in os.environ
 
 
 def test_a_verdict_sets_the_exit_code():
@@ -256,8 +287,6 @@ def test_doctor_tells_versions_device_and_store(capfd, tmp_path):
 
 
 def test_doctor_says_how_to_fix_a_version_out_of_bounds():
-    from flows.doctor import _package
-
     check = _package("packaging", "<1")
     assert check.health == "bad"
     assert check.fix == "pip install 'packaging<1'"
@@ -311,8 +340,6 @@ def test_a_server_that_dies_is_told_and_the_others_are_stopped(tmp_path):
 
 
 def test_gates_are_shown_with_words_as_well_as_colours(capfd):
-    from flows.tables import show_decision
-
     gates = [
         GateResult(name="a", threshold=0.8, actual=0.9, interval=(0.85, 0.95), verdict="pass", why="[b]kept[/b]"),
         GateResult(name="b", threshold=0.8, actual=None, interval=None, verdict="fail", why="no metric"),

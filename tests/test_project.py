@@ -109,6 +109,17 @@ def test_ci_runs_the_script_a_person_can_run():
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
 
 
+def test_every_deployment_names_a_flow_that_is_there_and_gives_it_a_valid_spec():
+    deployments = YAML(typ="safe").load(ROOT / "infra" / "prefect.yaml")["deployments"]
+    assert deployments
+    for deployment in deployments:
+        path, _, name = deployment["entrypoint"].partition(":")
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        (flow,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+        assert set(deployment["parameters"]) <= {arg.arg for arg in flow.args.args}
+        assert RunSpec.model_validate(deployment["parameters"]["spec"])
+
+
 # --- README -------------------------------------------------------------------------------------------------
 
 
