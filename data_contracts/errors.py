@@ -1,6 +1,7 @@
 """Every error Tunegate raises on purpose, and the exit code it ends with.
 
 TunegateError
+├── GateError             exit 1: a gate said no, so nothing was changed
 ├── InputError            exit 2: what you gave is wrong; trying again changes nothing
 │   ├── ConfigError         a preset, a `--set`, a model or a task name
 │   └── DataError           rows, files, the data contract
@@ -43,6 +44,12 @@ class TunegateError(Exception):
         return "\n".join(str(problem) for problem in self.problems)
 
 
+class GateError(TunegateError):
+    """A gate said no, so nothing was changed."""
+
+    exit_code = 1
+
+
 class InputError(TunegateError, ValueError):
     """What the user gave is wrong."""
 
@@ -76,7 +83,7 @@ class TransientError(InfrastructureError):
 ERRORS: dict[str, type[TunegateError]] = {
     cls.__name__: cls
     for cls in (
-        TunegateError, InputError, ConfigError, DataError,
+        TunegateError, GateError, InputError, ConfigError, DataError,
         InfrastructureError, StoreError, WorkerError, TransientError,
     )
 }  # fmt: skip

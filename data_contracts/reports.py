@@ -4,6 +4,7 @@ Paths are relative to the store's root, so a store can be moved. All are frozen 
 keeps as JSON.
 """
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -88,7 +89,9 @@ class BaseModelRef(Report):
     digest: str
     path: str  # relative to the store, or a hub id's local folder
     note: str  # what "full precision" means for this base
-    revision: str | None = None
+    revision: str | None
+    stops: list[str]  # tokens that end an answer
+    chat_template: str | None  # given to a base that has none of its own
 
 
 class AdapterRef(Report):
@@ -102,7 +105,6 @@ class LossPoint(Report):
     step: int
     loss_nats: float
     learning_rate: float
-    tokens: int
     seconds: float
 
 
@@ -135,6 +137,14 @@ class TrainReport(Report):
     device: str
 
 
+class EvalTarget(Report):
+    """A model to score: the base itself, or an adapter on the base in the form that it was trained on."""
+
+    name: str
+    method: Literal["lora", "qlora"]
+    adapter: AdapterRef | None = None  # its folder may be absolute: the registry's
+
+
 class SampleAnswer(Report):
     question: str
     reference: str
@@ -158,7 +168,6 @@ class EvalReport(Report):
     adapter_sha256: str | None
     items_sha256: str
     nll_nats: float | None
-    perplexity: float | None
     accuracy: float | None
     accuracy_interval: Interval | None
     lexical_baseline_accuracy: float | None
@@ -168,6 +177,10 @@ class EvalReport(Report):
     answers: list[SampleAnswer]
     seconds: float
 
+    @property
+    def perplexity(self) -> float | None:
+        return None if self.nll_nats is None else math.exp(self.nll_nats)
+
 
 # --- verdict ------------------------------------------------------------------------------------------------
 
@@ -175,8 +188,9 @@ class EvalReport(Report):
 class Comparison(Report):
     """LoRA against QLoRA: quality paired by item, memory and speed by process."""
 
+    candidate: str
     nll_nats: dict[str, float]
-    nll_gain_ci95: dict[str, Interval]  # base minus arm, nats per token
+    nll_gain_ci95: dict[str, Interval]  # base minus model, for the champion champion minus candidate; nats per token
     accuracy: dict[str, float]
     accuracy_gain_ci95: dict[str, Interval]
     retention: float | None
@@ -209,7 +223,14 @@ class ModelVersion(Report):
     version: str
     aliases: list[str]
     run_id: str
-    answer: str | None = None
+
+
+class LoadedBack(Report):
+    """What the registered version answered in a fresh process, and whether it is what was evaluated."""
+
+    question: str
+    answer: str
+    as_evaluated: bool | None  # None if no sample question was evaluated
 
 
 class RecordedRun(Report):
@@ -238,5 +259,6 @@ class RunReport(Report):
     gate: GateReport
     recorded: RecordedRun
     model: ModelVersion
+    loaded_back: LoadedBack
     stages: list[Stage]
     html: str

@@ -1,8 +1,8 @@
 """The store: the only module that knows where files lie. One folder to back up.
 
-    ROOT/mlflow.db          MLflow's database
-    ROOT/artifacts/         MLflow's artifacts
-    ROOT/store/             snapshots, data sets, bases, adapters, evaluations, the ledger, Prefect's state
+ROOT/mlflow.db          MLflow's database
+ROOT/artifacts/         MLflow's artifacts
+ROOT/store/             snapshots, data sets, bases, adapters, evaluations, the ledger, Prefect's state
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_contracts.errors import Problem, StoreError
-from data_contracts.reports import FileRef
+from data_contracts.reports import FileRef, RunReport
 
 _FREE_BYTES_NEEDED = 2 * 1024**3  # the default base (0.5 GB) twice while it is converted, checkpoints, artifacts
 
@@ -72,6 +72,11 @@ class Store:
             draft.rename(final)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+
+    def write_report(self, report: RunReport) -> None:
+        """Keep a finished run's report under its run id."""
+        with self.publish("runs", report.run_id) as folder:
+            (folder / "report.json").write_text(report.model_dump_json(indent=1))
 
     def check_room(self, needed: int = _FREE_BYTES_NEEDED) -> None:
         """Raise StoreError before the work starts if the disk cannot hold it."""

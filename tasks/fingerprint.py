@@ -1,0 +1,51 @@
+"""What a stage's result depends on, besides its inputs: our code that it uses, and library versions."""
+
+import ast
+import hashlib
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+_ROOT = Path(__file__).parent.parent
+_OURS = ("tasks", "data_contracts", "flows")
+
+
+@cache
+def code_digest(modules: tuple[str, ...]) -> str:
+    """Hex sha256 over the named modules and everything of ours that they import, directly or not.
+
+    Taken over the syntax tree, so a comment or a blank line changes nothing.
+    """
+    found: dict[str, str] = {}
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        file = _file(name)
+        if name in found or file is None:
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        found[name] = ast.dump(tree)
+        waiting += _imports(tree)
+    return hashlib.sha256("\n".join(f"{name} {found[name]}" for name in sorted(found)).encode()).hexdigest()
+
+
+def library_versions(names: tuple[str, ...]) -> dict[str, str]:
+    """Installed versions by distribution name."""
+    return {name: version(name) for name in names}
+
+
+def _file(module: str) -> Path | None:
+    if module.partition(".")[0] not in _OURS:
+        return None
+    base = _ROOT.joinpath(*module.split("."))
+    return next((file for file in (base.with_suffix(".py"), base / "__init__.py") if file.exists()), None)
+
+
+def _imports(tree: ast.Module) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names

@@ -1,0 +1,109 @@
+"""Every retry, timeout and cache policy of the project, on one screen.
+
+A stage's cache key is its name, its arguments (the configuration it uses and the digests of its inputs), the code of the
+modules it uses and the versions of the libraries that shape its result. It holds no run id and no path.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.tasks import exponential_backoff
+from pydantic import BaseModel
+
+from data_contracts.errors import TransientError
+from data_contracts.reports import AdapterRef, BaseModelRef, FileRef
+from tasks.fingerprint import code_digest, library_versions
+from tasks.stores import Store
+
+_RETRIES, _FIRST_DELAY_SECONDS = 3, 2
+_HOURS = 3600
+
+# Dials that change how a result is reached, not what it is.
+_NOT_IDENTITY = frozenset({"store", "methods", "threads", "checkpoint_steps"})
+_MODEL_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Policy:
+    code: tuple[str, ...]  # modules whose code, with what they import of ours, is part of the key
+    libraries: tuple[str, ...] = ()
+    timeout_seconds: float = 1 * _HOURS
+
+
+POLICIES = {
+    "ingest": Policy(("tasks.ingest", "tasks.workers.build_python_docs"), ("pyarrow",)),
+    "validate": Policy(("tasks.validate",), ("great-expectations",)),
+    "curate": Policy(("tasks.curate",), ("rensa",)),
+    "prepare_base": Policy(("tasks.workers.prepare_base",), ("transformers",), 6 * _HOURS),
+    "init_adapter": Policy(("tasks.workers.init_adapter",), ("torch", "peft")),
+    "train": Policy(("tasks.train", "tasks.workers.train_adapter"), _MODEL_LIBRARIES, 7 * 24 * _HOURS),
+    "evaluate": Policy(
+        ("tasks.evaluate", "tasks.workers.evaluate_models"), (*_MODEL_LIBRARIES, "lm-eval"), 24 * _HOURS
+    ),
+    "compare": Policy(("tasks.compare",), ("scipy", "numpy")),
+    "gate": Policy(("tasks.core.gates",)),
+    "record": Policy(("tasks.tracking",), ("mlflow",)),
+    "register": Policy(("tasks.registry", "tasks.workers.served_model"), ("mlflow",)),
+    "load_back": Policy(("tasks.workers.ask_model",), ("mlflow", *_MODEL_LIBRARIES)),
+    "promote": Policy(("tasks.registry",)),
+    "report": Policy(("tasks.report",), ("matplotlib",)),
+}
+
+
+def stage(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function the Prefect task of a stage: cached by content, retried only if the error may pass."""
+    policy = POLICIES[name]
+    return task(
+        name=name,
+        persist_result=True,
+        result_serializer="json",  # never pickle
+        cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda _, arguments: stage_key(name, arguments)),
+        retries=_RETRIES,
+        retry_delay_seconds=exponential_backoff(_FIRST_DELAY_SECONDS),
+        retry_jitter_factor=0.5,
+        retry_condition_fn=_may_pass(),
+        timeout_seconds=policy.timeout_seconds,
+    )
+
+
+def stage_key(name: str, arguments: dict[str, Any]) -> str:
+    """Content key of a stage: hex sha256, led by the stage's name for whoever looks into the folder."""
+    policy = POLICIES[name]
+    parts = {
+        "arguments": _plain(arguments),
+        "code": code_digest(policy.code),
+        "libraries": library_versions(policy.libraries),
+    }
+    return f"{name}-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}"
+
+
+def _plain(value: Any) -> Any:
+    """Arguments as JSON; files, adapters and bases by their content, wherever they lie."""
+    if isinstance(value, FileRef | AdapterRef):
+        return value.sha256
+    if isinstance(value, BaseModelRef):
+        return value.digest
+    if isinstance(value, BaseModel):
+        return _plain(dict(value))
+    if isinstance(value, dict):
+        items = {str(key): _plain(item) for key, item in value.items() if key not in _NOT_IDENTITY}
+        return items
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Store):
+        raise TypeError("a store is a place, not an input: name its argument `store`")
+    return value
+
+
+def _may_pass() -> Callable[[Any, Any, Any], bool]:
+    # Prefect calls only plain functions here: a partial, a method or a callable object silently never retries.
+    def condition(task: Any, task_run: Any, state: Any) -> bool:
+        error = state.result(raise_on_failure=False)
+        return isinstance(error, TransientError | ConnectionError) or "database is locked" in str(error)
+
+    return condition

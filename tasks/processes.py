@@ -1,0 +1,126 @@
+"""Run a worker as a child process: its memory returns on exit, and whatever kills it becomes an error with a cause."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from data_contracts.errors import ERRORS, Problem, TransientError, WorkerError
+
+_LOG_LINES_SHOWN = 12
+_SECONDS_BETWEEN_LINES = 15.0
+Event = dict[str, Any]
+
+
+def run_worker(module: str, spec: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Run `python -m module spec.json out/` with live progress on stderr and return its report.
+
+    A worker that has already ended well with the same spec is not run again. Raises what the worker raised,
+    TransientError if a signal killed it (it goes on from its checkpoint when tried again), WorkerError otherwise.
+    """
+    spec_file, report_file = out / "spec.json", out / "report.json"
+    text = json.dumps(spec, indent=1, sort_keys=True)
+    if report_file.exists() and spec_file.exists() and spec_file.read_text() == text:
+        return dict(json.loads(report_file.read_text()))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "error.json").unlink(missing_ok=True)
+    report_file.unlink(missing_ok=True)
+    spec_file.write_text(text)
+    with (out / "worker.log").open("a") as log, Display(module.rpartition(".")[2].replace("_", " ")) as display:
+        command = [sys.executable, "-m", module, str(spec_file), str(out)]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment())
+        try:
+            _follow(child, display.show)
+        finally:
+            _end(child)
+    if child.returncode != 0:
+        raise _error(child.returncode, module, out)
+    return dict(json.loads(report_file.read_text()))
+
+
+def _environment() -> dict[str, str]:
+    # The worker decides on its threads itself; a limit the user has set is kept.
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _follow(child: "subprocess.Popen[str]", show: Callable[[Event], None]) -> None:
+    assert child.stdout is not None  # asked for with PIPE
+    for line in child.stdout:
+        if line.startswith('{"event"'):
+            show(json.loads(line))
+    child.wait()
+
+
+def _end(child: "subprocess.Popen[str]") -> None:
+    """No worker outlives its task."""
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+    if child.stdout:
+        child.stdout.close()
+
+
+def _error(code: int, module: str, out: Path) -> Exception:
+    if (out / "error.json").exists():
+        told = json.loads((out / "error.json").read_text())
+        return ERRORS[told["error"]](*(Problem(**problem) for problem in told["problems"]))
+    log = out / "worker.log"
+    if code < 0:
+        act = "it goes on from its last checkpoint; if memory ran out: lower train.batch_tokens, or free some"
+        return TransientError(Problem(f"killed by signal {-code}", module, act=act))
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES_SHOWN:])
+    return WorkerError(Problem(f"ended with code {code}:\n{tail}", module, act=f"read {log}"))
+
+
+class Display:
+    """A worker's progress on stderr: a bar in a terminal, a line every 15 seconds elsewhere."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, transient=True,
+            disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self.line = self.bar.add_task(title, total=None, note="")
+        self.last_line = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, event: Event) -> None:
+        kind = event["event"]
+        if kind == "note":
+            self.console.print(f"  {event['text']}", style="dim", markup=False)
+        elif kind == "device":
+            device = f"{event['device']}, {event['precision']} ({event['precision_reason']})"
+            threads = f"{event['threads']} threads ({event['threads_reason']})"
+            self.console.print(f"  {device}; {threads}", style="dim", markup=False)
+        elif kind == "start" and event["step"]:
+            self.console.print(f"  resuming from step {event['step']}", style="dim")
+        elif kind == "step":
+            self._advance(self.title, event["step"], event["of"], f"loss {event['loss_nats']:.3f}")
+        elif kind == "progress":
+            self._advance(event["what"], event["done"], event["of"], "")
+
+    def _advance(self, what: str, done: int, of: int, note: str) -> None:
+        self.bar.update(self.line, description=what, completed=done, total=of, note=note)
+        if not self.console.is_terminal and time.monotonic() - self.last_line > _SECONDS_BETWEEN_LINES:
+            self.last_line = time.monotonic()
+            self.console.print(f"  {what}: {done} of {of} {note}", style="dim", markup=False)

@@ -1,0 +1,289 @@
+"""Model versions: registered with their evidence, loaded back in a fresh process, promoted and rolled back."""
+
+import json
+import shutil
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from data_contracts.errors import ConfigError, GateError, Problem, StoreError
+from data_contracts.reports import (
+    AdapterRef,
+    BaseModelRef,
+    DatasetManifest,
+    EvalReport,
+    EvalTarget,
+    GateReport,
+    LoadedBack,
+    ModelVersion,
+    RecordedRun,
+    TrainReport,
+)
+from data_contracts.run_spec import RunSpec, StoreSpec
+from tasks.processes import run_worker
+from tasks.stores import Store
+from tasks.tracking import KEY_TAG, connect, open_experiment, resumed
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion as MlflowVersion
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+_CODE = Path(__file__).parent / "workers" / "served_model.py"
+_EXAMPLE = "What do you know?"
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version as the registry knows it, with where its adapter lies."""
+
+    name: str
+    version: str
+    method: Literal["lora", "qlora"]
+    adapter: str
+    adapter_sha256: str
+    base_digest: str
+    verdict: str
+    run_id: str
+
+
+def register_version(
+    spec: RunSpec,
+    key: str,
+    base: BaseModelRef,
+    arm: TrainReport,
+    scores: EvalReport,
+    dataset: DatasetManifest,
+    gate: GateReport,
+    recorded: RecordedRun,
+) -> ModelVersion:
+    """Make the arm a new version under alias `challenger`; the version of the same key is used again."""
+    client = connect(spec.store)
+    name = spec.model.name
+    open_experiment(client, spec.store, name)
+    found = client.search_model_versions(f"name = '{name}' and tags.`{KEY_TAG}` = '{key}'")
+    if found:
+        version = str(found[0].version)
+    else:
+        version = _log_model(spec, base, arm, scores, recorded)
+        tags = {
+            KEY_TAG: key,
+            "tunegate.method": arm.method,
+            "tunegate.adapter_sha256": arm.adapter.sha256,
+            "tunegate.base": base.name,
+            "tunegate.base_digest": base.digest,
+            "tunegate.snapshot": dataset.snapshot_id,
+            "tunegate.verdict": gate.verdict,
+            "tunegate.run": recorded.mlflow_run_id,
+        }
+        for tag, value in tags.items():
+            client.set_model_version_tag(name, version, tag, value)
+    client.set_registered_model_alias(name, CHALLENGER, version)
+    run_id = recorded.arm_run_ids[arm.method]
+    return version_now(spec.store, ModelVersion(name=name, version=version, aliases=[], run_id=run_id))
+
+
+def _log_model(spec: RunSpec, base: BaseModelRef, arm: TrainReport, scores: EvalReport, recorded: RecordedRun) -> str:
+    import mlflow
+    from mlflow.models import infer_signature
+
+    store = Store(Path(spec.store.root))
+    meta = {
+        "base": base.name,
+        "base_digest": base.digest,
+        "base_path": base.path if not Path(base.path).is_absolute() else "",
+        "base_revision": base.revision,
+        "method": arm.method,
+        "precision": arm.precision,
+        "system_prompt": spec.data.system_prompt,
+        "stops": base.stops,
+        "chat_template": base.chat_template,
+    }
+    signature = infer_signature([_EXAMPLE], ["..."], params={"max_new_tokens": 64})
+    with tempfile.TemporaryDirectory() as folder, resumed(recorded.arm_run_ids[arm.method]):
+        meta_file = Path(folder) / "meta.json"
+        meta_file.write_text(json.dumps(meta, indent=1))
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(_CODE),
+            artifacts={"adapter": str(store.path(arm.adapter.folder)), "meta": str(meta_file)},
+            signature=signature,
+            input_example=[_EXAMPLE],
+            pip_requirements=["mlflow", "torch", "transformers", "peft", "bitsandbytes", "accelerate"],
+            registered_model_name=spec.model.name,
+        )
+        metrics = {"nll_nats": scores.nll_nats, "accuracy": scores.accuracy}
+        mlflow.log_metrics({k: v for k, v in metrics.items() if v is not None}, model_id=info.model_id)
+    return str(info.registered_model_version)
+
+
+def ask_version(store: StoreSpec, uri: str, questions: list[str], max_new_tokens: int) -> list[str]:
+    """Load a version in a fresh process and put questions to it."""
+    place = Store(Path(store.root))
+    spec = {
+        "tracking_uri": store.mlflow_uri or place.database_uri,
+        "model": uri,
+        "questions": questions,
+        "max_new_tokens": max_new_tokens,
+    }
+    out = place.files / "asks" / uuid.uuid4().hex
+    answers = run_worker("tasks.workers.ask_model", spec, out)["answers"]
+    shutil.rmtree(out)  # only a failed one is kept, with its log
+    return [str(answer) for answer in answers]
+
+
+def load_back(store: StoreSpec, model: ModelVersion, scores: EvalReport, sample_tokens: int) -> LoadedBack:
+    """Ask the registered version what was asked in the evaluation. Raises StoreError if it answers nothing."""
+    sample = scores.answers[0] if scores.answers else None
+    question = sample.question if sample else _EXAMPLE
+    uri = f"models:/{model.name}/{model.version}"
+    (answer,) = ask_version(store, uri, [question], sample_tokens)
+    if not answer and (sample is None or sample.answer):
+        raise StoreError(
+            Problem("the registered model answers nothing", uri, act="it was not promoted; look at its run")
+        )
+    return LoadedBack(question=question, answer=answer, as_evaluated=answer == sample.answer if sample else None)
+
+
+def resolve(store: StoreSpec, uri: str) -> Registered:
+    """A version by `models:/NAME/VERSION` or `models:/NAME@ALIAS`. Raises ConfigError, saying what there is."""
+    from mlflow.exceptions import MlflowException
+
+    client = connect(store)
+    rest = uri.removeprefix("models:/")
+    name, at, label = rest.partition("@") if "@" in rest else rest.partition("/")
+    if rest == uri or not at or not name or not label:
+        raise ConfigError(
+            Problem(f"not a model URI: {uri!r}", "--model", act="models:/NAME/VERSION or models:/NAME@champion")
+        )
+    try:
+        found = client.get_model_version_by_alias(name, label) if at == "@" else client.get_model_version(name, label)
+    except MlflowException as error:
+        raise ConfigError(Problem(f"the registry has no {uri}", "--model", act=_offer(client, name))) from error
+    return _registered(client, found)
+
+
+def champion(store: StoreSpec, name: str) -> Registered | None:
+    """The version in production, or None."""
+    client = connect(store)
+    version = _alias(client, name, CHAMPION)
+    return None if version is None else _registered(client, client.get_model_version(name, version))
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The champion that a candidate must not be worse than. target is None if it stands on another base."""
+
+    label: str
+    target: EvalTarget | None
+
+
+def rival(store: StoreSpec, name: str, candidate: AdapterRef, base: BaseModelRef) -> Rival | None:
+    """The champion, unless there is none or the candidate is the champion itself.
+
+    A champion on another base cannot be scored on this one: its numbers are then missing, and its gate fails.
+    """
+    found = champion(store, name)
+    if found is None or found.adapter_sha256 == candidate.sha256:
+        return None
+    target = EvalTarget(
+        name="champion",
+        method=found.method,
+        adapter=AdapterRef(folder=found.adapter, sha256=found.adapter_sha256),
+    )
+    return Rival(f"{name} version {found.version}", target if found.base_digest == base.digest else None)
+
+
+def _alias(client: "MlflowClient", name: str, alias: str) -> str | None:
+    models = client.search_registered_models(f"name = '{name}'")
+    return str(models[0].aliases[alias]) if models and alias in models[0].aliases else None
+
+
+def _registered(client: "MlflowClient", found: "MlflowVersion") -> Registered:
+    import mlflow
+
+    tags = found.tags
+    if "tunegate.adapter_sha256" not in tags:
+        raise ConfigError(Problem(f"{found.name} version {found.version} was not registered by Tunegate", "--model"))
+    folder = mlflow.artifacts.download_artifacts(f"models:/{found.name}/{found.version}")
+    return Registered(
+        name=found.name,
+        version=str(found.version),
+        method="qlora" if tags["tunegate.method"] == "qlora" else "lora",
+        adapter=str(Path(folder) / "artifacts" / "adapter"),
+        adapter_sha256=tags["tunegate.adapter_sha256"],
+        base_digest=tags["tunegate.base_digest"],
+        verdict=tags["tunegate.verdict"],
+        run_id=tags["tunegate.run"],
+    )
+
+
+def _offer(client: "MlflowClient", name: str) -> str:
+    versions = client.search_model_versions(f"name = '{name}'")
+    if versions:
+        return f"{name} has versions {', '.join(sorted(str(v.version) for v in versions))}"
+    names = sorted(model.name for model in client.search_registered_models())
+    return f"registered models: {', '.join(names)}" if names else "nothing is registered in this store yet"
+
+
+# --- promotion ----------------------------------------------------------------------------------------------
+
+
+def promote_version(
+    store: StoreSpec, name: str, version: str | None, override: bool = False, reason: str = ""
+) -> ModelVersion:
+    """Point `champion` at a version (the challenger if none is named) whose gates passed; history keeps the move.
+
+    Raises GateError if its gates did not pass and there is no override, ConfigError if there is no such version.
+    """
+    client = connect(store)
+    chosen = version or _alias(client, name, CHALLENGER)
+    if chosen is None:
+        raise ConfigError(Problem(f"{name} has no challenger to promote", "promote", act=_offer(client, name)))
+    found = resolve(store, f"models:/{name}/{chosen}")
+    if found.verdict != "pass" and not override:
+        act = 'look at its gates with `tunegate compare`, or overrule them: --override --reason "why"'
+        raise GateError(Problem(f"the gates of {name} version {chosen} say {found.verdict}", "promote", "pass", act))
+    return _move(client, store, found, "promote", reason or f"gates: {found.verdict}")
+
+
+def rollback_version(store: StoreSpec, name: str) -> ModelVersion:
+    """Point `champion` back at the version before the last promotion. Raises ConfigError if there was none."""
+    client = connect(store)
+    standing: list[str] = []
+    for entry in _history(store, name):
+        standing = standing[:-1] if entry["act"] == "rollback" else [*standing, entry["to"]]
+    if len(standing) < 2:
+        raise ConfigError(Problem(f"{name} has no champion before this one", "rollback", act=_offer(client, name)))
+    found = resolve(store, f"models:/{name}/{standing[-2]}")
+    return _move(client, store, found, "rollback", f"back from version {standing[-1]}")
+
+
+def _move(client: "MlflowClient", store: StoreSpec, to: Registered, act: str, reason: str) -> ModelVersion:
+    before = _alias(client, to.name, CHAMPION)
+    if before != to.version:
+        client.set_registered_model_alias(to.name, CHAMPION, to.version)
+        entry = {"name": to.name, "act": act, "from": before, "to": to.version, "reason": reason}
+        with _history_file(store).open("a") as file:
+            file.write(json.dumps({**entry, "unix_seconds": time.time()}) + "\n")
+    return version_now(store, ModelVersion(name=to.name, version=to.version, aliases=[], run_id=to.run_id))
+
+
+def version_now(store: StoreSpec, model: ModelVersion) -> ModelVersion:
+    """The version with the aliases it has at this moment."""
+    found = connect(store).get_model_version(model.name, model.version)
+    return model.model_copy(update={"aliases": sorted(found.aliases)})
+
+
+def _history(store: StoreSpec, name: str) -> list[dict[str, Any]]:
+    """Every move of a model's champion alias, oldest first."""
+    file = _history_file(store)
+    entries = [json.loads(line) for line in file.open()] if file.exists() else []
+    return [entry for entry in entries if entry["name"] == name]
+
+
+def _history_file(store: StoreSpec) -> Path:
+    return Store(Path(store.root)).files / "promotions.jsonl"

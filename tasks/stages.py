@@ -1,0 +1,129 @@
+"""The Prefect tasks: one for each stage, thin. What each does lies in the module it calls; policies in policies.py."""
+
+from data_contracts.reports import (
+    AdapterRef,
+    BaseModelRef,
+    Comparison,
+    DatasetManifest,
+    EvalReport,
+    EvalTarget,
+    FileRef,
+    GateReport,
+    LoadedBack,
+    ModelVersion,
+    RecordedRun,
+    Snapshot,
+    TrainReport,
+    ValidatedData,
+)
+from data_contracts.run_spec import (
+    ContractSpec,
+    CurateSpec,
+    DataSpec,
+    EvaluateSpec,
+    GateSpec,
+    RunSpec,
+    StoreSpec,
+    TrainSpec,
+)
+from tasks import base as bases
+from tasks import compare as comparisons
+from tasks import curate as curation
+from tasks import evaluate as evaluation
+from tasks import ingest as ingestion
+from tasks import registry, report, tracking, train, validate
+from tasks.core.gates import judge
+from tasks.policies import stage, stage_key
+from tasks.stores import Store
+
+
+@stage("ingest")
+def ingest(store: Store, data: DataSpec, sources: dict[str, str]) -> Snapshot:
+    return ingestion.ingest(store, data)
+
+
+@stage("validate")
+def check(store: Store, snapshot: Snapshot, contract: ContractSpec) -> ValidatedData:
+    return validate.validate(store, snapshot, contract)
+
+
+@stage("curate")
+def curate(store: Store, validated: ValidatedData, spec: CurateSpec, scope: str) -> DatasetManifest:
+    return curation.curate(store, validated, spec, scope)
+
+
+@stage("prepare_base")
+def prepare_base(store: Store, base: str, revision: str | None, identity: str) -> BaseModelRef:
+    return bases.prepare_base(store, base, revision)
+
+
+@stage("init_adapter")
+def init_adapter(store: Store, base: BaseModelRef, dials: TrainSpec) -> AdapterRef:
+    return bases.init_adapter(store, base, dials)
+
+
+@stage("train")
+def train_arm(
+    store: Store, method: str, base: BaseModelRef, step0: AdapterRef, rows: FileRef, validation: FileRef,
+    dials: TrainSpec, precision: str,
+) -> TrainReport:  # fmt: skip
+    inputs = {"method": method, "base": base, "step0": step0, "rows": rows, "validation": validation}
+    key = stage_key("train", {**inputs, "dials": dials, "precision": precision})
+    return train.train_arm(store, key, method, base, step0, rows, validation, dials, precision)
+
+
+@stage("evaluate")
+def evaluate(
+    store: Store, base: BaseModelRef, test: FileRef, targets: list[EvalTarget], spec: EvaluateSpec,
+    max_tokens: int, precision: str, confidence: float,
+) -> list[EvalReport]:  # fmt: skip
+    return evaluation.evaluate_targets(store, base, test, targets, spec, max_tokens, precision, confidence)
+
+
+@stage("compare")
+def compare(
+    store: Store, arms: list[TrainReport], evaluations: list[EvalReport], candidate: str, gates: GateSpec
+) -> Comparison:
+    return comparisons.compare_models(store, arms, evaluations, candidate, gates)
+
+
+@stage("gate")
+def gate(comparison: Comparison, gates: GateSpec, champion: str | None, has_baseline: bool) -> GateReport:
+    return judge(comparison, gates, champion, has_baseline)
+
+
+@stage("record")
+def record(
+    spec: RunSpec, dataset: DatasetManifest, arms: list[TrainReport], evaluations: list[EvalReport],
+    comparison: Comparison, gates: GateReport,
+) -> RecordedRun:  # fmt: skip
+    inputs = {"dataset": dataset, "arms": arms, "evaluations": evaluations, "comparison": comparison, "gates": gates}
+    key = stage_key("record", {"spec": spec, **inputs})
+    return tracking.record_run(spec, key, dataset, arms, evaluations, comparison, gates)
+
+
+@stage("register")
+def register(
+    spec: RunSpec, base: BaseModelRef, arm: TrainReport, scores: EvalReport, dataset: DatasetManifest,
+    gates: GateReport, recorded: RecordedRun,
+) -> ModelVersion:  # fmt: skip
+    key = stage_key("register", {"arm": arm, "gates": gates, "recorded": recorded})
+    return registry.register_version(spec, key, base, arm, scores, dataset, gates, recorded)
+
+
+@stage("load_back")
+def load_back(store: StoreSpec, model: ModelVersion, scores: EvalReport, sample_tokens: int) -> LoadedBack:
+    return registry.load_back(store, model, scores, sample_tokens)
+
+
+@stage("promote")
+def promote(store: StoreSpec, model: ModelVersion, loaded_back: LoadedBack) -> ModelVersion:
+    return registry.promote_version(store, model.name, model.version)
+
+
+@stage("report")
+def write_report(
+    store: Store, spec: RunSpec, dataset: DatasetManifest, arms: list[TrainReport], evaluations: list[EvalReport],
+    comparison: Comparison, gates: GateReport, recorded: RecordedRun, model: ModelVersion,
+) -> str:  # fmt: skip
+    return report.write_report(store, spec, dataset, arms, evaluations, comparison, gates, recorded, model)

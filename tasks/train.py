@@ -1,0 +1,47 @@
+"""Train one arm in a child process that can be killed and goes on from its last checkpoint."""
+
+import shutil
+from typing import Any
+
+from data_contracts.reports import AdapterRef, BaseModelRef, FileRef, LossPoint, TrainReport
+from data_contracts.run_spec import TrainSpec
+from tasks.base import adapter_ref, base_folder
+from tasks.processes import run_worker
+from tasks.stores import Store
+
+
+def train_arm(
+    store: Store,
+    key: str,
+    method: str,
+    base: BaseModelRef,
+    step0: AdapterRef,
+    rows: FileRef,
+    validation: FileRef,
+    train: TrainSpec,
+    precision: str,
+) -> TrainReport:
+    """Run the worker in a folder named by the stage's key, so that the same work finds its own checkpoints."""
+    store.check_room()
+    out = store.files / "training" / f"{method}-{key[-16:]}"
+    spec: dict[str, Any] = train.model_dump(exclude={"methods"}) | {
+        "method": method,
+        "base": str(base_folder(store, base)),
+        "base_name": base.name,
+        "step0": str(store.path(step0.folder)),
+        "train": str(store.path(rows)),
+        "validation": str(store.path(validation)),
+        "precision": precision,
+    }
+    report = run_worker("tasks.workers.train_adapter", spec, out)
+    for checkpoint in out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)  # the arm is complete: its optimiser state is of no more use
+    loss = [LossPoint(**point) for point in report.pop("loss")]
+    return TrainReport(
+        **report,
+        seed=train.seed,
+        adapter=adapter_ref(store, out / "adapter"),
+        step0_sha256=step0.sha256,
+        useful_tokens_per_s=report["train_tokens"] / report["train_seconds"],
+        loss=loss,
+    )

@@ -1,0 +1,149 @@
+"""Score models with lm-eval: `python -m tasks.workers.evaluate_models spec.json out/`.
+
+spec: base, test, targets [{name, method, adapter or null}] and the dials of data_contracts.run_spec.EvaluateSpec.
+Each base is loaded once: in full precision for the base itself and LoRA adapters, in NF4 for QLoRA adapters. Writes
+out/NAME/samples.jsonl (task, row_id, value, tokens) for every target.
+"""
+
+import gc
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from peft import PeftModel
+
+from data_contracts.errors import ConfigError, Problem
+from tasks.workers.bases import load_base
+from tasks.workers.chat import Chat, load_chat
+from tasks.workers.device import choose_device
+from tasks.workers.domain_tasks import DOMAIN_TASKS, Item, build_items, domain_choice, domain_nll
+from tasks.workers.harness import main, say
+from tasks.workers.packed_lm import PackedLM
+
+Target = dict[str, Any]
+
+
+def evaluate_models(spec: dict[str, Any], out: Path) -> dict[str, Any]:
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    device = choose_device(spec["precision"], spec["threads"])
+    chat = load_chat(Path(spec["base"]))
+    items = build_items(Path(spec["test"]), chat, spec["max_items"], spec["max_tokens"])
+    tasks = load_tasks(spec["tasks"], items)
+    results: dict[str, Any] = {}
+    for method in ("lora", "qlora"):
+        targets = [target for target in spec["targets"] if target["method"] == method]
+        if not targets:
+            continue
+        say("note", text=f"loading the base ({'NF4' if method == 'qlora' else device.precision})")
+        model: Any = load_base(Path(spec["base"]), method, device)
+        for target in targets:
+            results[target["name"]] = score(target, model, chat, tasks, items, spec, out)
+        del model
+        gc.collect()
+    return {"results": results, "items": len(items), "overlap_accuracy": overlap_accuracy(items)}
+
+
+def score(
+    target: Target, model: Any, chat: Chat, tasks: dict[str, Any], items: list[Item], spec: dict[str, Any], out: Path
+) -> dict[str, Any]:
+    """Attach the target's adapter, run every task, answer the sample questions, take the adapter off again."""
+    started = time.monotonic()
+    tuned = PeftModel.from_pretrained(model, target["adapter"]).eval() if target["adapter"] else model
+    lm = PackedLM(tuned, chat, spec["batch_tokens"], spec["max_tokens"], target["name"])
+    for task in tasks.values():
+        task._instances = None  # built anew for each model: they keep the last model's answers
+    limits = {name: None if name in DOMAIN_TASKS else spec["task_limit"] for name in tasks}
+    scores, samples = [], []
+    for limit in set(limits.values()):
+        chosen = {name: task for name, task in tasks.items() if limits[name] == limit}
+        result: Any = evaluate(lm, {"tasks": chosen}, limit=limit, bootstrap_iters=0, log_samples=True)
+        scores += read_scores(result["results"], result["n-samples"])
+        samples += [line for name in chosen for line in read_samples(name, result["samples"][name])]
+    folder = out / target["name"]
+    folder.mkdir(exist_ok=True)
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+    answers = [answer(tuned, chat, item, spec["sample_tokens"]) for item in items[: spec["sample_questions"]]]
+    if target["adapter"]:
+        tuned.unload()
+    return {"scores": scores, "answers": answers, "seconds": time.monotonic() - started}
+
+
+def load_tasks(names: list[str], items: list[Item]) -> dict[str, Any]:
+    """Our two tasks from the items, any other by name from lm-eval (its index takes seconds to build)."""
+    tasks: dict[str, Any] = {}
+    if "domain_nll" in names:
+        tasks["domain_nll"] = domain_nll(items)
+    with_choices = [item for item in items if item["choices"]]
+    if "domain_choice" in names and with_choices:
+        tasks["domain_choice"] = domain_choice(with_choices)
+    others = [name for name in names if name not in DOMAIN_TASKS]
+    if others:
+        manager = TaskManager()
+        unknown = [name for name in others if name not in manager.all_tasks]
+        if unknown:
+            raise ConfigError(*(Problem(f"lm-eval has no task {name!r}", "evaluate.tasks",
+                                        act="list them with: lm-eval ls tasks") for name in unknown))  # fmt: skip
+        tasks |= _fetch(manager, others)
+    return tasks
+
+
+def _fetch(manager: TaskManager, names: list[str]) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = manager.load(names)["tasks"]
+    except (OSError, ConnectionError, ValueError) as error:
+        raise ConfigError(Problem(f"the data of {', '.join(names)} cannot be had: {error}", "evaluate.tasks",
+                                  act="go online once so that they are cached, or take the task out")) from error  # fmt: skip
+    return loaded
+
+
+def read_scores(results: dict[str, Any], counts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Flatten lm-eval's `metric,filter` keys."""
+    return [
+        {"task": task, "metric": key.split(",")[0], "value": value, "items": counts[task]["effective"]}
+        for task, metrics in results.items()
+        for key, value in metrics.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and "stderr" not in key and "," in key
+    ]
+
+
+def read_samples(task: str, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line per item and metric: the paired statistics are computed from these."""
+    return [
+        {"task": task, "metric": metric, "row_id": sample["doc"].get("row_id", sample["doc_hash"]),
+         "value": sample[metric], "tokens": sample["doc"].get("tokens")}
+        for sample in samples
+        for metric in sample["metrics"]
+        if isinstance(sample[metric], int | float)
+    ]  # fmt: skip
+
+
+def overlap_accuracy(items: list[Item]) -> float | None:
+    """How often word overlap alone picks the true answer: the bar a model must clear to have understood anything."""
+    with_choices = [item for item in items if item["choices"]]
+    if not with_choices:
+        return None
+    right = sum(bool(item["overlap_guess"] == item["label"]) for item in with_choices)
+    return right / len(with_choices)
+
+
+@torch.inference_mode()
+def answer(model: Any, chat: Chat, item: Item, most_tokens: int) -> dict[str, str]:
+    """The model's greedy answer to an item's question."""
+    ids = torch.tensor([chat.encode(item["prompt"])], device=model.device)
+    stops = chat.stop_ids
+    written = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=most_tokens, do_sample=False,
+        eos_token_id=stops, pad_token_id=stops[0], use_cache=True,
+    )[0, ids.shape[1] :]  # fmt: skip
+    text = chat.tokenizer.decode(written, skip_special_tokens=True)
+    reference = str(chat.tokenizer.decode(chat.encode(item["completion"]), skip_special_tokens=True))
+    return {"question": item["question"], "reference": reference.strip(), "answer": str(text).strip()}
+
+
+if __name__ == "__main__":
+    main(evaluate_models)

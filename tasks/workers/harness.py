@@ -1,0 +1,73 @@
+"""How every worker runs: `python -m tasks.workers.NAME spec.json out/`.
+
+It reads its spec, keeps other workers out of `out/`, says how far it is as JSON lines on stdout, and ends with
+`out/report.json` (complete or absent). A wrong input ends with exit code 2 and `out/error.json`.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from data_contracts.errors import Problem, TransientError, TunegateError
+
+_LOCK_SECONDS = 60.0
+
+Work = Callable[[dict[str, Any], Path], dict[str, Any]]
+
+
+def say(event: str, **values: object) -> None:
+    """Tell the parent something, as one JSON line. A parent that is gone ends the worker with BrokenPipeError."""
+    sys.stdout.write(json.dumps({"event": event, **values}) + "\n")
+    sys.stdout.flush()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON so that the file is complete or absent."""
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(value, indent=1))
+    draft.replace(path)
+
+
+def main(work: Work) -> None:
+    """Run one worker from the command line's two arguments and exit with its code."""
+    if len(sys.argv) != 3:
+        raise SystemExit("usage: python -m tasks.workers.NAME spec.json out/")
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    out = Path(sys.argv[2])
+    out.mkdir(parents=True, exist_ok=True)
+    _be_quiet()
+    try:
+        with FileLock(out / ".lock", timeout=_LOCK_SECONDS):
+            write_json(out / "report.json", work(spec, out))
+    except Timeout:
+        problem = Problem(
+            "another worker is still busy here", str(out), f"{_LOCK_SECONDS:.0f} s", "wait for it or end it"
+        )
+        _end(out, TransientError(problem))
+    except TunegateError as error:
+        _end(out, error)
+
+
+def _end(out: Path, error: TunegateError) -> None:
+    problems = [dataclasses.asdict(problem) for problem in error.problems]
+    write_json(out / "error.json", {"error": type(error).__name__, "problems": problems})
+    sys.stderr.write(f"{error}\n")
+    sys.exit(error.exit_code)
+
+
+def _be_quiet() -> None:
+    # The worker's log is read when something broke: library chatter would bury the cause.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.INFO)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -1,0 +1,66 @@
+"""An lm-eval model that scores requests as packed prefix trees: what requests share is computed once.
+
+Same log-probabilities as lm-eval's HFLM; every lm-eval task runs through it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from tasks.core.packing import Scored, group_for_packing, pack
+from tasks.workers.chat import Chat
+from tasks.workers.harness import say
+from tasks.workers.scoring import scored_logits, to_tensors
+
+Request = tuple[tuple[str, str], list[int], list[int]]
+
+
+class PackedLM(HFLM):
+    """HFLM with its own `_loglikelihood_tokens`. batch_tokens: most tokens in one forward pass."""
+
+    def __init__(self, model: Any, chat: Chat, batch_tokens: int, max_length: int, name: str) -> None:
+        super().__init__(pretrained=model, tokenizer=chat.tokenizer, max_length=max_length, batch_size=8)
+        self.chat, self.batch_tokens, self.name = chat, batch_tokens, name
+        # Where an answer begins: behind this text, prompt and completion are encoded apart, as in training.
+        empty = chat.tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+        self.answer_header = chat.prompt([{"role": "user", "content": ""}])[len(str(empty)) :]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if self.answer_header and context.endswith(self.answer_header):
+            return self.chat.encode(context), self.chat.encode(continuation)
+        context_ids, continuation_ids = super()._encode_pair(context, continuation)
+        return context_ids, continuation_ids
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """(log-probability of the continuation, whether greedy decoding would write it) for each request.
+
+        A request longer than the model's context loses its leftmost tokens, as in HFLM.
+        """
+        # The same question may be asked by several tasks: it is scored once.
+        keys = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        unique = list(dict.fromkeys(keys))
+        sequences = [self._fit(context, continuation) for context, continuation in unique]
+        answers: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[float, bool]] = {}
+        for group in group_for_packing(sequences, self.batch_tokens):
+            for index, answer in zip(group, self._score([sequences[i] for i in group]), strict=True):
+                answers[unique[index]] = answer
+            say("progress", what=f"scoring {self.name}", done=len(answers), of=len(unique))
+        return [answers[key] for key in keys]
+
+    def _fit(self, context: Sequence[int], continuation: Sequence[int]) -> Scored:
+        ids = [*context, *continuation][-(self.max_length + 1) :]
+        return Scored(ids, max(1, len(ids) - len(continuation)))
+
+    @torch.inference_mode()
+    def _score(self, sequences: list[Scored]) -> list[tuple[float, bool]]:
+        packed = pack(sequences)
+        batch = {key: value.to(self.device) for key, value in to_tensors(packed).items()}
+        log_probabilities = torch.log_softmax(scored_logits(self.model, batch), dim=-1)
+        chosen = log_probabilities.gather(1, batch["labels"][:, None])[:, 0].cpu()
+        greedy = (log_probabilities.argmax(dim=-1) == batch["labels"]).cpu()
+        owner = torch.from_numpy(packed.sequence_N)
+        return [(float(chosen[owner == i].sum()), bool(greedy[owner == i].all())) for i in range(len(sequences))]

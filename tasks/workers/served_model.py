@@ -1,0 +1,105 @@
+"""The registered model: an adapter on its base, answered through mlflow.pyfunc (models-from-code).
+
+MLflow copies this file into every model version and runs it on its own, so it imports nothing of Tunegate. `meta.json`
+beside the adapter names the base, the form it is loaded in (full precision or NF4, as evaluated), and the digest of
+its files. The base itself is found, in this order: in $TUNEGATE_BASE_DIR; in a store above this model or above the
+working directory; on the hub, if it came from there. torch is imported when a model is loaded, not when it is logged.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+
+
+class ServedModel(mlflow.pyfunc.PythonModel):
+    """predict(questions, params={"max_new_tokens": 64}) -> greedy answers."""
+
+    def load_context(self, context: Any) -> None:
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.meta = json.loads(Path(context.artifacts["meta"]).read_text())
+        adapter = Path(context.artifacts["adapter"])
+        base = find_base(self.meta, [adapter, Path.cwd()])
+        self.tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        if self.tokenizer.chat_template is None:
+            self.tokenizer.chat_template = self.meta["chat_template"]
+        self.stops: Any = self.tokenizer.convert_tokens_to_ids(self.meta["stops"])
+        model = AutoModelForCausalLM.from_pretrained(
+            base, use_safetensors=True, trust_remote_code=False, **self._form()
+        )
+        self.model = PeftModel.from_pretrained(model, adapter).eval()
+
+    def _form(self) -> dict[str, Any]:
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        dtype = torch.bfloat16 if self.meta["precision"] == "bf16" and torch.cuda.is_available() else torch.float32
+        form: dict[str, Any] = {"dtype": dtype, "device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"}}
+        if self.meta["method"] == "qlora":
+            form["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        return form
+
+    # No type hints here: MLflow would put a signature of its own in place of ours, and drop the parameters.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+        rows = model_input.iloc[:, 0] if hasattr(model_input, "iloc") else model_input
+        most = int((params or {}).get("max_new_tokens", 64))
+        return [self._answer(str(question), most) for question in rows]
+
+    def _answer(self, question: str, most_tokens: int) -> str:
+        messages = [{"role": "system", "content": self.meta["system_prompt"]}] if self.meta["system_prompt"] else []
+        messages.append({"role": "user", "content": question})
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(self.model.device)
+        written = self.model.generate(
+            **inputs, max_new_tokens=most_tokens, do_sample=False, eos_token_id=self.stops, pad_token_id=self.stops[0]
+        )
+        answer = self.tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return str(answer).strip()
+
+
+def find_base(meta: dict[str, Any], starts: list[Path]) -> str:
+    """The folder or hub id of the base. Raises FileNotFoundError, or ValueError if its files are not the trained ones."""
+    for folder in _candidates(meta, starts):
+        if (folder / "config.json").exists():
+            if digest(folder) != meta["base_digest"]:
+                raise ValueError(
+                    f"{folder} is not the base this adapter was trained on (expected {meta['base_digest']})"
+                )
+            return str(folder)
+    if meta["base_revision"]:
+        from huggingface_hub import snapshot_download
+
+        return str(snapshot_download(meta["base"], revision=meta["base_revision"]))
+    raise FileNotFoundError(f"base {meta['base']} is not found: set TUNEGATE_BASE_DIR to its folder")
+
+
+def _candidates(meta: dict[str, Any], starts: list[Path]) -> Iterator[Path]:
+    if "TUNEGATE_BASE_DIR" in os.environ:
+        yield Path(os.environ["TUNEGATE_BASE_DIR"])
+    for parent in (parent for start in starts for parent in start.resolve().parents):
+        yield parent / "store" / meta["base_path"]
+        yield parent / "mlruns" / "store" / meta["base_path"]
+
+
+def digest(folder: Path) -> str:
+    """Hex sha256 of a folder's sorted (relative path, file digest) pairs, as the store computes it."""
+    lines = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            lines.append(f"{path.relative_to(folder).as_posix()} {hashlib.file_digest(file, 'sha256').hexdigest()}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+if not __name__.startswith("tasks."):  # MLflow runs this file to find the model; an import of it must not
+    mlflow.models.set_model(ServedModel())

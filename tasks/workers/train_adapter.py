@@ -1,0 +1,212 @@
+"""Train one arm from the step-0 adapter: `python -m tasks.workers.train_adapter spec.json out/`.
+
+spec: method, base, step0 (folders), train, validation (JSONL of rows), model.precision and the dials of
+data_contracts.run_spec.TrainSpec. Killed and started again with the same out/, it goes on from its last checkpoint.
+Writes out/adapter/ and out/report.json; out/rows_too_long.jsonl names the rows that were left out.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from data_contracts.errors import DataError, Problem
+from tasks.core.packing import Scored, group_for_packing, pack, plan_batches
+from tasks.workers.bases import load_base, weights_bytes
+from tasks.workers.chat import Chat, load_chat
+from tasks.workers.device import Device, choose_device, peak_rss_bytes, reset_peak_rss
+from tasks.workers.harness import main, say
+from tasks.workers.scoring import Batch, scored_losses, to_tensors
+
+
+def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
+    started = time.monotonic()
+    device = choose_device(spec["precision"], spec["threads"])
+    say("device", **vars(device))
+    chat = load_chat(Path(spec["base"]))
+    rows = encode_rows(chat, Path(spec["train"]), spec["max_tokens"], out / "rows_too_long.jsonl")
+    plan = plan_batches([len(row.ids) for row in rows], spec["batch_tokens"], spec["epochs"], spec["seed"])
+    plan = plan[: spec["max_steps"]]
+    check_batch(chat, [rows[i] for i in plan[0]])
+
+    base = load_base(Path(spec["base"]), spec["method"], device)
+    set_seed(spec["seed"])
+    model = PeftModel.from_pretrained(base, spec["step0"], is_trainable=True)
+    if spec["activation_checkpointing"]:
+        model.enable_input_require_grads()
+    load_peak = peak_rss_bytes()
+    reset_peak_rss()
+
+    trainer = PackedTrainer(model, rows, plan, training_arguments(spec, out, device, len(plan)))
+    checkpoint = get_last_checkpoint(out) if any(out.glob("checkpoint-*")) else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    train_peak = peak_rss_bytes()
+    model.peft_config["default"].base_model_name_or_path = spec["base_name"]  # no path of this machine in the artifact
+    model.save_pretrained(str(out / "adapter"))
+    (out / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty template
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "method": spec["method"],
+        "steps": trainer.state.global_step,
+        "resumed_from_step": int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0,
+        "train_rows": len({i for batch in plan for i in batch}),
+        "rows_too_long": count_lines(out / "rows_too_long.jsonl"),
+        "train_tokens": sum(len(rows[i].ids) for batch in plan for i in batch),
+        "completion_tokens": sum(len(rows[i].ids) - rows[i].start for batch in plan for i in batch),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "weights_bytes": weights_bytes(model),
+        "peak_rss_bytes": max(load_peak, train_peak),
+        "peak_train_rss_bytes": peak_cuda_bytes() or train_peak,
+        "train_seconds": sum(entry["step_seconds"] for entry in history),
+        "seconds": time.monotonic() - started,
+        "final_validation_nll_nats": validation_loss(model, chat, spec, device),
+        "loss": [loss_point(entry) for entry in history],
+        **{key: value for key, value in vars(device).items()},
+    }
+
+
+def encode_rows(chat: Chat, file: Path, max_tokens: int, left_out: Path) -> list[Scored]:
+    """Rows as token ids; those over `max_tokens` are listed in `left_out`, never cut."""
+    rows: list[Scored] = []
+    with file.open() as lines, left_out.open("w") as long_rows:
+        for line in lines:
+            row = json.loads(line)
+            scored = chat.scored(row["messages"])
+            if len(scored.ids) <= max_tokens:
+                rows.append(scored)
+                continue
+            named = {key: row[key] for key in ("row_id", "source", "line")}
+            long_rows.write(json.dumps({**named, "tokens": len(scored.ids), "limit": max_tokens}) + "\n")
+    if not rows:
+        problem = Problem(
+            "no row is short enough to train on", file.name, f"{max_tokens} tokens", "raise train.max_tokens"
+        )
+        raise DataError(problem)
+    return rows
+
+
+def count_lines(file: Path) -> int:
+    return sum(1 for _ in file.open())
+
+
+def check_batch(chat: Chat, rows: list[Scored]) -> None:
+    """Decode the first batch as the model will see it: an answer whose stop token is not learned never ends."""
+    batch = pack(rows)
+    for index in range(len(rows)):
+        scored = batch.targets_N[batch.sequence_N == index].tolist()
+        text = str(chat.tokenizer.decode(scored))
+        if not text.endswith(chat.stops):
+            raise DataError(Problem(f"a completion ends without a stop token: ...{text[-20:]!r}", "first batch",
+                                    f"one of {list(chat.stops)}", "check the base's chat template"))  # fmt: skip
+
+
+def training_arguments(spec: dict[str, Any], out: Path, device: Device, steps: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(out),
+        max_steps=steps,
+        learning_rate=spec["learning_rate"],
+        lr_scheduler_type="cosine",
+        warmup_steps=round(spec["warmup_ratio"] * steps),
+        weight_decay=spec["weight_decay"],
+        max_grad_norm=spec["max_grad_norm"],
+        optim=spec["optimizer"],
+        gradient_checkpointing=spec["activation_checkpointing"],
+        gradient_checkpointing_kwargs={"use_reentrant": False} if spec["activation_checkpointing"] else None,
+        bf16=device.precision == "bf16",
+        use_cpu=device.device == "cpu",
+        seed=spec["seed"],
+        save_steps=spec["checkpoint_steps"],
+        save_total_limit=2,  # the newest may be half-written when a machine dies
+        logging_steps=1,
+        disable_tqdm=True,
+        report_to=[],
+        remove_unused_columns=False,
+    )
+
+
+class PackedTrainer(Trainer):
+    """transformers.Trainer fed with packed rows, its loss taken over completion tokens only."""
+
+    def __init__(self, model: Any, rows: list[Scored], plan: list[list[int]], args: TrainingArguments) -> None:
+        super().__init__(model=model, args=args, train_dataset=rows, callbacks=[Clock()])
+        self.remove_callback(PrinterCallback)
+        self.rows: Any = rows
+        self.plan = plan
+        self.model_accepts_loss_kwargs = True
+
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        """One pass over the plan: it holds all epochs, so a resumed run skips to where it was."""
+        loader: DataLoader[Batch] = DataLoader(
+            self.rows, batch_sampler=self.plan, collate_fn=lambda rows: to_tensors(pack(rows))
+        )
+        prepared: DataLoader[Batch] = self.accelerator.prepare(loader)
+        return prepared
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Mean loss per completion token of the optimiser step, in nats."""
+        losses = scored_losses(model, inputs)
+        return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+
+
+class Clock(TrainerCallback):
+    """Adds each step's seconds to Trainer's log, which its checkpoints keep, and tells the parent."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        say("start", step=state.global_step, of=state.max_steps)
+        self.last = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" not in logs:
+            return
+        now = time.monotonic()
+        state.log_history[-1]["step_seconds"] = now - self.last
+        self.last = now
+        say("step", step=state.global_step, of=state.max_steps, loss_nats=logs["loss"])
+
+
+def loss_point(entry: dict[str, float]) -> dict[str, float]:
+    return {
+        "step": entry["step"],
+        "loss_nats": entry["loss"],
+        "learning_rate": entry["learning_rate"],
+        "seconds": entry["step_seconds"],
+    }
+
+
+def validation_loss(model: Any, chat: Chat, spec: dict[str, Any], device: Device) -> float | None:
+    """Mean loss per completion token of the validation rows after training; None without such rows."""
+    lines = Path(spec["validation"]).read_text().splitlines()
+    rows = [chat.scored(json.loads(line)["messages"]) for line in lines]
+    rows = [row for row in rows if len(row.ids) <= spec["max_tokens"]]
+    if not rows:
+        return None
+    model.eval()
+    total, tokens = 0.0, 0
+    with torch.inference_mode():
+        for group in group_for_packing(rows, spec["batch_tokens"]):
+            batch = to_tensors(pack([rows[i] for i in group]))
+            losses = scored_losses(model, {key: value.to(device.device) for key, value in batch.items()})
+            total, tokens = total + float(losses.sum()), tokens + len(losses)
+    return total / tokens
+
+
+def peak_cuda_bytes() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+if __name__ == "__main__":
+    main(train)
