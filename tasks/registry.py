@@ -68,7 +68,7 @@ def register_version(
     if found:
         version = str(found[0].version)
     else:
-        version = _log_model(spec, base, arm, scores, recorded)
+        version = _log_model(client, spec, base, arm, scores, recorded)
         tags = {
             KEY_TAG: key,
             "tunegate.method": arm.method,
@@ -86,7 +86,14 @@ def register_version(
     return version_now(spec.store, ModelVersion(name=name, version=version, aliases=[], run_id=run_id))
 
 
-def _log_model(spec: RunSpec, base: BaseModelRef, arm: TrainReport, scores: EvalReport, recorded: RecordedRun) -> str:
+def _log_model(
+    client: "MlflowClient",
+    spec: RunSpec,
+    base: BaseModelRef,
+    arm: TrainReport,
+    scores: EvalReport,
+    recorded: RecordedRun,
+) -> str:
     import mlflow
     from mlflow.models import infer_signature
 
@@ -111,13 +118,17 @@ def _log_model(spec: RunSpec, base: BaseModelRef, arm: TrainReport, scores: Eval
             python_model=str(_CODE),
             artifacts={"adapter": str(store.path(arm.adapter.folder)), "meta": str(meta_file)},
             signature=signature,
+            # MLflow tries it only where it finds the base, and only warns; `load_back` is the check that counts.
             input_example=[_EXAMPLE],
             pip_requirements=["mlflow", "torch", "transformers", "peft", "bitsandbytes", "accelerate"],
-            registered_model_name=spec.model.name,
         )
         metrics = {"nll_nats": scores.nll_nats, "accuracy": scores.accuracy}
         mlflow.log_metrics({k: v for k, v in metrics.items() if v is not None}, model_id=info.model_id)
-    return str(info.registered_model_version)
+    if not client.search_registered_models(f"name = '{spec.model.name}'"):
+        client.create_registered_model(spec.model.name)
+    source = f"models:/{info.model_id}"
+    made = client.create_model_version(spec.model.name, source, run_id=info.run_id, model_id=info.model_id)
+    return str(made.version)
 
 
 def ask_version(store: StoreSpec, uri: str, questions: list[str], max_new_tokens: int) -> list[str]:
