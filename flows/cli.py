@@ -21,6 +21,7 @@ from flows.console import (
     interrupted,
     result_stream,
     say,
+    stoppable,
     write_json,
 )
 
@@ -268,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; answer with its exit code."""
     args = sys.argv[1:] if argv is None else argv
     as_json = "--json" in args
-    with result_stream(as_json) as stream:
+    with result_stream(as_json) as stream, stoppable(stream, as_json):
         try:
             return _run(args, stream, as_json)
         except KeyboardInterrupt:

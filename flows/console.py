@@ -3,13 +3,15 @@
 import json
 import math
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from data_contracts.errors import Problem, TunegateError
@@ -18,6 +20,7 @@ if TYPE_CHECKING:  # rich takes 0.1 s to import, which `--help` need not wait fo
     from rich.console import Console
 
 INTERRUPTED = 130
+_STOP_SECONDS = 3.0
 _WIDTH_WITHOUT_TERMINAL = 130
 
 
@@ -109,6 +112,43 @@ def interrupted(stream: TextIO, as_json: bool) -> int:
     if as_json:
         write_json(error_payload("Interrupted", [problem], INTERRUPTED), stream)
     return INTERRUPTED
+
+
+@contextmanager
+def stoppable(stream: TextIO, as_json: bool) -> Iterator[None]:
+    """Ctrl-C ends this process and its children at once; what is in the store is complete, so nothing is lost.
+
+    Raising KeyboardInterrupt is not enough: Prefect then reports to its own server, which the same Ctrl-C has
+    stopped, and tries again for minutes.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:  # started with nohup or in the background
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        try:
+            interrupted(stream, as_json)
+            _stop_children()
+        finally:
+            os._exit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _stop_children() -> None:
+    import psutil
+
+    children = psutil.Process().children(recursive=True)
+    for ask in (psutil.Process.terminate, psutil.Process.kill):
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                ask(child)
+        _, children = psutil.wait_procs(children, timeout=_STOP_SECONDS)
 
 
 def _store_root(args: list[str]) -> Path:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data_contracts.errors import DataError, Problem, WorkerError
@@ -28,7 +30,10 @@ SLOW = {"torch", "prefect", "mlflow", "great_expectations", "pandas", "transform
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     # Commands set the environment for their libraries: each test gives it back.
     os.environ.clear()
     os.environ.update(before)
@@ -151,6 +156,36 @@ def test_an_interrupted_run_says_that_it_goes_on(capfd, monkeypatch):
     failing(monkeypatch, KeyboardInterrupt())
     assert main(["run", "--dry-run"]) == 130
     assert "the same command again goes on from there" in capfd.readouterr().err
+
+
+STUBBORN = """
+import subprocess, sys, time
+import flows.pages
+from flows.cli import main
+
+def plan(loaded):
+    try:
+        subprocess.run([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"], stdout=sys.stderr)
+    except KeyboardInterrupt:
+        time.sleep(60)
+
+flows.pages.plan = plan
+sys.exit(main(["run", "--dry-run", "--json"]))
+"""
+
+
+def test_ctrl_c_ends_even_what_will_not_listen_and_its_children():
+    command = [sys.executable, "-c", STUBBORN]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **streams) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "up\n"
+        (child,) = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == json.loads(out)["exit_code"] == 130
+    assert "the same command again goes on from there" in err
+    assert not child.is_running()
 
 
 def test_an_unexpected_failure_leaves_one_line_and_a_traceback_in_the_store(capfd, monkeypatch):
