@@ -182,7 +182,10 @@ def test_ctrl_c_ends_even_what_will_not_listen_and_its_children():
         assert process.stderr.readline() == "up\n"
         (child,) = psutil.Process(process.pid).children()
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+        try:
+            out, err = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert process.returncode == json.loads(out)["exit_code"] == 130
     assert "the same command again goes on from there" in err
     assert not child.is_running()
