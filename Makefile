@@ -1,9 +1,8 @@
 # make demo: set up and run the main job. make test: set up and test. Re-running either installs nothing again.
 
 PYTHON ?= python3
-# Where torch's wheels come from, if not from the usual index. One value for each kind of machine:
-#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
-#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cu128
+# Address of the index that torch's wheels come from, if not the usual one: PyTorch's CPU wheels for a machine without
+# a GPU (its own page "Get started" names them), or those of your CUDA version.
 TORCH_INDEX ?=
 ARGS ?=
 

@@ -109,7 +109,8 @@ class LossPoint(Report):
 
 
 class TrainReport(Report):
-    """One trained arm. Memory in bytes; peak is the process's, weights are the base as stored."""
+    """One trained arm. Memory in bytes: the base's weights as stored, the peak of the worker process from its start, and
+    the peak while it trained (device memory on CUDA, resident memory on a CPU)."""
 
     method: Literal["lora", "qlora"]
     seed: int
@@ -124,7 +125,7 @@ class TrainReport(Report):
     trainable_parameters: int
     weights_bytes: int
     peak_rss_bytes: int
-    peak_train_rss_bytes: int
+    peak_train_bytes: int
     seconds: float
     train_seconds: float
     useful_tokens_per_s: float

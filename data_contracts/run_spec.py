@@ -136,8 +136,9 @@ class EvaluateSpec(Section):
 class GateSpec(Section):
     min_retention: Fraction = 0.95
     """QLoRA must keep at least this share of LoRA's loss gain (lower end of the interval)."""
-    max_champion_nll_increase_nats: Annotated[float, Field(ge=0.0)] = 0.0
-    """How much worse than the champion a candidate may be, in nats per token (upper end of the interval)."""
+    max_champion_nll_increase_nats: Annotated[float, Field(ge=0.0)] = 0.02
+    """How much worse than the champion a candidate may be, in nats per token: 0.02 is 2 % of perplexity. With 0 a
+    candidate that is as good as the champion is never decided."""
     max_accuracy_drop: Fraction | None = None
     """How far QLoRA's accuracy may lie below LoRA's (lower end of the interval); null reports it without a gate."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95

@@ -4,17 +4,17 @@ from prefect import flow
 
 from data_contracts.reports import ModelVersion
 from data_contracts.run_spec import StoreSpec
-from tasks import registry
+from tasks import promotion, registry
 
 
 @flow(name="promote")
 def promote_flow(store: StoreSpec, name: str, version: str | None, override: bool, reason: str) -> ModelVersion:
-    return registry.promote_version(store, name, version, override, reason)
+    return promotion.promote_version(store, name, version, override, reason)
 
 
 @flow(name="rollback")
 def rollback_flow(store: StoreSpec, name: str) -> ModelVersion:
-    return registry.rollback_version(store, name)
+    return promotion.rollback_version(store, name)
 
 
 def promote(store: StoreSpec, name: str, version: str | None, override: bool, reason: str) -> ModelVersion:

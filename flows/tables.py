@@ -101,7 +101,7 @@ _SCORES: list[tuple[str, Callable[[EvalReport], str]]] = [
 _COSTS: list[tuple[str, Callable[[TrainReport], str]]] = [
     ("trainable parameters", lambda a: f"{a.trainable_parameters:,}"),
     ("base weights in memory", lambda a: _size(a.weights_bytes)),
-    ("peak memory while training", lambda a: _size(a.peak_train_rss_bytes)),
+    ("peak memory while training", lambda a: _size(a.peak_train_bytes)),
     ("tokens/s, prompts included", lambda a: f"{a.useful_tokens_per_s:,.0f}"),
     ("training minutes", lambda a: f"{a.train_seconds / 60:.1f}"),
     ("precision, device, threads", lambda a: f"{a.precision}, {a.device}, {a.threads}"),

@@ -50,7 +50,7 @@ POLICIES = {
     "record": Policy(("tasks.tracking",), ("mlflow",)),
     "register": Policy(("tasks.registry", "tasks.workers.served_model"), ("mlflow",)),
     "load_back": Policy(("tasks.workers.ask_model",), ("mlflow", *_MODEL_LIBRARIES)),
-    "promote": Policy(("tasks.registry",)),
+    "promote": Policy(("tasks.promotion",)),
     "report": Policy(("tasks.report",), ("matplotlib",)),
 }
 

@@ -19,7 +19,7 @@ _SECONDS_BETWEEN_LINES = 15.0
 Event = dict[str, Any]
 
 
-def run_worker(module: str, spec: dict[str, Any], out: Path) -> dict[str, Any]:
+def run_worker(module: str, spec: dict[str, Any], out: Path, title: str | None = None) -> dict[str, Any]:
     """Run `python -m module spec.json out/` with live progress on stderr and return its report.
 
     A worker that has already ended well with the same spec is not run again. Raises what the worker raised,
@@ -33,7 +33,10 @@ def run_worker(module: str, spec: dict[str, Any], out: Path) -> dict[str, Any]:
     (out / "error.json").unlink(missing_ok=True)
     report_file.unlink(missing_ok=True)
     spec_file.write_text(text)
-    with (out / "worker.log").open("a") as log, Display(module.rpartition(".")[2].replace("_", " ")) as display:
+    with (
+        (out / "worker.log").open("a") as log,
+        Display(title or module.rpartition(".")[2].replace("_", " ")) as display,
+    ):
         command = [sys.executable, "-m", module, str(spec_file), str(out)]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment())
         try:

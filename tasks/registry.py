@@ -3,13 +3,12 @@
 import json
 import shutil
 import tempfile
-import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from data_contracts.errors import ConfigError, GateError, Problem, StoreError
+from data_contracts.errors import ConfigError, Problem, StoreError
 from data_contracts.reports import (
     AdapterRef,
     BaseModelRef,
@@ -173,14 +172,14 @@ def resolve(store: StoreSpec, uri: str) -> Registered:
     try:
         found = client.get_model_version_by_alias(name, label) if at == "@" else client.get_model_version(name, label)
     except MlflowException as error:
-        raise ConfigError(Problem(f"the registry has no {uri}", "--model", act=_offer(client, name))) from error
+        raise ConfigError(Problem(f"the registry has no {uri}", "--model", act=offer(client, name))) from error
     return _registered(client, found)
 
 
 def champion(store: StoreSpec, name: str) -> Registered | None:
     """The version in production, or None."""
     client = connect(store)
-    version = _alias(client, name, CHAMPION)
+    version = alias_version(client, name, CHAMPION)
     return None if version is None else _registered(client, client.get_model_version(name, version))
 
 
@@ -208,7 +207,8 @@ def rival(store: StoreSpec, name: str, candidate: AdapterRef, base: BaseModelRef
     return Rival(f"{name} version {found.version}", target if found.base_digest == base.digest else None)
 
 
-def _alias(client: "MlflowClient", name: str, alias: str) -> str | None:
+def alias_version(client: "MlflowClient", name: str, alias: str) -> str | None:
+    """The version an alias points at, or None."""
     models = client.search_registered_models(f"name = '{name}'")
     return str(models[0].aliases[alias]) if models and alias in models[0].aliases else None
 
@@ -232,7 +232,8 @@ def _registered(client: "MlflowClient", found: "MlflowVersion") -> Registered:
     )
 
 
-def _offer(client: "MlflowClient", name: str) -> str:
+def offer(client: "MlflowClient", name: str) -> str:
+    """What the registry has instead, for the end of an error."""
     versions = client.search_model_versions(f"name = '{name}'")
     if versions:
         return f"{name} has versions {', '.join(sorted(str(v.version) for v in versions))}"
@@ -240,61 +241,7 @@ def _offer(client: "MlflowClient", name: str) -> str:
     return f"registered models: {', '.join(names)}" if names else "nothing is registered in this store yet"
 
 
-# --- promotion ----------------------------------------------------------------------------------------------
-
-
-def promote_version(
-    store: StoreSpec, name: str, version: str | None, override: bool = False, reason: str = ""
-) -> ModelVersion:
-    """Point `champion` at a version (the challenger if none is named) whose gates passed; history keeps the move.
-
-    Raises GateError if its gates did not pass and there is no override, ConfigError if there is no such version.
-    """
-    client = connect(store)
-    chosen = version or _alias(client, name, CHALLENGER)
-    if chosen is None:
-        raise ConfigError(Problem(f"{name} has no challenger to promote", "promote", act=_offer(client, name)))
-    found = resolve(store, f"models:/{name}/{chosen}")
-    if found.verdict != "pass" and not override:
-        act = 'look at its gates with `tunegate compare`, or overrule them: --override --reason "why"'
-        raise GateError(Problem(f"the gates of {name} version {chosen} say {found.verdict}", "promote", "pass", act))
-    return _move(client, store, found, "promote", reason or f"gates: {found.verdict}")
-
-
-def rollback_version(store: StoreSpec, name: str) -> ModelVersion:
-    """Point `champion` back at the version before the last promotion. Raises ConfigError if there was none."""
-    client = connect(store)
-    standing: list[str] = []
-    for entry in _history(store, name):
-        standing = standing[:-1] if entry["act"] == "rollback" else [*standing, entry["to"]]
-    if len(standing) < 2:
-        raise ConfigError(Problem(f"{name} has no champion before this one", "rollback", act=_offer(client, name)))
-    found = resolve(store, f"models:/{name}/{standing[-2]}")
-    return _move(client, store, found, "rollback", f"back from version {standing[-1]}")
-
-
-def _move(client: "MlflowClient", store: StoreSpec, to: Registered, act: str, reason: str) -> ModelVersion:
-    before = _alias(client, to.name, CHAMPION)
-    if before != to.version:
-        client.set_registered_model_alias(to.name, CHAMPION, to.version)
-        entry = {"name": to.name, "act": act, "from": before, "to": to.version, "reason": reason}
-        with _history_file(store).open("a") as file:
-            file.write(json.dumps({**entry, "unix_seconds": time.time()}) + "\n")
-    return version_now(store, ModelVersion(name=to.name, version=to.version, aliases=[], run_id=to.run_id))
-
-
 def version_now(store: StoreSpec, model: ModelVersion) -> ModelVersion:
     """The version with the aliases it has at this moment."""
     found = connect(store).get_model_version(model.name, model.version)
     return model.model_copy(update={"aliases": sorted(found.aliases)})
-
-
-def _history(store: StoreSpec, name: str) -> list[dict[str, Any]]:
-    """Every move of a model's champion alias, oldest first."""
-    file = _history_file(store)
-    entries = [json.loads(line) for line in file.open()] if file.exists() else []
-    return [entry for entry in entries if entry["name"] == name]
-
-
-def _history_file(store: StoreSpec) -> Path:
-    return Store(Path(store.root)).files / "promotions.jsonl"

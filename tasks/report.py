@@ -20,7 +20,7 @@ from data_contracts.reports import (
 from data_contracts.run_spec import RunSpec
 from tasks.drafts import content_key
 from tasks.stores import Store
-from tasks.tracking import connect, resumed
+from tasks.tracking import attach
 
 _COLOURS = {"lora": "#0969da", "qlora": "#bf3989", "champion": "#6e7781", "base": "#6e7781"}
 
@@ -37,8 +37,6 @@ def write_report(
     model: ModelVersion,
 ) -> str:
     """Write report.html, log it to the parent run, and return its path relative to the store."""
-    import mlflow
-
     page = _environment().get_template("report.html.j2").render(
         spec=spec,
         dataset=dataset,
@@ -56,9 +54,7 @@ def write_report(
     name = content_key(page)[:16]
     with store.publish("reports", name) as folder:
         (folder / "report.html").write_text(page, encoding="utf-8")
-    connect(spec.store)
-    with resumed(recorded.mlflow_run_id):
-        mlflow.log_artifact(str(store.path(f"reports/{name}/report.html")))
+    attach(spec.store, recorded.mlflow_run_id, store.path(f"reports/{name}/report.html"))
     return f"reports/{name}/report.html"
 
 

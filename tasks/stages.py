@@ -31,7 +31,7 @@ from tasks import compare as comparisons
 from tasks import curate as curation
 from tasks import evaluate as evaluation
 from tasks import ingest as ingestion
-from tasks import registry, report, tracking, train, validate
+from tasks import promotion, registry, report, tracking, train, validate
 from tasks.core.gates import judge
 from tasks.policies import stage, stage_key
 from tasks.stores import Store
@@ -118,7 +118,7 @@ def load_back(store: StoreSpec, model: ModelVersion, scores: EvalReport, sample_
 
 @stage("promote")
 def promote(store: StoreSpec, model: ModelVersion, loaded_back: LoadedBack) -> ModelVersion:
-    return registry.promote_version(store, model.name, model.version)
+    return promotion.promote_version(store, model.name, model.version)
 
 
 @stage("report")

@@ -186,6 +186,11 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def attach(store: StoreSpec, run_id: str, file: Path) -> None:
+    """Add a file to a run that has ended."""
+    connect(store).log_artifact(run_id, str(file))
+
+
 @contextmanager
 def resumed(run_id: str) -> Iterator[None]:
     """Log into a run that has ended."""

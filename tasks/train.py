@@ -33,7 +33,7 @@ def train_arm(
         "validation": str(store.path(validation)),
         "precision": precision,
     }
-    report = run_worker("tasks.workers.train_adapter", spec, out)
+    report = run_worker("tasks.workers.train_adapter", spec, out, f"train {method}")
     for checkpoint in out.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)  # the arm is complete: its optimiser state is of no more use
     loss = [LossPoint(**point) for point in report.pop("loss")]

@@ -74,7 +74,7 @@ def arm(method: str, weights: int) -> TrainReport:
         trainable_parameters=4_884_480,
         weights_bytes=weights,
         peak_rss_bytes=1_500_000_000,
-        peak_train_rss_bytes=1_400_000_000,
+        peak_train_bytes=1_400_000_000,
         seconds=130.0,
         train_seconds=120.0,
         useful_tokens_per_s=16.7,

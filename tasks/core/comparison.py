@@ -125,7 +125,7 @@ def _costs(arms: Mapping[str, TrainReport]) -> tuple[float | None, float | None,
     if not {"lora", "qlora"} <= arms.keys():
         return None, None, None
     lora, qlora = arms["lora"], arms["qlora"]
-    memory = 1 - qlora.peak_train_rss_bytes / lora.peak_train_rss_bytes
+    memory = 1 - qlora.peak_train_bytes / lora.peak_train_bytes
     weights = 1 - qlora.weights_bytes / lora.weights_bytes
     # On unlike threads or precision the ratio would measure the machine, not the method.
     same = (lora.threads, lora.precision, lora.device) == (qlora.threads, qlora.precision, qlora.device)

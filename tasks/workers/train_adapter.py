@@ -15,7 +15,6 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from data_contracts.errors import DataError, Problem
 from tasks.core.packing import Scored, group_for_packing, pack, plan_batches
@@ -45,31 +44,44 @@ def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     reset_peak_rss()
 
     trainer = PackedTrainer(model, rows, plan, training_arguments(spec, out, device, len(plan)))
-    checkpoint = get_last_checkpoint(out) if any(out.glob("checkpoint-*")) else None
+    checkpoint = last_checkpoint(out)
     trainer.train(resume_from_checkpoint=checkpoint)
-    train_peak = peak_rss_bytes()
-    model.peft_config["default"].base_model_name_or_path = spec["base_name"]  # no path of this machine in the artifact
-    model.save_pretrained(str(out / "adapter"))
-    (out / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty template
+    peak = peak_rss_bytes()
+    save_adapter(model, out / "adapter", spec["base_name"])
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "method": spec["method"],
         "steps": trainer.state.global_step,
-        "resumed_from_step": int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0,
-        "train_rows": len({i for batch in plan for i in batch}),
-        "rows_too_long": count_lines(out / "rows_too_long.jsonl"),
-        "train_tokens": sum(len(rows[i].ids) for batch in plan for i in batch),
-        "completion_tokens": sum(len(rows[i].ids) - rows[i].start for batch in plan for i in batch),
+        "resumed_from_step": int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
+        **count_work(rows, plan),
+        "rows_too_long": len((out / "rows_too_long.jsonl").read_text().splitlines()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "weights_bytes": weights_bytes(model),
-        "peak_rss_bytes": max(load_peak, train_peak),
-        "peak_train_rss_bytes": peak_cuda_bytes() or train_peak,
+        "peak_rss_bytes": max(load_peak, peak),
+        "peak_train_bytes": torch.cuda.max_memory_allocated() if device.device == "cuda" else peak,
         "train_seconds": sum(entry["step_seconds"] for entry in history),
-        "seconds": time.monotonic() - started,
         "final_validation_nll_nats": validation_loss(model, chat, spec, device),
         "loss": [loss_point(entry) for entry in history],
-        **{key: value for key, value in vars(device).items()},
+        "seconds": time.monotonic() - started,
+        **vars(device),
     }
+
+
+def count_work(rows: list[Scored], plan: list[list[int]]) -> dict[str, int]:
+    """Rows and tokens that the plan's steps train on; a row counts its tokens once an epoch."""
+    trained = [rows[index] for batch in plan for index in batch]
+    return {
+        "train_rows": len({index for batch in plan for index in batch}),
+        "train_tokens": sum(len(row.ids) for row in trained),
+        "completion_tokens": sum(len(row.ids) - row.start for row in trained),
+    }
+
+
+def save_adapter(model: Any, folder: Path, base_name: str) -> None:
+    """safetensors and configuration, without a path of this machine and without PEFT's empty README."""
+    model.peft_config["default"].base_model_name_or_path = base_name
+    model.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)
 
 
 def encode_rows(chat: Chat, file: Path, max_tokens: int, left_out: Path) -> list[Scored]:
@@ -90,10 +102,6 @@ def encode_rows(chat: Chat, file: Path, max_tokens: int, left_out: Path) -> list
         )
         raise DataError(problem)
     return rows
-
-
-def count_lines(file: Path) -> int:
-    return sum(1 for _ in file.open())
 
 
 def check_batch(chat: Chat, rows: list[Scored]) -> None:
@@ -178,6 +186,13 @@ class Clock(TrainerCallback):
         say("step", step=state.global_step, of=state.max_steps, loss_nats=logs["loss"])
 
 
+def last_checkpoint(out: Path) -> str | None:
+    """The newest complete checkpoint; Trainer writes the state file last, so one without it is a torn one."""
+    complete = [folder for folder in out.glob("checkpoint-*") if (folder / "trainer_state.json").exists()]
+    newest = max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    return str(newest) if newest else None
+
+
 def loss_point(entry: dict[str, float]) -> dict[str, float]:
     return {
         "step": entry["step"],
@@ -202,10 +217,6 @@ def validation_loss(model: Any, chat: Chat, spec: dict[str, Any], device: Device
             losses = scored_losses(model, {key: value.to(device.device) for key, value in batch.items()})
             total, tokens = total + float(losses.sum()), tokens + len(losses)
     return total / tokens
-
-
-def peak_cuda_bytes() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,67 @@
+"""Move the champion alias: only to a version whose gates passed, or with a reason that is kept; and back."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_contracts.errors import ConfigError, GateError, Problem
+from data_contracts.reports import ModelVersion
+from data_contracts.run_spec import StoreSpec
+from tasks.registry import CHALLENGER, CHAMPION, Registered, alias_version, offer, resolve, version_now
+from tasks.stores import Store
+from tasks.tracking import connect
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+def promote_version(
+    store: StoreSpec, name: str, version: str | None, override: bool = False, reason: str = ""
+) -> ModelVersion:
+    """Point `champion` at a version (the challenger if none is named) whose gates passed; history keeps the move.
+
+    Raises GateError if its gates did not pass and there is no override, ConfigError if there is no such version.
+    """
+    client = connect(store)
+    chosen = version or alias_version(client, name, CHALLENGER)
+    if chosen is None:
+        raise ConfigError(Problem(f"{name} has no challenger to promote", "promote", act=offer(client, name)))
+    found = resolve(store, f"models:/{name}/{chosen}")
+    if found.verdict != "pass" and not override:
+        act = 'look at its gates with `tunegate compare`, or overrule them: --override --reason "why"'
+        raise GateError(Problem(f"the gates of {name} version {chosen} say {found.verdict}", "promote", "pass", act))
+    return _move(client, store, found, "promote", reason or f"gates: {found.verdict}")
+
+
+def rollback_version(store: StoreSpec, name: str) -> ModelVersion:
+    """Point `champion` back at the version before the last promotion. Raises ConfigError if there was none."""
+    client = connect(store)
+    standing: list[str] = []
+    for entry in _history(store, name):
+        standing = standing[:-1] if entry["act"] == "rollback" else [*standing, entry["to"]]
+    if len(standing) < 2:
+        raise ConfigError(Problem(f"{name} has no champion before this one", "rollback", act=offer(client, name)))
+    found = resolve(store, f"models:/{name}/{standing[-2]}")
+    return _move(client, store, found, "rollback", f"back from version {standing[-1]}")
+
+
+def _move(client: "MlflowClient", store: StoreSpec, to: Registered, act: str, reason: str) -> ModelVersion:
+    before = alias_version(client, to.name, CHAMPION)
+    if before != to.version:
+        client.set_registered_model_alias(to.name, CHAMPION, to.version)
+        entry = {"name": to.name, "act": act, "from": before, "to": to.version, "reason": reason}
+        with _history_file(store).open("a") as file:
+            file.write(json.dumps({**entry, "unix_seconds": time.time()}) + "\n")
+    return version_now(store, ModelVersion(name=to.name, version=to.version, aliases=[], run_id=to.run_id))
+
+
+def _history(store: StoreSpec, name: str) -> list[dict[str, Any]]:
+    """Every move of a model's champion alias, oldest first."""
+    file = _history_file(store)
+    entries = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [entry for entry in entries if entry["name"] == name]
+
+
+def _history_file(store: StoreSpec) -> Path:
+    return Store(Path(store.root)).files / "promotions.jsonl"

@@ -1,0 +1,46 @@
+"""Shared pieces: the tiny base, rows for it, and one real run of the whole chain.
+
+Not covered here, and why: CUDA, bf16 and NF4 kernels on a GPU (none at hand), the model hub online, a remote MLflow or
+Prefect server. The `gpu` tests skip without a CUDA device and fail there if REQUIRE_GPU=1 and none is found.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+
+def toy_rows(count: int, first: int = 0) -> list[dict]:
+    """Rows whose answer follows from the question."""
+    return [
+        {
+            "row_id": f"{i:064x}",
+            "source": "toy",
+            "line": i + 1,
+            "messages": [
+                {"role": "user", "content": f"What comes after {i}?"},
+                {"role": "assistant", "content": f"After {i} comes {i + 1}, of course."},
+            ],
+        }
+        for i in range(first, first + count)
+    ]
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """A random two-layer Llama over bytes, as `builtin:tiny-llama` gives it."""
+    from tasks.workers.prepare_base import prepare
+
+    return Path(prepare({"base": "builtin:tiny-llama", "revision": None}, tmp_path_factory.mktemp("base"))["path"])

@@ -1,0 +1,275 @@
+"""The whole chain, for real, as a user runs it: the smoke preset through the command, on a tiny model.
+
+One run is shared by most tests. Later ones kill it, change a dial, gate, promote, roll back and ask.
+Run: pytest tests/test_chain.py
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_contracts.errors import ConfigError, GateError
+from data_contracts.run_spec import StoreSpec
+
+COMMAND = [sys.executable, "-c", "import sys; from flows.cli import main; sys.exit(main())"]
+CHANGED = ["--set", "train.learning_rate=0.004", "--set", "train.max_steps=120", "--set", "train.epochs=20"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("chain")
+
+
+@pytest.fixture(scope="module")
+def environment(place) -> Iterator[dict[str, str]]:
+    """An empty HOME and one Prefect server for all commands: each would start one of its own otherwise."""
+    home = place / "home"
+    home.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    clean |= {"HOME": str(home), "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+    clean |= {"PREFECT_HOME": str(place / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    command = [
+        sys.executable,
+        "-m",
+        "prefect",
+        "server",
+        "start",
+        "--no-ui",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    with (place / "server.log").open("w") as log:
+        server = subprocess.Popen(command, env=clean, stdout=log, stderr=log)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/api/health")
+        yield clean | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def _wait_for(url: str, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise TimeoutError(url)
+
+
+@pytest.fixture(scope="module")
+def tunegate(place, environment):
+    """Run the command in an empty folder; answer with (exit code, JSON, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, dict, str]:
+        command = [*COMMAND, *arguments, "--json", "--set", f"store.root={place / 'store'}"]
+        done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, check=False)
+        return done.returncode, json.loads(done.stdout), done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def first(tunegate) -> dict:
+    code, result, errors = tunegate("run", "smoke")
+    assert code == 0, errors
+    return result
+
+
+def statuses(result: dict) -> dict[str, str]:
+    return {stage["name"]: stage["status"] for stage in result["stages"]}
+
+
+# --- one run ------------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_accounted_for(first):
+    snapshot = first["snapshot"]
+    assert snapshot["rows_in"] == snapshot["kept"] + snapshot["quarantined"] + snapshot["duplicates"]
+    assert snapshot["kept"] == sum(snapshot["splits"].values())
+    assert all(snapshot["splits"][name] > 0 for name in ("train", "validation", "test"))
+
+
+def test_both_arms_start_from_one_adapter_and_end_with_their_own(first):
+    assert [arm["method"] for arm in first["arms"]] == ["lora", "qlora"]
+    assert len({arm["step0_sha256"] for arm in first["arms"]}) == 1
+    assert len({arm["adapter_sha256"] for arm in first["arms"]} | {first["arms"][0]["step0_sha256"]}) == 3
+    assert len({arm["train_tokens"] for arm in first["arms"]}) == 1
+
+
+def test_training_lowers_the_held_out_loss_and_the_gates_say_so(first):
+    base = first["base"]["eval"]["nll_nats"]
+    for arm in first["arms"]:
+        low, high = first["comparison"]["nll_gain_ci95"][arm["method"]]
+        assert 0 < low <= base - arm["eval"]["nll_nats"] <= high
+    assert first["verdict"] == "pass"
+    assert {gate["name"]: gate["verdict"] for gate in first["gates"]} == {
+        "lora_beats_base": "pass",
+        "qlora_beats_base": "pass",
+        "qlora_keeps_loras_gain": "pass",
+        "not_worse_than_champion": "pass",
+    }
+
+
+def test_memory_and_speed_are_measured(first):
+    lora, qlora = first["arms"]
+    assert qlora["weights_bytes"] < lora["weights_bytes"] < lora["peak_rss_bytes"]
+    assert all(arm["useful_tokens_per_s"] > 0 and arm["seconds"] > 0 for arm in first["arms"])
+
+
+def test_the_version_is_champion_and_answers_as_it_was_evaluated(first):
+    assert first["model"]["version"] == "1"
+    assert first["model"]["aliases"] == ["challenger", "champion"]
+    assert first["loaded_back"]["as_evaluated"] is True
+
+
+def test_mlflow_holds_a_parent_with_comparable_children(first, place):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{place / 'store' / 'mlflow.db'}")
+    parent = client.get_run(first["mlflow_run_id"])
+    assert parent.data.metrics["retention"] == pytest.approx(first["comparison"]["retention"])
+    assert {item.dataset.digest for item in parent.inputs.dataset_inputs} == {
+        first["snapshot"][name]["sha256"][:32] for name in ("train", "test")
+    }
+    children = [client.get_run(arm["mlflow_run_id"]) for arm in first["arms"]]
+    assert children[0].data.metrics.keys() == children[1].data.metrics.keys()
+    assert {"nll_nats", "accuracy", "peak_rss_bytes", "loss_nats"} <= children[0].data.metrics.keys()
+    assert len(client.get_metric_history(children[0].info.run_id, "loss_nats")) == first["arms"][0]["steps"]
+    tags = client.get_model_version("tunegate-smoke", "1").tags
+    assert tags["tunegate.adapter_sha256"] == first["arms"][1]["adapter_sha256"]
+    assert not list(place.glob("mlruns")), "MLflow wrote outside of the store"
+
+
+def test_the_report_shows_the_verdict_and_escapes_what_comes_from_data(first, place):
+    page = Path(first["html"]).read_text()
+    assert "tunegate-smoke version 1" in page
+    assert page.count("<svg") == 2
+    assert "<script" not in page
+
+
+def test_nothing_is_written_to_home(first, place):
+    assert list((place / "home").rglob("*")) == []
+
+
+# --- again --------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_does_nothing(first, tunegate):
+    code, again, _ = tunegate("run", "smoke")
+    assert code == 0
+    assert set(statuses(again).values()) == {"cached"}
+    assert again["model"] == first["model"]
+    assert again["mlflow_run_id"] == first["mlflow_run_id"]
+
+
+def _worker(pid: int) -> int | None:
+    """The training worker below a process, once it has written a checkpoint."""
+    import psutil
+
+    children = psutil.Process(pid).children(recursive=True)
+    for child in children:
+        line = child.cmdline()
+        if "tasks.workers.train_adapter" in line and list(Path(line[-1]).glob("checkpoint-*/trainer_state.json")):
+            return child.pid
+    return None
+
+
+@pytest.fixture(scope="module")
+def second(first, tunegate, place, environment) -> dict:
+    """Another learning rate, through a worker killed once and the command itself killed once."""
+    command = [*COMMAND, "run", "smoke", *CHANGED, "--set", f"store.root={place / 'store'}"]
+    with (place / "killed.log").open("w") as log:
+        running = subprocess.Popen(command, env=environment, cwd=place, stdout=log, stderr=log)
+        killed = 0
+        while killed < 2 and running.poll() is None:
+            worker = _worker(running.pid)
+            if worker is None:
+                time.sleep(0.02)
+                continue
+            os.kill(worker if killed == 0 else running.pid, signal.SIGKILL)
+            killed += 1
+            time.sleep(0.5)
+        running.wait()
+    assert (killed, running.returncode) == (2, -signal.SIGKILL), (place / "killed.log").read_text()
+    code, result, errors = tunegate("run", "smoke", *CHANGED)
+    assert code in (0, 1, 3), errors
+    return result
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(second):
+    assert second["arms"][0]["resumed_from_step"] > 0
+    assert second["arms"][0]["steps"] == 120
+
+
+def test_another_learning_rate_reruns_training_but_not_data(second):
+    found = statuses(second)
+    assert {found[name] for name in ("ingest", "validate", "curate", "prepare_base", "init_adapter")} == {"cached"}
+    assert {found[name] for name in ("train lora", "train qlora", "evaluate", "register")} == {"ran"}
+
+
+def test_the_new_version_had_to_face_the_champion(second):
+    (gate,) = (gate for gate in second["gates"] if gate["name"] == "not_worse_than_champion")
+    assert "tunegate-smoke version 1" in gate["why"]
+    assert gate["actual"] is not None
+    assert second["model"]["version"] == "2"
+
+
+# --- release ------------------------------------------------------------------------------------------------
+
+
+def test_the_gate_command_judges_a_registered_version(second, tunegate):
+    code, decision, errors = tunegate("gate", "smoke", "--model", "models:/tunegate-smoke/1")
+    assert code in (0, 1, 3), errors
+    assert decision["verdict"] == {0: "pass", 1: "fail", 3: "inconclusive"}[code]
+    assert decision["comparison"]["nll_nats"].keys() >= {"base", "candidate"}
+
+
+def test_predict_answers_from_the_registry(first, tunegate):
+    code, answer, errors = tunegate(
+        "predict", "What does `json.dumps` do?", "--model", "models:/tunegate-smoke@champion"
+    )
+    assert code == 0, errors
+    assert isinstance(answer["answer"], str)
+
+
+def test_a_model_that_is_not_there_is_an_input_error_with_what_there_is(first, tunegate):
+    code, error, _ = tunegate("predict", "hello?", "--model", "models:/tunegate-smoke/99")
+    assert code == 2
+    assert "has versions 1" in error["error"]["problems"][0]["act"]
+
+
+def test_promotion_needs_a_passed_gate_or_a_reason_and_can_be_rolled_back(second, place):
+    from tasks.promotion import promote_version, rollback_version
+    from tasks.registry import champion
+    from tasks.tracking import connect
+
+    store, name = StoreSpec(root=str(place / "store")), "tunegate-smoke"
+    connect(store).set_model_version_tag(name, "2", "tunegate.verdict", "fail")
+    promote_version(store, name, "1", override=True, reason="start of this test")
+    with pytest.raises(GateError, match="say fail"):
+        promote_version(store, name, "2")
+    assert champion(store, name).version == "1"
+    promote_version(store, name, "2", override=True, reason="we know better")
+    assert champion(store, name).version == "2"
+    rollback_version(store, name)
+    assert champion(store, name).version == "1"
+    with pytest.raises(ConfigError, match="no challenger"):
+        promote_version(store, "no-such-model", None)

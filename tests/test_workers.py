@@ -1,0 +1,220 @@
+"""Workers on a tiny real model: exact losses and gradients, exact resume, the same scores as lm-eval's own class.
+
+Run: pytest tests/test_workers.py
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_contracts.errors import ConfigError, DataError
+from tasks.core.packing import Scored, pack
+from tasks.processes import run_worker
+from tasks.stores import digest
+from tasks.workers.bases import load_base, weights_bytes
+from tasks.workers.chat import load_chat
+from tasks.workers.device import Device
+from tasks.workers.prepare_base import prepare
+from tasks.workers.scoring import scored_losses, to_tensors
+from tasks.workers.train_adapter import check_batch, encode_rows
+from tests.conftest import toy_rows, write_rows
+
+CPU = Device("cpu", "fp32", "test", 1, "test")
+DIALS = {
+    "base_name": "tiny", "precision": "fp32", "threads": 1, "max_tokens": 256, "batch_tokens": 256, "epochs": 2,
+    "seed": 5, "max_steps": None, "learning_rate": 1e-2, "warmup_ratio": 0.1, "weight_decay": 0.0,
+    "max_grad_norm": 1.0, "optimizer": "adamw_torch", "activation_checkpointing": False, "checkpoint_steps": 3,
+    "dropout": 0.1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def step0(tiny_base, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("step0")
+    spec = {"base": str(tiny_base), "seed": 5, "rank": 4, "alpha": 8, "dropout": 0.1, "target_modules": "all-linear"}
+    run_worker("tasks.workers.init_adapter", spec, out)
+    return out / "adapter"
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_base, step0, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("rows")
+    return DIALS | {
+        "method": "lora",
+        "base": str(tiny_base),
+        "step0": str(step0),
+        "train": str(write_rows(folder / "train.jsonl", toy_rows(80))),
+        "validation": str(write_rows(folder / "validation.jsonl", toy_rows(6, first=200))),
+    }
+
+
+# --- exactness ----------------------------------------------------------------------------------------------
+
+
+def padded_reference(model, rows: list[Scored]) -> torch.Tensor:
+    """Each row alone through the plain Hugging Face forward: no packing, all logits."""
+    losses = []
+    for row in rows:
+        ids = torch.tensor([list(row.ids)])
+        logits = model(input_ids=ids).logits[0, row.start - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[0, row.start :], reduction="none"))
+    return torch.cat(losses)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_packed_losses_and_gradients_equal_the_reference(tiny_base, step0, method):
+    from peft import PeftModel
+
+    chat = load_chat(tiny_base)
+    rows = [chat.scored(row["messages"]) for row in toy_rows(7)]
+    model = PeftModel.from_pretrained(load_base(tiny_base, method, CPU), step0, is_trainable=True).eval()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # at step 0 B is zero and hides errors in A's gradient
+            torch.nn.init.normal_(parameter, std=0.1)
+    gradients = []
+    for losses in (padded_reference(model, rows), scored_losses(model, to_tensors(pack(rows)))):
+        model.zero_grad()
+        losses.mean().backward()
+        gradients.append((losses.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    (expected, expected_grads), (losses, grads) = gradients
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    assert len(grads) == len(expected_grads) > 0
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        assert (grad - wanted).norm() <= 1e-5 * wanted.norm() + 1e-9
+
+
+def test_lm_eval_scores_are_those_of_its_own_class(tiny_base):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from tasks.workers.packed_lm import PackedLM
+
+    chat = load_chat(tiny_base)
+    model = load_base(tiny_base, "lora", CPU)
+    pairs = [(f"Message {i // 4}\nTopic:", f" number {i}") for i in range(12)] + [("", "alone"), ("x " * 400, " far")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    ours = PackedLM(model, chat, batch_tokens=64, max_length=256, name="test").loglikelihood(requests)
+    theirs = HFLM(pretrained=model, tokenizer=chat.tokenizer, batch_size=4, max_length=256).loglikelihood(requests)
+    assert len(ours) == len(pairs)
+    for (own, own_greedy), (other, other_greedy) in zip(ours, theirs, strict=True):
+        assert own == pytest.approx(other, abs=1e-4)
+        assert own_greedy == other_greedy
+
+
+def test_evaluation_reads_the_very_tokens_that_training_saw(tiny_base):
+    from tasks.workers.packed_lm import PackedLM
+
+    chat = load_chat(tiny_base)
+    lm = PackedLM(load_base(tiny_base, "lora", CPU), chat, batch_tokens=64, max_length=256, name="test")
+    for row in toy_rows(5):
+        scored = chat.scored(row["messages"])
+        context, continuation = lm._encode_pair(*chat.split(row["messages"]))
+        assert [*context, *continuation] == scored.ids
+        assert len(context) == scored.start
+
+
+def test_the_base_takes_less_memory_in_nf4(tiny_base):
+    full, quantised = (weights_bytes(load_base(tiny_base, method, CPU)) for method in ("lora", "qlora"))
+    assert quantised < full / 2
+
+
+# --- rows ---------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_ends_with_its_stop_token(tiny_base):
+    chat = load_chat(tiny_base)
+    row = chat.scored(toy_rows(1)[0]["messages"])
+    check_batch(chat, [row])
+    assert row.ids[-1] in chat.stop_ids
+    with pytest.raises(DataError, match="without a stop token"):
+        check_batch(chat, [Scored(row.ids[:-1], row.start)])
+
+
+def test_a_template_that_ends_no_answer_is_refused(tiny_base):
+    chat = load_chat(tiny_base)
+    chat.tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    with pytest.raises(ConfigError, match="stop tokens"):
+        chat.scored(toy_rows(1)[0]["messages"])
+
+
+def test_rows_that_are_too_long_are_listed_not_cut(tiny_base, tmp_path):
+    rows = toy_rows(3)
+    rows[1]["messages"][1]["content"] = "long " * 100
+    kept = encode_rows(load_chat(tiny_base), write_rows(tmp_path / "rows", rows), 200, tmp_path / "left_out")
+    (left_out,) = (json.loads(line) for line in (tmp_path / "left_out").read_text().splitlines())
+    assert len(kept) == 2
+    assert left_out["line"] == 2
+    assert left_out["tokens"] > left_out["limit"] == 200
+
+
+# --- whole workers ------------------------------------------------------------------------------------------
+
+
+def start(spec: dict, out: Path) -> subprocess.Popen:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "spec.json").write_text(json.dumps(spec))
+    command = [sys.executable, "-m", "tasks.workers.train_adapter", str(out / "spec.json"), str(out)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+@pytest.fixture(scope="module")
+def whole(spec, tmp_path_factory) -> Path:
+    """An arm trained without a break."""
+    out = tmp_path_factory.mktemp("whole")
+    assert run_worker("tasks.workers.train_adapter", spec, out)["resumed_from_step"] == 0
+    return out
+
+
+def test_a_killed_training_goes_on_and_ends_with_the_same_adapter(spec, whole, tmp_path):
+    child = start(spec, tmp_path / "killed")
+    for line in child.stdout:
+        if '"step": 8,' in line:
+            os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert child.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "report.json").exists()
+
+    resumed = run_worker("tasks.workers.train_adapter", spec, tmp_path / "killed")
+    assert resumed["resumed_from_step"] >= 3
+    steps = [point["step"] for point in json.loads((whole / "report.json").read_text())["loss"]]
+    assert [point["step"] for point in resumed["loss"]] == steps
+    adapters = [digest(out / "adapter" / "adapter_model.safetensors") for out in (whole, tmp_path / "killed")]
+    assert adapters[0] == adapters[1]
+
+
+def test_a_worker_that_has_ended_well_is_not_run_again(spec, whole):
+    started = time.time_ns()
+    run_worker("tasks.workers.train_adapter", spec, whole)
+    assert (whole / "report.json").stat().st_mtime_ns < started
+
+
+def test_a_wrong_input_comes_back_as_the_error_it_is(spec, tmp_path):
+    with pytest.raises(DataError, match="no row is short enough"):
+        run_worker("tasks.workers.train_adapter", spec | {"max_tokens": 16}, tmp_path)
+
+
+def test_a_base_that_is_nowhere_says_what_to_do(tmp_path):
+    with pytest.raises(ConfigError, match="go online once"):
+        prepare({"base": "nobody/nothing", "revision": None}, tmp_path)
+    with pytest.raises(ConfigError, match="no such folder"):
+        prepare({"base": "./nowhere", "revision": None}, tmp_path)
+    with pytest.raises(ConfigError, match="no such built-in base"):
+        prepare({"base": "builtin:nothing", "revision": None}, tmp_path)
+
+
+def test_pickled_weights_are_refused(tiny_base, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text((tiny_base / "config.json").read_text())
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ConfigError, match="pickled ones are refused"):
+        prepare({"base": str(folder), "revision": None}, tmp_path / "out")
