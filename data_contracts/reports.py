@@ -87,7 +87,7 @@ class BaseModelRef(Report):
 
     name: str  # what the user asked for
     digest: str
-    path: str  # relative to the store, or a hub id's local folder
+    path: str  # relative to the store; a link if the files lie elsewhere
     note: str  # what "full precision" means for this base
     revision: str | None
     stops: list[str]  # tokens that end an answer

@@ -28,22 +28,23 @@ def base_identity(model: ModelSpec) -> str:
 
 
 def prepare_base(store: Store, base: str, revision: str | None) -> BaseModelRef:
-    """Convert, find or download the base; the store keeps what had to be converted."""
+    """Convert, find or download the base. The store keeps what had to be converted, and a link to what lies elsewhere."""
     store.check_room()
-    with store.publish("bases", hashlib.sha256(base.encode()).hexdigest()[:16]) as draft:
+    place = hashlib.sha256(base.encode()).hexdigest()[:16]
+    with store.publish("bases", place) as draft:
         report = run_worker("tasks.workers.prepare_base", {"base": base, "revision": revision}, draft)
-        made_here = (draft / "model").exists()
-        found = draft / "model" if made_here else Path(report["path"])
+        found = Path(report["path"])
         files_digest = digest(found)
-        if made_here:
-            (draft / "model").rename(draft / files_digest[:16])
+        if found == draft / "model":
+            found.rename(draft / files_digest[:16])
+        else:
+            (draft / files_digest[:16]).symlink_to(found.resolve())
         for leftover in ("spec.json", "report.json", "worker.log", ".lock"):
             (draft / leftover).unlink(missing_ok=True)
-    kept = f"bases/{hashlib.sha256(base.encode()).hexdigest()[:16]}/{files_digest[:16]}"
     return BaseModelRef(
         name=base,
         digest=files_digest,
-        path=kept if made_here else str(found),
+        path=f"bases/{place}/{files_digest[:16]}",
         note=report["note"],
         revision=report["revision"],
         stops=report["stops"],
@@ -51,17 +52,12 @@ def prepare_base(store: Store, base: str, revision: str | None) -> BaseModelRef:
     )
 
 
-def base_folder(store: Store, base: BaseModelRef) -> Path:
-    """Where the base's files lie now."""
-    return Path(base.path) if Path(base.path).is_absolute() else store.path(base.path)
-
-
 def init_adapter(store: Store, base: BaseModelRef, train: TrainSpec) -> AdapterRef:
     """The step-0 adapter, in a folder named by what it is made from."""
     spec: dict[str, Any] = train.model_dump(include={"seed", "rank", "alpha", "dropout", "target_modules"})
     name = hashlib.sha256(f"{base.digest} {sorted(spec.items())}".encode()).hexdigest()
     out = store.files / "step0" / name[:16]
-    run_worker("tasks.workers.init_adapter", {**spec, "base": str(base_folder(store, base))}, out)
+    run_worker("tasks.workers.init_adapter", {**spec, "base": str(store.path(base.path))}, out)
     return adapter_ref(store, out / "adapter")
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget, FileRef, SampleAnswer, TaskScore
 from data_contracts.run_spec import EvaluateSpec
-from tasks.base import base_folder
 from tasks.core.comparison import Samples, read_samples
 from tasks.core.stats import per_token, proportion_interval
 from tasks.drafts import content_key
@@ -53,7 +52,7 @@ def _score(
     run_key = hashlib.sha256(" ".join(sorted(keys[t.name] for t in targets)).encode()).hexdigest()[:16]
     out = store.files / "evaluations" / f"run-{run_key}"
     spec = dials | {
-        "base": str(base_folder(store, base)),
+        "base": str(store.path(base.path)),
         "test": str(store.path(test)),
         "threads": None,
         "targets": [{"name": t.name, "method": t.method, "adapter": _folder(store, t)} for t in targets],

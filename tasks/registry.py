@@ -6,7 +6,7 @@ import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from data_contracts.errors import ConfigError, Problem, StoreError
 from data_contracts.reports import (
@@ -64,43 +64,29 @@ def register_version(
     name = spec.model.name
     open_experiment(client, spec.store, name)
     found = client.search_model_versions(f"name = '{name}' and tags.`{KEY_TAG}` = '{key}'")
-    if found:
-        version = str(found[0].version)
-    else:
-        version = _log_model(client, spec, base, arm, scores, recorded)
-        tags = {
-            KEY_TAG: key,
-            "tunegate.method": arm.method,
-            "tunegate.adapter_sha256": arm.adapter.sha256,
-            "tunegate.base": base.name,
-            "tunegate.base_digest": base.digest,
-            "tunegate.snapshot": dataset.snapshot_id,
-            "tunegate.verdict": gate.verdict,
-            "tunegate.run": recorded.mlflow_run_id,
-        }
-        for tag, value in tags.items():
-            client.set_model_version_tag(name, version, tag, value)
-    client.set_registered_model_alias(name, CHALLENGER, version)
+    tags = {
+        KEY_TAG: key,
+        "tunegate.method": arm.method,
+        "tunegate.adapter_sha256": arm.adapter.sha256,
+        "tunegate.base": base.name,
+        "tunegate.base_digest": base.digest,
+        "tunegate.snapshot": dataset.snapshot_id,
+        "tunegate.verdict": gate.verdict,
+        "tunegate.run": recorded.mlflow_run_id,
+        "tunegate.nll_nats": f"{scores.nll_nats}",
+    }
     run_id = recorded.arm_run_ids[arm.method]
+    version = str(found[0].version) if found else _make_version(client, spec, run_id, _meta(spec, base, arm), arm, tags)
+    client.set_registered_model_alias(name, CHALLENGER, version)
     return version_now(spec.store, ModelVersion(name=name, version=version, aliases=[], run_id=run_id))
 
 
-def _log_model(
-    client: "MlflowClient",
-    spec: RunSpec,
-    base: BaseModelRef,
-    arm: TrainReport,
-    scores: EvalReport,
-    recorded: RecordedRun,
-) -> str:
-    import mlflow
-    from mlflow.models import infer_signature
-
-    store = Store(Path(spec.store.root))
-    meta = {
+def _meta(spec: RunSpec, base: BaseModelRef, arm: TrainReport) -> dict[str, Any]:
+    """What served_model.py needs to know to load the version as it was evaluated."""
+    return {
         "base": base.name,
         "base_digest": base.digest,
-        "base_path": base.path if not Path(base.path).is_absolute() else "",
+        "base_path": base.path,
         "base_revision": base.revision,
         "method": arm.method,
         "precision": arm.precision,
@@ -108,25 +94,32 @@ def _log_model(
         "stops": base.stops,
         "chat_template": base.chat_template,
     }
-    signature = infer_signature([_EXAMPLE], ["..."], params={"max_new_tokens": 64})
-    with tempfile.TemporaryDirectory() as folder, resumed(recorded.arm_run_ids[arm.method]):
+
+
+def _make_version(
+    client: "MlflowClient", spec: RunSpec, run_id: str, meta: dict[str, Any], arm: TrainReport, tags: dict[str, str]
+) -> str:
+    import mlflow
+    from mlflow.models import infer_signature
+
+    adapter = Store(Path(spec.store.root)).path(arm.adapter.folder)
+    with tempfile.TemporaryDirectory() as folder, resumed(run_id):
         meta_file = Path(folder) / "meta.json"
         meta_file.write_text(json.dumps(meta, indent=1))
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(_CODE),
-            artifacts={"adapter": str(store.path(arm.adapter.folder)), "meta": str(meta_file)},
-            signature=signature,
+            artifacts={"adapter": str(adapter), "meta": str(meta_file)},
+            signature=infer_signature([_EXAMPLE], ["..."], params={"max_new_tokens": 64}),
             # MLflow tries it only where it finds the base, and only warns; `load_back` is the check that counts.
             input_example=[_EXAMPLE],
             pip_requirements=["mlflow", "torch", "transformers", "peft", "bitsandbytes", "accelerate"],
         )
-        metrics = {"nll_nats": scores.nll_nats, "accuracy": scores.accuracy}
-        mlflow.log_metrics({k: v for k, v in metrics.items() if v is not None}, model_id=info.model_id)
-    if not client.search_registered_models(f"name = '{spec.model.name}'"):
-        client.create_registered_model(spec.model.name)
-    source = f"models:/{info.model_id}"
-    made = client.create_model_version(spec.model.name, source, run_id=info.run_id, model_id=info.model_id)
+    name, source = spec.model.name, f"models:/{info.model_id}"
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name)
+    # Tags come with the version, not after it: a version without its evidence cannot exist.
+    made = client.create_model_version(name, source, run_id=run_id, tags=tags, model_id=info.model_id)
     return str(made.version)
 
 

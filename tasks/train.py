@@ -5,7 +5,7 @@ from typing import Any
 
 from data_contracts.reports import AdapterRef, BaseModelRef, FileRef, LossPoint, TrainReport
 from data_contracts.run_spec import TrainSpec
-from tasks.base import adapter_ref, base_folder
+from tasks.base import adapter_ref
 from tasks.processes import run_worker
 from tasks.stores import Store
 
@@ -26,7 +26,7 @@ def train_arm(
     out = store.files / "training" / f"{method}-{key[-16:]}"
     spec: dict[str, Any] = train.model_dump(exclude={"methods"}) | {
         "method": method,
-        "base": str(base_folder(store, base)),
+        "base": str(store.path(base.path)),
         "base_name": base.name,
         "step0": str(store.path(step0.folder)),
         "train": str(store.path(rows)),

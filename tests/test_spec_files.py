@@ -220,7 +220,7 @@ def test_what_is_written_loads_back_and_explains_every_dial(tmp_path):
     text = path.read_text()
     assert text.startswith("# tunegate run my.yaml\n")
     unwrapped = " ".join(line.strip().removeprefix("# ") for line in text.splitlines())
-    explained = [dial.description for dial in dials().values() if dial.description]
+    explained = [" ".join(dial.description.split()) for dial in dials().values() if dial.description]
     assert len(explained) == len(dials())
     assert all(description in unwrapped for description in explained)
 
