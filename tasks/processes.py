@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,12 +20,17 @@ _SECONDS_BETWEEN_LINES = 15.0
 Event = dict[str, Any]
 
 
-def run_worker(module: str, spec: dict[str, Any], out: Path, title: str | None = None) -> dict[str, Any]:
+def run_worker(
+    module: str, spec: dict[str, Any], out: Path, title: str | None = None, afresh: bool = False
+) -> dict[str, Any]:
     """Run `python -m module spec.json out/` with live progress on stderr and return its report.
 
-    A worker that has already ended well with the same spec is not run again. Raises what the worker raised,
+    A worker that has already ended well with the same spec is not run again, and a killed one goes on from what it
+    left in `out`, unless `afresh` is set. Raises what the worker raised,
     TransientError if a signal killed it (it goes on from its checkpoint when tried again), WorkerError otherwise.
     """
+    if afresh:
+        shutil.rmtree(out, ignore_errors=True)
     spec_file, report_file = out / "spec.json", out / "report.json"
     text = json.dumps(spec, indent=1, sort_keys=True)
     if report_file.exists() and spec_file.exists() and spec_file.read_text() == text:

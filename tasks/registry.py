@@ -24,7 +24,7 @@ from data_contracts.reports import (
 from data_contracts.run_spec import RunSpec, StoreSpec
 from tasks.processes import run_worker
 from tasks.stores import Store
-from tasks.tracking import KEY_TAG, connect, open_experiment, resumed
+from tasks.tracking import KEY_TAG, SPEC_FILE, connect, open_experiment, resumed
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -167,6 +167,11 @@ def resolve(store: StoreSpec, uri: str) -> Registered:
     except MlflowException as error:
         raise ConfigError(Problem(f"the registry has no {uri}", "--model", act=offer(client, name))) from error
     return _registered(client, found)
+
+
+def recorded_spec(store: StoreSpec, version: Registered) -> str:
+    """Path of the spec file of the run that made a version."""
+    return str(connect(store).download_artifacts(version.run_id, SPEC_FILE))
 
 
 def champion(store: StoreSpec, name: str) -> Registered | None:

@@ -33,7 +33,7 @@ from tasks import evaluate as evaluation
 from tasks import ingest as ingestion
 from tasks import promotion, registry, report, tracking, train, validate
 from tasks.core.gates import judge
-from tasks.policies import stage, stage_key
+from tasks.policies import is_forced, stage, stage_key
 from tasks.stores import Store
 
 
@@ -59,7 +59,7 @@ def prepare_base(store: Store, base: str, revision: str | None, identity: str) -
 
 @stage("init_adapter")
 def init_adapter(store: Store, base: BaseModelRef, dials: TrainSpec) -> AdapterRef:
-    return bases.init_adapter(store, base, dials)
+    return bases.init_adapter(store, base, dials, is_forced())
 
 
 @stage("train")
@@ -69,15 +69,22 @@ def train_arm(
 ) -> TrainReport:  # fmt: skip
     inputs = {"method": method, "base": base, "step0": step0, "rows": rows, "validation": validation}
     key = stage_key("train", {**inputs, "dials": dials, "precision": precision})
-    return train.train_arm(store, key, method, base, step0, rows, validation, dials, precision)
+    return train.train_arm(store, key, method, base, step0, rows, validation, dials, precision, is_forced())
+
+
+@stage("check_tasks")
+def check_tasks(store: Store, base: BaseModelRef, test: FileRef, spec: EvaluateSpec, max_tokens: int) -> list[str]:
+    return evaluation.check_tasks(store, base, test, spec, max_tokens)
 
 
 @stage("evaluate")
 def evaluate(
     store: Store, base: BaseModelRef, test: FileRef, targets: list[EvalTarget], spec: EvaluateSpec,
-    max_tokens: int, precision: str, confidence: float,
+    max_tokens: int, precision: str, confidence: float, threads: int | None,
 ) -> list[EvalReport]:  # fmt: skip
-    return evaluation.evaluate_targets(store, base, test, targets, spec, max_tokens, precision, confidence)
+    return evaluation.evaluate_targets(
+        store, base, test, targets, spec, max_tokens, precision, confidence, threads, is_forced()
+    )
 
 
 @stage("compare")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 KEY_TAG = "tunegate.key"
+SPEC_FILE = "spec.yaml"
 _DIGEST_CHARS = 32  # MLflow takes at most 36
 
 
@@ -84,7 +85,7 @@ def record_run(
         mlflow.log_params(_flat(spec.model_dump(mode="json", exclude={"store"})))
         mlflow.log_metrics(_finite(_parent_metrics(dataset, comparison, scores)))
         _log_data(dataset, store)
-        _log_files(store, dataset, evaluations, {"spec": spec, "comparison": comparison, "gate": gate})
+        _log_files(spec, store, dataset, evaluations, {"comparison": comparison, "gate": gate})
         children = {arm.method: _record_arm(client, arm, scores.get(arm.method), dataset, store) for arm in arms}
     return RecordedRun(mlflow_run_id=parent.info.run_id, arm_run_ids=children)
 
@@ -140,11 +141,14 @@ def _log_data(dataset: DatasetManifest, store: Store) -> None:
         mlflow.set_tag(f"tunegate.{name}_sha256", ref.sha256)
 
 
-def _log_files(store: Store, dataset: DatasetManifest, evaluations: list[EvalReport], reports: dict[str, Any]) -> None:
+def _log_files(
+    spec: RunSpec, store: Store, dataset: DatasetManifest, evaluations: list[EvalReport], reports: dict[str, Any]
+) -> None:
     import mlflow
 
     for name, report in reports.items():
         mlflow.log_dict(report.model_dump(mode="json"), f"{name}.json")
+    mlflow.log_dict(spec.model_dump(mode="json", exclude={"store"}), SPEC_FILE)
     mlflow.log_dict(dataset.model_dump(mode="json"), "dataset.json")
     mlflow.log_artifact(str(store.path(dataset.contract_result)), "contract")
     mlflow.log_artifacts(str(store.path(dataset.data_docs).parent), "contract/data_docs")

@@ -20,6 +20,7 @@ def train_arm(
     validation: FileRef,
     train: TrainSpec,
     precision: str,
+    afresh: bool = False,
 ) -> TrainReport:
     """Run the worker in a folder named by the stage's key, so that the same work finds its own checkpoints."""
     store.check_room()
@@ -33,7 +34,7 @@ def train_arm(
         "validation": str(store.path(validation)),
         "precision": precision,
     }
-    report = run_worker("tasks.workers.train_adapter", spec, out, f"train {method}")
+    report = run_worker("tasks.workers.train_adapter", spec, out, f"train {method}", afresh)
     for checkpoint in out.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)  # the arm is complete: its optimiser state is of no more use
     loss = [LossPoint(**point) for point in report.pop("loss")]

@@ -236,7 +236,7 @@ def test_the_new_version_had_to_face_the_champion(second):
 
 
 def test_the_gate_command_judges_a_registered_version(second, tunegate):
-    code, decision, errors = tunegate("gate", "smoke", "--model", "models:/tunegate-smoke/1")
+    code, decision, errors = tunegate("gate", "--model", "models:/tunegate-smoke/1")
     assert code in (0, 1, 3), errors
     assert decision["verdict"] == {0: "pass", 1: "fail", 3: "inconclusive"}[code]
     assert decision["comparison"]["nll_nats"].keys() >= {"base", "candidate"}
