@@ -39,8 +39,7 @@ def show_run(report: RunReport, console: "Console") -> None:
 
 
 def show_stages(stages: Sequence[Stage], console: "Console") -> None:
-    words = (f"{stage.name} {stage.status} {stage.seconds:.1f} s" for stage in stages)
-    console.print(Text.assemble(("stages  ", "bold"), "   ".join(words)), soft_wrap=True)
+    """Each stage was told when it ended; all that is left to say is that none had anything to do."""
     if stages and all(stage.status != "ran" for stage in stages):
         console.print("nothing to do: every stage was done before with the same input (--force runs it all again)")
 

@@ -116,11 +116,11 @@ class Display:
     def show(self, event: Event) -> None:
         kind = event["event"]
         if kind == "note":
-            self.console.print(f"  {event['text']}", style="dim", markup=False)
+            self.console.print(f"  {event['text']}", style="dim", markup=False, soft_wrap=True)
         elif kind == "device":
             device = f"{event['device']}, {event['precision']} ({event['precision_reason']})"
             threads = f"{event['threads']} threads ({event['threads_reason']})"
-            self.console.print(f"  {device}; {threads}", style="dim", markup=False)
+            self.console.print(f"  {device}; {threads}", style="dim", markup=False, soft_wrap=True)
         elif kind == "start" and event["step"]:
             self.console.print(f"  resuming from step {event['step']}", style="dim")
         elif kind == "step":
@@ -132,4 +132,4 @@ class Display:
         self.bar.update(self.line, description=what, completed=done, total=of, note=note)
         if not self.console.is_terminal and time.monotonic() - self.last_line > _SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
-            self.console.print(f"  {what}: {done} of {of} {note}", style="dim", markup=False)
+            self.console.print(f"  {what}: {done} of {of} {note}", style="dim", markup=False, soft_wrap=True)

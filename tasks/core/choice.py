@@ -1,4 +1,4 @@
-"""domain_choice items: the true answer among four, the others taken from the nearest held-out rows.
+"""domain_choice items: the true answer among four, the others answer the nearest held-out questions.
 
 Distractors come only from rows that no model trained on: a tuned model would otherwise prefer an answer it has seen.
 """
@@ -26,11 +26,10 @@ class TestRow:
 def choose_distractors(rows: list[TestRow]) -> dict[str, list[str]]:
     """For each row id, CHOICES answers: the true one at a place given by the row's hash, and its nearest neighbours.
 
-    Nearest by TF-IDF cosine over prompt and answer, within the same source where it has enough rows. Rows for which
-    fewer than CHOICES - 1 different answers exist are left out.
+    Nearest by TF-IDF cosine over the prompts, within the same source where it has enough rows. Rows for which fewer
+    than CHOICES - 1 different answers exist are left out.
     """
-    texts = [f"{row.prompt}\n{row.answer}" for row in rows]
-    vectors = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b").fit_transform(texts)
+    vectors = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b").fit_transform(row.prompt for row in rows)
     similarity = (vectors @ vectors.T).toarray()
     choices: dict[str, list[str]] = {}
     for index, row in enumerate(rows):
