@@ -57,7 +57,7 @@ class CurateSpec(Section):
     max_test_rows: Annotated[int, Field(ge=1)] = 1000
     """Most rows in the test split; once it is full, new rows go to training."""
     validation_fraction: Fraction = 0.02
-    """Share of rows whose loss is followed during training."""
+    """Share of rows whose loss is measured after training, beside the test rows that decide."""
     max_validation_rows: Annotated[int, Field(ge=0)] = 64
     """Most rows in the validation split."""
 

@@ -7,7 +7,7 @@ from prefect import flow
 from data_contracts.errors import ConfigError, Problem
 from data_contracts.reports import AdapterRef, Comparison, EvalTarget, GateReport
 from data_contracts.run_spec import RunSpec, StoreSpec
-from flows.retrain import data_stages, in_store
+from flows.retrain import data_stages, evaluate, in_store
 from flows.stages import Stages
 from tasks import registry, stages
 from tasks.base import base_identity
@@ -43,11 +43,7 @@ def gate_flow(spec: RunSpec, model_uri: str) -> tuple[GateReport, Comparison | N
     targets = [EvalTarget(name="base", method="lora")]
     targets += [EvalTarget(name="candidate", method=version.method, adapter=adapter)]
     targets += [rival.target] if rival and rival.target else []
-    evaluations = run.run(
-        stages.evaluate, store, base, dataset.test, targets, spec.evaluate, spec.train.max_tokens,
-        spec.model.precision, spec.gates.confidence,
-        spec.train.threads,
-    )  # fmt: skip
+    evaluations = evaluate(run, spec, base, dataset.test, targets)
     comparison = run.run(stages.compare, store, [], evaluations, "candidate", spec.gates)
     report = run.run(stages.gate, comparison, spec.gates, rival.label if rival else None, False)
     return report, comparison

@@ -6,7 +6,16 @@ from typing import Any
 from prefect import flow
 from prefect.runtime import flow_run
 
-from data_contracts.reports import BaseModelRef, DatasetManifest, EvalTarget, RunReport, Stage, TrainReport
+from data_contracts.reports import (
+    BaseModelRef,
+    DatasetManifest,
+    EvalReport,
+    EvalTarget,
+    FileRef,
+    RunReport,
+    Stage,
+    TrainReport,
+)
 from data_contracts.run_spec import RunSpec
 from flows.stages import Stages
 from tasks import registry, stages
@@ -53,30 +62,34 @@ def retrain_flow(spec: RunSpec, force: bool = False) -> RunReport:
     targets = [EvalTarget(name="base", method="lora")]
     targets += [EvalTarget(name=arm.method, method=arm.method, adapter=arm.adapter) for arm in arms]
     targets += [rival.target] if rival and rival.target else []
-    evaluations = run.run(
-        stages.evaluate, store, base, dataset.test, targets, spec.evaluate, spec.train.max_tokens,
-        spec.model.precision, spec.gates.confidence,
-        spec.train.threads,
-    )  # fmt: skip
-    scores = {report.target: report for report in evaluations}
+    evaluations = evaluate(run, spec, base, dataset.test, targets)
+    scores = next(report for report in evaluations if report.target == candidate.method)
 
     comparison = run.run(stages.compare, store, arms, evaluations, candidate.method, spec.gates)
     gates = run.run(stages.gate, comparison, spec.gates, rival.label if rival else None, True)
     recorded = run.run(stages.record, spec, dataset, arms, evaluations, comparison, gates)
-    model = run.run(
-        stages.register, spec, base, candidate, scores[candidate.method], dataset, gates, recorded
-    )  # fmt: skip
-    answer = run.run(stages.load_back, spec.store, model, scores[candidate.method], spec.evaluate.sample_tokens)
+    model = run.run(stages.register, spec, base, candidate, scores, dataset, gates, recorded)
+    answer = run.run(stages.load_back, spec.store, model, scores, spec.evaluate.sample_tokens)
     if gates.verdict == "pass":
         run.run(stages.promote, spec.store, model, answer)
     else:
         run.skip("promote", f"the verdict is {gates.verdict}: the version stays challenger")
     page = run.run(stages.write_report, store, spec, dataset, arms, evaluations, comparison, gates, recorded, model)
     report = RunReport(
-        run_id=flow_run.name, spec=spec.model_dump(mode="json"), dataset=dataset, base=base, arms=arms,
-        evaluations=evaluations, comparison=comparison, gate=gates, recorded=recorded,
-        model=registry.version_now(spec.store, model), loaded_back=answer, stages=run.done, html=page,
-    )  # fmt: skip
+        run_id=f"{flow_run.name}-{flow_run.id[:8]}",
+        spec=spec.model_dump(mode="json"),
+        dataset=dataset,
+        base=base,
+        arms=arms,
+        evaluations=evaluations,
+        comparison=comparison,
+        gate=gates,
+        recorded=recorded,
+        model=registry.version_now(spec.store, model),
+        loaded_back=answer,
+        stages=run.done,
+        html=page,
+    )
     store.write_report(report)
     return report
 
@@ -105,3 +118,14 @@ def train_stages(run: Stages, spec: RunSpec, data: DatasetManifest) -> tuple[Bas
         for method in spec.train.methods
     ]
     return base, arms
+
+
+def evaluate(
+    run: Stages, spec: RunSpec, base: BaseModelRef, test: FileRef, targets: list[EvalTarget]
+) -> list[EvalReport]:
+    """Score every target on the frozen items."""
+    store, dials = Store(Path(spec.store.root)), (spec.evaluate, spec.train.max_tokens, spec.model.precision)
+    reports: list[EvalReport] = run.run(
+        stages.evaluate, store, base, test, targets, *dials, spec.gates.confidence, spec.train.threads
+    )
+    return reports

@@ -14,7 +14,7 @@ TOPICS = {
     ],
 }
 ROWS = [
-    TestRow(f"{topic}{i}", "docs", f"what does the {topic} call {i} do?", answer)
+    TestRow(f"{topic}{i}", "docs", f"what does {topic} call number{i}{topic} do?", answer)
     for topic, answers in TOPICS.items()
     for i, answer in enumerate(answers)
 ]
