@@ -62,6 +62,11 @@ def init_adapter(store: Store, base: BaseModelRef, dials: TrainSpec) -> AdapterR
     return bases.init_adapter(store, base, dials, is_forced())
 
 
+@stage("check_tasks")
+def check_tasks(store: Store, base: BaseModelRef, test: FileRef, spec: EvaluateSpec, max_tokens: int) -> list[str]:
+    return evaluation.check_tasks(store, base, test, spec, max_tokens)
+
+
 @stage("train")
 def train_arm(
     store: Store, method: str, base: BaseModelRef, step0: AdapterRef, rows: FileRef, validation: FileRef,
@@ -70,11 +75,6 @@ def train_arm(
     inputs = {"method": method, "base": base, "step0": step0, "rows": rows, "validation": validation}
     key = stage_key("train", {**inputs, "dials": dials, "precision": precision})
     return train.train_arm(store, key, method, base, step0, rows, validation, dials, precision, is_forced())
-
-
-@stage("check_tasks")
-def check_tasks(store: Store, base: BaseModelRef, test: FileRef, spec: EvaluateSpec, max_tokens: int) -> list[str]:
-    return evaluation.check_tasks(store, base, test, spec, max_tokens)
 
 
 @stage("evaluate")
