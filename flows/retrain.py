@@ -113,10 +113,13 @@ def train_stages(run: Stages, spec: RunSpec, data: DatasetManifest) -> tuple[Bas
     if set(spec.evaluate.tasks) - OWN_TASKS:
         run.run(stages.check_tasks, store, base, data.test, spec.evaluate, spec.train.max_tokens)
     rows = (data.train, data.validation)
-    arms = [
-        run.run(stages.train_arm, store, method, base, step0, *rows, spec.train, precision, label=f"train {method}")
-        for method in spec.train.methods
-    ]
+    arms: list[TrainReport] = []
+    for method in spec.train.methods:
+        # Arms on unlike threads could not be compared for speed: all take what was free for the first.
+        dials = spec.train.model_copy(update={"threads": arms[0].threads}) if arms else spec.train
+        arms.append(
+            run.run(stages.train_arm, store, method, base, step0, *rows, dials, precision, label=f"train {method}")
+        )
     return base, arms
 
 

@@ -35,7 +35,9 @@ def choose_device(precision: str = "auto", threads: int | None = None) -> Device
     """Pick the first CUDA device if there is one, else the CPU; announce why."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen, reason = _precision(device) if precision == "auto" else (precision, "set by model.precision")
-    count, count_reason = _threads() if threads is None else (threads, "set by train.threads")
+    count, count_reason = (
+        _threads() if threads is None else (threads, "set by train.threads, or the same as the first arm's")
+    )
     torch.set_num_threads(count)
     return Device(device, chosen, reason, count, count_reason)
 
