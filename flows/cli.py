@@ -7,7 +7,7 @@ Exit codes: 0 good, 1 a gate said no, 2 input or configuration wrong, 3 inconclu
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import Annotated, TextIO
 
 import typer
 
@@ -24,9 +24,7 @@ from flows.console import (
     stoppable,
     write_json,
 )
-
-if TYPE_CHECKING:
-    from data_contracts.run_spec import RunSpec, StoreSpec
+from flows.prepared import prepared_spec, prepared_store, preset_of
 
 EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 3}
 USAGE = 2
@@ -66,7 +64,7 @@ def run(
 
         loaded = load_spec(preset, changes or [])
         return Outcome(plan(loaded), partial(show_plan, loaded))
-    spec = _prepared_spec(preset, changes)
+    spec = prepared_spec(preset, changes)
     from flows.retrain import retrain
     from flows.summary import summary
     from flows.tables import show_run
@@ -78,7 +76,7 @@ def run(
 @app.command()
 def data(preset: Preset = None, changes: Changes = None, force: Force = False, as_json: AsJson = False) -> Outcome:
     """Ingest, validate and split only, with a report on every row."""
-    spec = _prepared_spec(preset, changes)
+    spec = prepared_spec(preset, changes)
     from flows.pages import show_data
     from flows.retrain import prepare_data
     from flows.summary import data_summary
@@ -112,13 +110,14 @@ def gate(
     as_json: AsJson = False,
 ) -> Outcome:
     """Evaluate a registered version and decide: the door for CI. Without a preset: as the version was made."""
-    store = _prepared_store([change for change in changes or [] if change.startswith("store.")])
-    from flows import gate as door
+    if preset is None:
+        preset = preset_of(model, changes)
+    spec = prepared_spec(preset, changes)
+    from flows.gate import gate as decide
     from flows.summary import gate_summary
     from flows.tables import show_decision
 
-    spec = _prepared_spec(preset or door.recorded_preset(store, model), changes)
-    report, comparison = door.gate(spec, model)
+    report, comparison = decide(spec, model)
     show = partial(show_decision, report, comparison)
     return Outcome({"model": model, **gate_summary(report, comparison)}, show, EXIT_CODES[report.verdict])
 
@@ -137,7 +136,7 @@ def promote(
     """Make a version the champion, if its gates passed."""
     if override and not reason.strip():
         raise ConfigError(Problem("--override without --reason", "promote", act='add --reason "why"'))
-    store = _prepared_store(changes)
+    store = prepared_store(changes)
     from flows.release import promote as set_champion
     from flows.summary import model_summary
     from flows.tables import show_version
@@ -149,7 +148,7 @@ def promote(
 @app.command()
 def rollback(name: Name, changes: StoreChanges = None, as_json: AsJson = False) -> Outcome:
     """Make the champion before this one the champion again."""
-    store = _prepared_store(changes)
+    store = prepared_store(changes)
     from flows.release import rollback as set_back
     from flows.summary import model_summary
     from flows.tables import show_version
@@ -171,7 +170,7 @@ def predict(
         raise ConfigError(
             Problem("the question is empty", "predict", act='tunegate predict "what does ...?" --model URI')
         )
-    store = _prepared_store(changes)
+    store = prepared_store(changes)
     from flows.release import ask
 
     answer = ask(store, model, question, max_new_tokens)
@@ -242,28 +241,6 @@ def _without_command(
 
     found = installed("tunegate")
     return Outcome({"version": found}, lambda console: console.print(f"tunegate {found}"))
-
-
-def _prepared_spec(preset: str | None, changes: list[str] | None) -> "RunSpec":
-    """The spec, with the environment set for what is imported next."""
-    from flows.environment import make_homes, prepare_environment
-    from flows.spec_files import load_spec
-
-    spec = load_spec(preset, changes or []).spec
-    prepare_environment(spec.store)
-    make_homes(spec.store)
-    return spec
-
-
-def _prepared_store(changes: list[str] | None) -> "StoreSpec":
-    """A store that is there, with the environment set for what is imported next."""
-    from flows.environment import prepare_environment, require_store
-    from flows.spec_files import load_store
-
-    store = load_store(changes or [])
-    require_store(store)
-    prepare_environment(store)
-    return store
 
 
 def main(argv: list[str] | None = None) -> int:

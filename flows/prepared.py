@@ -1,0 +1,36 @@
+"""What a command works on, with the environment set before Prefect, MLflow or Hugging Face are imported."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # `--help` need not wait for pydantic
+    from data_contracts.run_spec import RunSpec, StoreSpec
+
+
+def prepared_spec(preset: str | None, changes: list[str] | None) -> "RunSpec":
+    """The spec of a preset or file with its changes."""
+    from flows.environment import make_homes, prepare_environment
+    from flows.spec_files import load_spec
+
+    spec = load_spec(preset, changes or []).spec
+    prepare_environment(spec.store)
+    make_homes(spec.store)
+    return spec
+
+
+def prepared_store(changes: list[str] | None) -> "StoreSpec":
+    """A store that is there, for commands that need nothing else."""
+    from flows.environment import prepare_environment, require_store
+    from flows.spec_files import load_store
+
+    store = load_store(changes or [])
+    require_store(store)
+    prepare_environment(store)
+    return store
+
+
+def preset_of(model: str, changes: list[str] | None) -> str:
+    """The spec file that a registered version was made with."""
+    store = prepared_store([change for change in changes or [] if change.startswith("store.")])
+    from flows.gate import recorded_preset
+
+    return recorded_preset(store, model)
