@@ -1,6 +1,9 @@
 """What a command works on, with the environment set before Prefect, MLflow or Hugging Face are imported."""
 
+import sys
 from typing import TYPE_CHECKING
+
+from flows.console import page
 
 if TYPE_CHECKING:  # `--help` need not wait for pydantic
     from data_contracts.run_spec import RunSpec, StoreSpec
@@ -9,11 +12,13 @@ if TYPE_CHECKING:  # `--help` need not wait for pydantic
 def prepared_spec(preset: str | None, changes: list[str] | None) -> "RunSpec":
     """The spec of a preset or file with its changes."""
     from flows.environment import make_homes, prepare_environment
-    from flows.spec_files import load_spec
+    from flows.spec_files import DEFAULT_PRESET, load_spec
 
     spec = load_spec(preset, changes or []).spec
     prepare_environment(spec.store)
     make_homes(spec.store)
+    # Prefect's imports and its server take seconds before the first stage can say anything.
+    page(sys.stderr).print(f"{preset or DEFAULT_PRESET}: starting, store {spec.store.root}", style="dim", markup=False)
     return spec
 
 

@@ -22,7 +22,7 @@ class Stages:
         """Run one Prefect task and return its result; what it raised is raised here."""
         started = time.monotonic()
         name = label or task.name
-        state = task.with_options(refresh_cache=self.force)(*args, return_state=True)
+        state = task.with_options(refresh_cache=self.force, task_run_name=name)(*args, return_state=True)
         result = state.result()
         self._note(name, "cached" if state.name == "Cached" else "ran", time.monotonic() - started)
         return result

@@ -125,6 +125,12 @@ def show_comparison(found: Comparison, console: "Console", note: str = "") -> No
     console.print(Text(f"\nthe same {found.items} held-out items for every model, paired", style="bold"))
     for target, interval in found.nll_gain_ci95.items():
         console.print(Text(f"  {_gain(found, target)}{_interval(interval)} nats/token"), soft_wrap=True)
+    for target, interval in found.accuracy_gain_ci95.items():
+        gain = found.accuracy[target] - found.accuracy["base"]
+        line = (
+            f"  {_LABELS.get(target, target)} changes accuracy against base by {gain:+.3f}{_interval(interval, '+.3f')}"
+        )
+        console.print(Text(line), soft_wrap=True)
     for value, sentence in lines:
         if value is not None:
             console.print(Text(f"  {sentence(value)}"), soft_wrap=True)

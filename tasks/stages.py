@@ -1,5 +1,7 @@
 """The Prefect tasks: one for each stage, thin. What each does lies in the module it calls; policies in policies.py."""
 
+from prefect.artifacts import create_table_artifact
+
 from data_contracts.reports import (
     AdapterRef,
     BaseModelRef,
@@ -96,7 +98,10 @@ def compare(
 
 @stage("gate")
 def gate(comparison: Comparison, gates: GateSpec, champion: str | None, has_baseline: bool) -> GateReport:
-    return judge(comparison, gates, champion, has_baseline)
+    report = judge(comparison, gates, champion, has_baseline)
+    table = [{name: str(value) for name, value in gate} for gate in report.gates]
+    create_table_artifact(key="gates", table=table, description=f"verdict: {report.verdict}")
+    return report
 
 
 @stage("record")

@@ -9,6 +9,7 @@ import gc
 import json
 import logging
 import time
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ def score(
     folder = out / target["name"]
     folder.mkdir(exist_ok=True)
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
-    answers = [answer(tuned, chat, item, spec["sample_tokens"]) for item in items[: spec["sample_questions"]]]
+    answers = [
+        answer(tuned, chat, item, spec["sample_tokens"]) for item in pick_samples(items, spec["sample_questions"])
+    ]
     if target["adapter"]:
         tuned.unload()
     return {"scores": scores, "answers": answers, "seconds": time.monotonic() - started}
@@ -120,6 +123,15 @@ def read_samples(task: str, samples: list[dict[str, Any]]) -> list[dict[str, Any
         for metric in sample["metrics"]
         if isinstance(sample[metric], int | float)
     ]  # fmt: skip
+
+
+def pick_samples(items: list[Item], count: int) -> list[Item]:
+    """The first items of every source in turn, so that each kind of row is seen."""
+    by_source: dict[str, list[Item]] = {}
+    for item in items:
+        by_source.setdefault(item["source"], []).append(item)
+    turns = zip_longest(*(by_source[source] for source in sorted(by_source)))
+    return [item for turn in turns for item in turn if item is not None][:count]
 
 
 def overlap_accuracy(items: list[Item]) -> float | None:
