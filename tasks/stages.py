@@ -1,5 +1,7 @@
 """The Prefect tasks: one for each stage, thin. What each does lies in the module it calls; policies in policies.py."""
 
+from typing import Any
+
 from prefect.artifacts import create_table_artifact
 
 from data_contracts.reports import (
@@ -60,7 +62,7 @@ def prepare_base(store: Store, base: str, revision: str | None, identity: str) -
 
 
 @stage("init_adapter")
-def init_adapter(store: Store, base: BaseModelRef, dials: TrainSpec) -> AdapterRef:
+def init_adapter(store: Store, base: BaseModelRef, dials: dict[str, Any]) -> AdapterRef:
     return bases.init_adapter(store, base, dials, is_forced())
 
 

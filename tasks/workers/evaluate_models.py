@@ -2,7 +2,8 @@
 
 spec: base, test, targets [{name, method, adapter or null}] and the dials of data_contracts.run_spec.EvaluateSpec.
 Each base is loaded once: in full precision for the base itself and LoRA adapters, in NF4 for QLoRA adapters. Writes
-out/NAME/samples.jsonl (task, row_id, value, tokens) for every target.
+out/NAME/samples.jsonl (task, row_id, value, tokens) and out/NAME/result.json for every target; killed and started again
+with the same out/, it does not score again what was finished.
 """
 
 import gc
@@ -23,7 +24,7 @@ from tasks.workers.bases import load_base
 from tasks.workers.chat import Chat, load_chat
 from tasks.workers.device import choose_device
 from tasks.workers.domain_tasks import DOMAIN_TASKS, Item, build_items, domain_choice, domain_nll
-from tasks.workers.harness import main, say
+from tasks.workers.harness import main, say, write_json
 from tasks.workers.packed_lm import PackedLM
 
 Target = dict[str, Any]
@@ -35,9 +36,9 @@ def evaluate_models(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     chat = load_chat(Path(spec["base"]))
     items = build_items(Path(spec["test"]), chat, spec["max_items"], spec["max_tokens"])
     tasks = load_tasks(spec["tasks"], items)
-    results: dict[str, Any] = {}
+    results = {target["name"]: finished(out / target["name"]) for target in spec["targets"]}
     for method in ("lora", "qlora"):
-        targets = [target for target in spec["targets"] if target["method"] == method]
+        targets = [t for t in spec["targets"] if t["method"] == method and results[t["name"]] is None]
         if not targets:
             continue
         say("note", text=f"loading the base ({'NF4' if method == 'qlora' else device.precision})")
@@ -62,9 +63,9 @@ def score(
     scores, samples = [], []
     for limit in set(limits.values()):
         chosen = {name: task for name, task in tasks.items() if limits[name] == limit}
-        result: Any = evaluate(lm, {"tasks": chosen}, limit=limit, bootstrap_iters=0, log_samples=True)
-        scores += read_scores(result["results"], result["n-samples"])
-        samples += [line for name in chosen for line in read_samples(name, result["samples"][name])]
+        found: Any = evaluate(lm, {"tasks": chosen}, limit=limit, bootstrap_iters=0, log_samples=True)
+        scores += read_scores(found["results"], found["n-samples"])
+        samples += [line for name in chosen for line in read_samples(name, found["samples"][name])]
     folder = out / target["name"]
     folder.mkdir(exist_ok=True)
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
@@ -73,7 +74,15 @@ def score(
     ]
     if target["adapter"]:
         tuned.unload()
-    return {"scores": scores, "answers": answers, "seconds": time.monotonic() - started}
+    result = {"scores": scores, "answers": answers, "seconds": time.monotonic() - started}
+    write_json(folder / "result.json", result)
+    return result
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """What an earlier start has left of a target, if it was complete."""
+    file = folder / "result.json"
+    return dict(json.loads(file.read_text())) if file.exists() else None
 
 
 def load_tasks(names: list[str], items: list[Item]) -> dict[str, Any]:
