@@ -153,12 +153,11 @@ class SampleAnswer(Report):
 
 
 class TaskScore(Report):
-    """One lm-eval metric with its interval; per-item values lie in the samples file."""
+    """One lm-eval metric; per-item values lie in the samples file, and intervals are computed from those."""
 
     task: str
     metric: str
     value: float
-    interval: Interval | None
     items: int
 
 

@@ -93,7 +93,7 @@ def _report(store: Store, target: EvalTarget, test: FileRef, key: str, confidenc
         accuracy_interval=_proportion(choice, confidence) if choice else None,
         lexical_baseline_accuracy=result["overlap_accuracy"],
         items=max(len(samples.row_ids) for samples in found.values()),
-        scores=[TaskScore(**score, interval=None) for score in result["scores"]],
+        scores=[TaskScore(**score) for score in result["scores"]],
         samples=store.ref(folder / "samples.jsonl"),
         answers=[SampleAnswer(**answer) for answer in result["answers"]],
         seconds=result["seconds"],

@@ -1,4 +1,4 @@
-"""Model versions: registered with their evidence, loaded back in a fresh process, promoted and rolled back."""
+"""Model versions: registered with their evidence, loaded back in a fresh process, found by name or alias."""
 
 import json
 import shutil
