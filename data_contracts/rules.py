@@ -1,35 +1,77 @@
-"""Why a row is rejected: one Enum of reasons, and the row rules that answer with them.
+"""Why a row is rejected: one Enum of reasons, and what is done about each.
 
-A rule is a function `(row, max_chars) -> Rejection | None`; a new one is written and added to `RULES`. The first
-rule that answers wins, so a row has exactly one reason.
+The rules that answer with these reasons are in tasks/core/row_rules.py. The first rule that answers wins, so a row in
+quarantine has exactly one reason; a reason whose action is `flag` is counted and the row stays.
 """
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final, Literal
 
-from data_contracts.records import Row
+Action = Literal["quarantine", "flag", "off"]
 
 
 class Reason(StrEnum):
     """Every reason a row can be rejected for; the values stand in quarantine files and reports."""
 
-    # found while the row is read
+    # found while the row is read: nothing but a repaired source brings these back
     UNPARSABLE = "unparsable"  # not JSON, or a CSV record whose cells do not fit the header
     UNDECODABLE = "undecodable"  # bytes that are not in the source's encoding, or a lone surrogate
+    DUPLICATE_KEY = "duplicate_key"  # a JSON object that names one field twice
     NOT_AN_OBJECT = "not_an_object"  # JSON, but a list, a number, a string
     MISSING_FIELD = "missing_field"
     WRONG_TYPE = "wrong_type"
     UNKNOWN_ROLE = "unknown_role"  # tool turns, for example
-    # found by the row rules
+    # found by the row rules: the shape of the conversation
     NO_FINAL_ANSWER = "no_final_answer"
     WRONG_ROLE_ORDER = "wrong_role_order"
     EMPTY_PROMPT = "empty_prompt"
     EMPTY_ANSWER = "empty_answer"
-    ANSWER_EQUALS_PROMPT = "answer_equals_prompt"
     TEMPLATE_TOKEN = "template_token"
     TOO_LONG = "too_long"
+    # the answer
+    ANSWER_EQUALS_PROMPT = "answer_equals_prompt"
+    PROMPT_LEAKS_ANSWER = "prompt_leaks_answer"
+    PLACEHOLDER_ANSWER = "placeholder_answer"
+    PLACEHOLDER_FIELD = "placeholder_field"  # a template's {{name}} that was never filled in
+    REFUSAL = "refusal"
+    TRUNCATED_ANSWER = "truncated_answer"
+    UNBALANCED_CODE_FENCE = "unbalanced_code_fence"
+    BABBLE = "babble"  # the same words again and again
+    URL_ONLY = "url_only"
+    MISSING_IMAGE = "missing_image"
+    # the text
+    MARKUP = "markup"
+    BROKEN_TEXT = "broken_text"  # replacement characters, or mojibake that cannot be repaired
+    CONTROL_CHARACTERS = "control_characters"
+    WRONG_LANGUAGE = "wrong_language"
+    MIXED_LANGUAGE = "mixed_language"
+    PERSONAL_DATA = "personal_data"
+    SECRET = "secret"
+    CUSTOM = "custom"  # a rule of the user's own; the detail names it
+    # found by comparing rows
+    CONTRADICTION = "contradiction"  # another row answers the same prompt differently
+    NEAR_TEST_ITEM = "near_test_item"  # a near copy of a held-out row
+    BRIDGES_SPLITS = "bridges_splits"  # near rows of two splits
+    CONTAMINATED = "contaminated"  # shares most of a held-out or benchmark item
+
+
+# A repaired source brings these rows back, an overruled reason cannot: there is no conversation, or it would leak.
+UNREADABLE: Final = frozenset(
+    {
+        Reason.UNPARSABLE, Reason.UNDECODABLE, Reason.DUPLICATE_KEY, Reason.NOT_AN_OBJECT, Reason.MISSING_FIELD,
+        Reason.WRONG_TYPE, Reason.UNKNOWN_ROLE, Reason.NO_FINAL_ANSWER, Reason.WRONG_ROLE_ORDER, Reason.EMPTY_PROMPT,
+        Reason.EMPTY_ANSWER, Reason.TEMPLATE_TOKEN,
+    }
+)  # fmt: skip
+LEAKS: Final = frozenset({Reason.NEAR_TEST_ITEM, Reason.BRIDGES_SPLITS, Reason.CONTAMINATED})
+# Signs that are right too often to quarantine for unasked: measured on real sets, see docs/data.md.
+FLAGGED: Final = frozenset(
+    {
+        Reason.REFUSAL, Reason.PROMPT_LEAKS_ANSWER, Reason.MARKUP, Reason.MIXED_LANGUAGE, Reason.CONTRADICTION,
+        Reason.TRUNCATED_ANSWER,
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,76 +80,3 @@ class Rejection:
 
     reason: Reason
     detail: str = ""
-
-
-Rule = Callable[[Row, int], Rejection | None]
-
-# Tokens that steer a chat template. Written into a row, they end the turn and open another one. Plain `<s>` and
-# `</s>` are left alone: they are also HTML.
-_TEMPLATE_TOKEN = re.compile(
-    r"<\|(?:im_start|im_end|im_sep|endoftext|end_of_text|begin_of_text|eot_id|eom_id|start_header_id|end_header_id"
-    r"|system|user|assistant|end)\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
-)
-
-
-def _ends_with_an_answer(row: Row, max_chars: int) -> Rejection | None:
-    if row.messages and row.messages[-1].role == "assistant":
-        return None
-    last = f"the last message is the {row.messages[-1].role}'s" if row.messages else "no messages"
-    return Rejection(Reason.NO_FINAL_ANSWER, last)
-
-
-def _roles_alternate(row: Row, max_chars: int) -> Rejection | None:
-    """One optional system message, then user and assistant in turn."""
-    start = 1 if row.messages[0].role == "system" else 0
-    for index, message in enumerate(row.messages[start:]):
-        expected = "assistant" if index % 2 else "user"
-        if message.role != expected:
-            return Rejection(Reason.WRONG_ROLE_ORDER, f"message {start + index + 1} is {message.role}, not {expected}")
-    return None
-
-
-def _nothing_is_empty(row: Row, max_chars: int) -> Rejection | None:
-    for index, message in enumerate(row.messages):
-        if not message.content.strip():
-            reason = Reason.EMPTY_ANSWER if message.role == "assistant" else Reason.EMPTY_PROMPT
-            return Rejection(reason, f"message {index + 1} ({message.role}) is empty")
-    return None
-
-
-def _answer_differs_from_question(row: Row, max_chars: int) -> Rejection | None:
-    question, answer = row.messages[-2].content, row.messages[-1].content
-    if " ".join(question.casefold().split()) == " ".join(answer.casefold().split()):
-        return Rejection(Reason.ANSWER_EQUALS_PROMPT, f"{len(answer)} characters")
-    return None
-
-
-def _no_template_tokens(row: Row, max_chars: int) -> Rejection | None:
-    for index, message in enumerate(row.messages):
-        if found := _TEMPLATE_TOKEN.search(message.content):
-            return Rejection(Reason.TEMPLATE_TOKEN, f"{found[0]} in message {index + 1} ({message.role})")
-    return None
-
-
-def _not_too_long(row: Row, max_chars: int) -> Rejection | None:
-    chars = sum(len(message.content) for message in row.messages)
-    return Rejection(Reason.TOO_LONG, f"{chars} characters, limit {max_chars}") if chars > max_chars else None
-
-
-# In this order: later rules rely on the shape that earlier ones have checked.
-RULES: tuple[Rule, ...] = (
-    _ends_with_an_answer,
-    _roles_alternate,
-    _nothing_is_empty,
-    _answer_differs_from_question,
-    _no_template_tokens,
-    _not_too_long,
-)
-
-
-def check_row(row: Row, max_chars: int) -> Rejection | None:
-    """The first rule that rejects the row, or None if it keeps every promise. `max_chars`: all messages together."""
-    for rule in RULES:
-        if rejection := rule(row, max_chars):
-            return rejection
-    return None

@@ -1,8 +1,11 @@
 """RunSpec: every knob of a run, once, with its meaning, unit and range. Defaults live only here."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from data_contracts.rules import LEAKS, UNREADABLE, Action, Reason
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Method = Literal["lora", "qlora"]
@@ -47,6 +50,48 @@ class ContractSpec(Section):
     """Longest row, all messages together, in characters; longer rows are quarantined."""
     suite: str = "instruction_rows"
     """Great Expectations suite: a name in data_contracts/suites/ or a path to a suite's JSON file."""
+
+
+class CustomRule(Section):
+    """A rule of your own: a row that breaks any of its limits is rejected under `custom`, with this name."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    field: Literal["prompt", "completion", "any"] = "completion"
+    forbidden: str | None = None
+    required: str | None = None
+    allowed: list[str] | None = None
+    min_chars: Annotated[int, Field(ge=0)] | None = None
+    max_chars: Annotated[int, Field(ge=0)] | None = None
+
+
+class RulesSpec(Section):
+    actions: dict[Reason, Action] = {}
+    """What to do about a reason instead of its default: `quarantine`, `flag` (count and keep) or `off`."""
+    repair: bool = True
+    """Repair mojibake, entities, control characters and white space; every change is recorded."""
+    languages: list[str] = []
+    """Languages an answer may be in (ISO 639-1: en, zh); empty allows any."""
+    personal_data: Literal["mask", "quarantine", "keep"] = "mask"
+    """E-mail, phone, card and national id numbers, addresses of machines: masked, or the row rejected, or kept."""
+    secrets: Literal["mask", "quarantine", "keep"] = "quarantine"
+    """API keys, tokens, private keys."""
+    custom: list[CustomRule] = []
+    """Rules of your own: name, field, and `forbidden` or `required` regular expression, `allowed` values, lengths."""
+    function: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")] | None = None
+    """`FILE.py:FUNCTION`, called with (prompt, completion); what it returns other than None rejects the row."""
+
+    @model_validator(mode="after")
+    def _limits_are_usable(self) -> "RulesSpec":
+        for rule in self.custom:
+            for pattern in (rule.forbidden, rule.required):
+                try:
+                    re.compile(pattern or "")
+                except re.error as error:
+                    raise ValueError(f"rules.custom {rule.name}: not a regular expression: {error}") from error
+        fixed = sorted(reason for reason in self.actions if reason in UNREADABLE | LEAKS)
+        if fixed:
+            raise ValueError(f"rules.actions: {', '.join(fixed)} cannot be kept: there is no conversation, or it leaks")
+        return self
 
 
 class CurateSpec(Section):
@@ -158,6 +203,7 @@ class RunSpec(Section):
     """One run. Sections mirror the stages."""
 
     data: DataSpec = DataSpec()
+    rules: RulesSpec = RulesSpec()
     contract: ContractSpec = ContractSpec()
     curate: CurateSpec = CurateSpec()
     model: ModelSpec = ModelSpec()

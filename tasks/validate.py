@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from data_contracts.errors import DataError, Problem
 from data_contracts.records import Message, Row
 from data_contracts.reports import Snapshot, ValidatedData
-from data_contracts.rules import check_row
+from tasks.core.row_rules import check_row
 from data_contracts.run_spec import ContractSpec
 from tasks.contract import Outcome, load_suite, run_suite
 from tasks.drafts import content_key, draft_folder, publish_draft
