@@ -116,6 +116,7 @@ CAUGHT: dict[Reason, dict[str, Row]] = {
         "in mid-sentence": ask("How does it work?", f"{PROSE}. Only a few routers keep it for lon"),
         "after a connective": ask("How does it work?", f"{PROSE}, which is the reason that the owner must look at the"),
         "after a comma": ask("How does it work?", f"{PROSE},"),
+        "in a list item of several sentences": ask("How?", f"It depends. It may well take time.\n\n1. {PROSE}"),
     },
     Reason.UNBALANCED_CODE_FENCE: {
         "never closed": ask("Show a loop.", "```python\nfor i in range(3):\n    print(i)"),
@@ -264,6 +265,7 @@ KEPT: dict[Reason, dict[str, Row]] = {
     Reason.TRUNCATED_ANSWER: {
         "code": ask("Show it.", f"{PROSE}.\n```\n{'total = total + 1; ' * 9}\n```\nprint the total of all rows"),
         "list": ask("How?", f"{PROSE}.\n- Switch the router off and wait until every one of its lamps is dark\n"),
+        "a publisher's name": ask("How?", f"{PROSE}. Federal Emergency Management Agency of the United States"),
         "title": ask("A title?", "How the Router Keeps Its Table"),
         "Chinese without a full stop": ask(
             "Translate it to Chinese.", "".join(f"第{i}步要看第{i + 5}盏灯是否亮起" for i in range(20))

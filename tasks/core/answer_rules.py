@@ -143,7 +143,8 @@ def comes_to_an_end(case: Case) -> str | None:
     start = answer.rfind("\n") + 1
     last_line = answer[start:]
     # Titles, verses, list items and code have no full stop; one in prose is known by the sentences before it.
-    if len(last_line) < _MIN_LAST_LINE or _LIST_ITEM.match(last_line) or len(_SENTENCE_END.findall(answer)) < 2:
+    is_item = _LIST_ITEM.match(last_line) and not _SENTENCE_END.search(last_line)
+    if len(last_line) < _MIN_LAST_LINE or is_item or len(_SENTENCE_END.findall(answer)) < 2:
         return None
     last_word = last_line.split()[-1].lower()
     if "```" in answer or any(sign in last_word for sign in "./@_=(){}:#\\"):
@@ -157,6 +158,9 @@ def _reads_as_a_sentence(tail: str) -> bool:
     """False for a flattened list and for a name: the publisher's after the text, say."""
     if "  " in tail or " - " in tail or ":" in tail:
         return False
+    first = tail.split()[0]
+    if first[0].isupper() and first.lower() in _CONNECTIVES:
+        return True
     words = [word for word in tail.split() if len(word) > 3]
     return sum(word[0].isupper() for word in words) * 3 <= len(words)
 

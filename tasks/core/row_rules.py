@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from data_contracts.records import Row
-from data_contracts.rules import FLAGGED, UNREADABLE, Action, Reason, Rejection
+from data_contracts.rules import FLAGGED, UNREADABLE, Reason, Rejection
 from data_contracts.run_spec import CustomRule, RulesSpec
 from tasks.core import answer_rules, text_rules
 from tasks.core.text_rules import Case, OwnFunction
@@ -109,11 +109,6 @@ RULES: tuple[tuple[Reason, Rule], ...] = (
 )
 
 
-def action_of(reason: Reason, rules: RulesSpec) -> Action:
-    """What the run does about a reason: the user's choice, else the default."""
-    return rules.actions.get(reason, "flag" if reason in FLAGGED else "quarantine")
-
-
 def check_row(
     row: Row,
     rules: RulesSpec,
@@ -132,7 +127,7 @@ def check_row(
     case = text_rules.case_of(row, rules, max_chars, own)
     flags: list[Rejection] = []
     for reason, rule in RULES:
-        action = action_of(reason, rules)
+        action = rules.actions.get(reason, "flag" if reason in FLAGGED else "quarantine")
         if action == "off" or (reason in overruled and reason not in UNREADABLE):
             continue
         if (detail := rule(case)) is None:

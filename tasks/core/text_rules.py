@@ -176,7 +176,7 @@ _SCRIPTS: Final = (
         re.compile(r"(?:[\u4e00-\u9fff]{2,}[\uff0c。、\uff1b\uff1a\uff01\uff1f]?){4,}|[\u4e00-\u9fff]{12,}"),
         {"zh", "ja", "ko"},
     ),
-    ("Kana", re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]*[\u3040-\u30ff]{3,}[\u3040-\u30ff\u4e00-\u9fff]{6,}"), {"ja"}),
+    ("Kana", re.compile(r"[\u3040-\u30ff]{3,}[\u3040-\u30ff\u4e00-\u9fff]{6,}"), {"ja"}),
     ("Hangul", re.compile(r"(?:[\uac00-\ud7af]+\s+){3,}"), {"ko"}),
     ("Cyrillic", re.compile(r"(?:[\u0400-\u04ff]+[\s,]+){3,}"), {"ru", "uk", "bg", "be", "sr", "mk", "kk", "mn"}),
     ("Arabic", re.compile(r"(?:[\u0600-\u06ff]+\s+){3,}"), {"ar", "fa", "ur"}),
