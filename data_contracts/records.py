@@ -42,5 +42,14 @@ class Row:
 
 def content_id(messages: tuple[Message, ...]) -> str:
     """Hex sha256 of the messages as compact JSON."""
-    text = json.dumps(messages, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(as_json(messages).encode()).hexdigest()
+
+
+def as_json(messages: tuple[Message, ...]) -> str:
+    """Compact ASCII JSON: pairs of role and text."""
+    return json.dumps(messages, ensure_ascii=True, separators=(",", ":"))
+
+
+def from_json(text: str) -> tuple[Message, ...]:
+    """The messages that `as_json` wrote."""
+    return tuple(Message(role, content) for role, content in json.loads(text))

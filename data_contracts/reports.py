@@ -35,24 +35,48 @@ class SourceFile(Report):
 
 
 class Snapshot(Report):
-    """Every row that came in, readable or not: parquet columns row_id, source, line, raw, messages, reason, detail."""
+    """Every row that came in, readable or not, in parts: Parquet files with the columns row_id, source, line, raw,
+    messages (JSON pairs of role and text; null if the row cannot be read), reason, detail."""
 
     id: str
-    file: FileRef
+    parts: list[FileRef]
     rows_in: int
     unreadable: int
     sources: list[SourceFile]
 
 
+class Repaired(Report):
+    """One repair: how many rows it changed, and the first of them before and after, with personal data masked."""
+
+    rows: int
+    examples: list[str]
+
+
+class Drift(Report):
+    """This batch against the one before: Kolmogorov-Smirnov distances of lengths, Kullback-Leibler divergences (nats) of
+    shares. Empty without an earlier batch."""
+
+    reference: str | None  # snapshot id
+    values: dict[str, float]
+
+
 class ValidatedData(Report):
-    """Rows that passed the rules, rows in quarantine with their reason, and the batch contract's result."""
+    """Rows that passed the rules, rows in quarantine with their reason, and the batch contract's result.
+
+    `kept` are Parquet parts with the columns row_id, source, line, messages, language.
+    """
 
     snapshot_id: str
-    kept: FileRef
+    kept: list[FileRef]
     quarantine: FileRef
     rows_in: int
     rows_kept: int
     reasons: dict[str, int]
+    flags: dict[str, int]
+    repairs: dict[str, Repaired]
+    languages: dict[str, int]
+    drift: Drift
+    profile: FileRef
     contract_result: FileRef
     data_docs: str
 
@@ -68,8 +92,13 @@ class DatasetManifest(Report):
     exact_duplicates: int
     near_duplicates: int
     reasons: dict[str, int]
+    flags: dict[str, int]
+    repairs: dict[str, Repaired]
+    languages: dict[str, int]
+    drift: Drift
     splits: dict[str, int]
     known_rows: int
+    contamination: dict[str, int]  # train rows taken out, by what they share most of an item with
     train: FileRef
     validation: FileRef
     test: FileRef
@@ -77,6 +106,27 @@ class DatasetManifest(Report):
     duplicate_rows: FileRef
     contract_result: FileRef
     data_docs: str
+
+
+class DataState(Report):
+    """The newest data set of a model, with what it was made from."""
+
+    snapshot: Snapshot
+    validated: ValidatedData
+    dataset: DatasetManifest
+
+
+class RowStory(Report):
+    """All that is known about one row."""
+
+    row_id: str
+    source: str
+    line: int
+    raw: str
+    read: list[list[str]] | None  # pairs of role and text before any repair; None if it could not be read
+    now: dict[str, Any]  # the file it lies in, and its line there
+    history: list[list[str | None]]  # snapshot, fate, reason, split
+    releases: list[dict[str, Any]]
 
 
 # --- models -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ The rules that answer with these reasons are in tasks/core/row_rules.py. The fir
 quarantine has exactly one reason; a reason whose action is `flag` is counted and the row stays.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Literal
@@ -80,3 +81,8 @@ class Rejection:
 
     reason: Reason
     detail: str = ""
+
+
+def action_of(reason: Reason, actions: Mapping[Reason, Action]) -> Action:
+    """What is done about a reason: as configured, else its default."""
+    return actions.get(reason, "flag" if reason in FLAGGED else "quarantine")

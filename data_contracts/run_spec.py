@@ -29,6 +29,8 @@ class DataSpec(Section):
     """Text encoding of the source files (any Python codec name)."""
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
     """Column separator of CSV files (.tsv files always use a tab)."""
+    engine: Literal["local", "ray"] = "local"
+    """What works on the parts of the data: this machine's cores, or a Ray cluster that sees the store (`[ray]`)."""
     hub_split: str = "train"
     """Split to read from a hub data set."""
     packages: list[str] = ["stdlib"]
@@ -48,8 +50,16 @@ class ContractSpec(Section):
     """Fewest rows that must be left after the row rules."""
     max_chars: Annotated[int, Field(ge=1)] = 8000
     """Longest row, all messages together, in characters; longer rows are quarantined."""
+    max_duplicate_rate: Fraction = 0.5
+    """Largest share of exact copies among the rows that passed the rules; above it the run stops."""
+    max_length_drift: Fraction = 0.3
+    """Kolmogorov-Smirnov distance of prompt or answer lengths to the batch before; above it a warning."""
+    max_share_drift: Annotated[float, Field(ge=0.0)] = 0.5
+    """Kullback-Leibler divergence (nats) of the shares of sources or languages to the batch before; then a warning."""
     suite: str = "instruction_rows"
-    """Great Expectations suite: a name in data_contracts/suites/ or a path to a suite's JSON file."""
+    """Great Expectations suite of the rows: a name in data_contracts/suites/ or a path to a suite's JSON file."""
+    batch_suite: str = "instruction_batch"
+    """Suite of the batch as a whole: one row of rates and drift."""
 
 
 class CustomRule(Section):
@@ -95,8 +105,12 @@ class RulesSpec(Section):
 
 
 class CurateSpec(Section):
-    near_duplicate_threshold: Fraction = 0.8
-    """Jaccard similarity of word 3-grams from which two rows are the same row; 1 keeps all but exact copies."""
+    near_duplicate_threshold: Fraction = 0.7
+    """Jaccard similarity of word n-grams from which two rows are the same row; 1 keeps all but exact copies."""
+    shingle_words: Annotated[int, Field(ge=1)] = 5
+    """Words in one n-gram (characters in Chinese, Japanese, Korean and Thai). One changed word in 32 is 0.7 with 5."""
+    decontaminate: bool = True
+    """Take rows out of training that share 8-grams with more than half of a held-out or benchmark item (Tulu 3)."""
     test_fraction: Fraction = 0.1
     """Share of rows held out for the verdict, by hash of the duplicate cluster. Known rows keep their split for ever."""
     max_test_rows: Annotated[int, Field(ge=1)] = 1000

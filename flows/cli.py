@@ -24,6 +24,8 @@ from flows.console import (
     stoppable,
     write_json,
 )
+from flows.data_cli import data_app
+from flows.options import AsJson, Changes, Force, Name, Preset, StoreChanges
 from flows.prepared import prepared_spec, prepared_store, preset_of
 
 EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 3}
@@ -38,15 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Preset = Annotated[str | None, typer.Argument(help="Preset (demo, smoke) or a .yaml file; demo if left out.")]
-Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one dial; repeatable.")]
-StoreChanges = Annotated[
-    list[str] | None, typer.Option("--set", metavar="store.root=DIR", help="Where the store lies; repeatable.")
-]
-# Declared so that --help lists it; main() reads it, because stdout must be set aside before anything runs.
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
-Force = Annotated[bool, typer.Option("--force", help="Run every stage again, also those done before.")]
-Name = Annotated[str, typer.Argument(help="Name in the registry.")]
+app.add_typer(data_app, name="data")
 
 
 @app.command()
@@ -71,19 +65,6 @@ def run(
 
     report = retrain(spec, force=force)
     return Outcome(summary(report), partial(show_run, report), EXIT_CODES[report.gate.verdict])
-
-
-@app.command()
-def data(preset: Preset = None, changes: Changes = None, force: Force = False, as_json: AsJson = False) -> Outcome:
-    """Ingest, validate and split only, with a report on every row."""
-    spec = prepared_spec(preset, changes)
-    from flows.pages import show_data
-    from flows.retrain import prepare_data
-    from flows.summary import data_summary
-    from tasks.stores import Store
-
-    manifest, stages = prepare_data(spec, force=force)
-    return Outcome(data_summary(manifest, stages), partial(show_data, manifest, stages, Store(Path(spec.store.root))))
 
 
 @app.command()

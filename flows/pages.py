@@ -1,29 +1,24 @@
 """Pages for people before and around a run: its plan, its data, a report over a finished one."""
 
-import json
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
 from data_contracts.errors import DataError
-from data_contracts.reports import DatasetManifest, Stage
 from data_contracts.run_spec import RunSpec
 from flows.spec_files import LoadedSpec, yaml_inline
 from flows.spec_problems import dials
-from flows.tables import show_stages
 from tasks.sources import find_sources
-from tasks.stores import Store
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_EXAMPLES = 3
 STAGES = {
     "ingest": "read the sources into an immutable snapshot",
-    "validate": "row rules, quarantine, the batch contract",
-    "curate": "normalise, drop duplicates, split",
+    "validate": "repairs, row rules, quarantine, the batch contract",
+    "benchmarks": "the items of further lm-eval tasks, which no training row may hold",
+    "curate": "drop duplicates, split, decontaminate, and remember it all in the ledger",
     "prepare_base": "the base model in the store, named by its content",
     "init_adapter": "the step-0 adapter every arm starts from",
     "check_tasks": "find further lm-eval tasks and their data before hours are spent",
@@ -82,61 +77,3 @@ def show_plan(loaded: LoadedSpec, console: "Console") -> None:
         for name, text in lines.items():
             console.print(Text(f"  {name:<16} {text}"), soft_wrap=True)
     console.print("nothing was run and nothing was written")
-
-
-# --- data ---------------------------------------------------------------------------------------------------
-
-
-def show_data(data: DatasetManifest, stages: list[Stage], store: Store, console: "Console") -> None:
-    """Every row accounted for: kept, in quarantine by reason with examples, or a duplicate."""
-    show_stages(stages, console)
-    table = Table(title=f"snapshot {data.snapshot_id[:16]}", title_justify="left", title_style="bold")
-    table.add_column("rows")
-    table.add_column("", justify="right")
-    table.add_column("examples", overflow="fold")
-    table.add_row("in", f"{data.rows_in:,}")
-    table.add_row("kept", f"{data.kept:,}", f"{data.known_rows:,} known from earlier runs keep their split")
-    for split, count in data.splits.items():
-        table.add_row(f"  {split}", f"{count:,}")
-    table.add_row(
-        "duplicates", f"{data.duplicates:,}", f"{data.exact_duplicates:,} exact, {data.near_duplicates:,} near"
-    )
-    table.add_row("quarantined", f"{data.quarantined:,}")
-    examples = _examples(store, data)
-    for reason, count in sorted(data.reasons.items(), key=lambda item: -item[1]):
-        table.add_row(f"  {reason}", f"{count:,}", Text("\n".join(examples.get(reason, []))))
-    console.print(table)
-    console.print(_contract_line(store, data), soft_wrap=True)
-    for label, ref in _files(data).items():
-        console.print(Text(f"  {label:<16} {store.files / ref}"), soft_wrap=True)
-
-
-def _files(data: DatasetManifest) -> Mapping[str, str]:
-    names = ("train", "validation", "test", "quarantine", "duplicate_rows", "contract_result")
-    return {**{name.replace("_", " "): getattr(data, name).path for name in names}, "data docs": data.data_docs}
-
-
-def _examples(store: Store, data: DatasetManifest) -> dict[str, list[str]]:
-    """For each reason the first rows it rejected, as file:line and what was wrong."""
-    found: dict[str, list[str]] = {}
-    for row in _quarantined(store, data):
-        told = found.setdefault(str(row["reason"]), [])
-        if len(told) < _EXAMPLES:
-            told.append(f"{row['source']}:{row['line']} {row['detail'] or ''}".strip())
-    return found
-
-
-def _quarantined(store: Store, data: DatasetManifest) -> Iterator[dict[str, Any]]:
-    with store.path(data.quarantine).open(encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
-
-
-def _contract_line(store: Store, data: DatasetManifest) -> Text:
-    """Critical expectations were met, or there would be no manifest; the others may have failed."""
-    results = json.loads(store.path(data.contract_result).read_text(encoding="utf-8"))["results"]
-    failed = [item["name"] for item in results if not item["success"]]
-    line = Text.assemble("contract: ", ("kept", "green"), f", {len(results)} expectations")
-    if failed:
-        line.append(f", {len(failed)} of them only warn: {', '.join(failed)}", style="yellow")
-    return line

@@ -9,6 +9,7 @@ from prefect.runtime import flow_run
 from data_contracts.reports import (
     BaseModelRef,
     DatasetManifest,
+    DataState,
     EvalReport,
     EvalTarget,
     FileRef,
@@ -16,10 +17,12 @@ from data_contracts.reports import (
     Stage,
     TrainReport,
 )
+from data_contracts.rules import Reason, action_of
 from data_contracts.run_spec import RunSpec
 from flows.stages import Stages
-from tasks import registry, stages
+from tasks import ledger, registry, stages
 from tasks.base import ADAPTER_DIALS, base_identity
+from tasks.explain import write_state
 from tasks.sources import source_digests
 from tasks.stores import Store
 
@@ -98,9 +101,18 @@ def data_stages(run: Stages, spec: RunSpec) -> DatasetManifest:
     """Raw rows to splits."""
     store = Store(Path(spec.store.root))
     store.check_room()
-    snapshot = run.run(stages.ingest, store, spec.data, source_digests(spec.data))
-    validated = run.run(stages.check, store, snapshot, spec.contract)
-    dataset: DatasetManifest = run.run(stages.curate, store, validated, spec.curate, spec.model.name)
+    data, scope, engine = spec.data, spec.model.name, spec.data.engine
+    snapshot = run.run(stages.ingest, store, data, source_digests(data))
+    released = [(row.row_id, row.reason) for row in ledger.releases(store, scope)]
+    before = ledger.batch_before(store, scope, snapshot.id)
+    validated = run.run(stages.check, store, snapshot, spec.rules, spec.contract, released, before, engine)
+    further = sorted(set(spec.evaluate.tasks) - OWN_TASKS)
+    items = run.run(stages.benchmarks, store, further) if further and spec.curate.decontaminate else None
+    contradictions = action_of(Reason.CONTRADICTION, spec.rules.actions)
+    dataset: DatasetManifest = run.run(
+        stages.curate, store, validated, spec.curate, scope, contradictions, items, engine
+    )
+    write_state(store, scope, DataState(snapshot=snapshot, validated=validated, dataset=dataset))
     return dataset
 
 

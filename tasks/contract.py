@@ -11,7 +11,10 @@ import pandas as pd
 from data_contracts.errors import ConfigError, Problem
 
 _SUITES: Final = Path(__file__).parent.parent / "data_contracts" / "suites"
-_BUDGETS: Final = ("max_quarantine_rate", "min_rows")
+# For each suite the budgets it must use: one that forgets a budget would switch it off without a word.
+_BUDGETS: Final = {"rows": ("max_quarantine_rate", "min_rows"), "batch": ("max_duplicate_rate",)}
+_DIALS: Final = {"rows": "suite", "batch": "batch_suite"}
+Suites = dict[str, dict[str, Any]]
 
 
 class Outcome(NamedTuple):
@@ -25,10 +28,18 @@ class Outcome(NamedTuple):
     why: str
     act: str
     error: str | None
+    suite: str  # the dial that names it
+    failing_rows: list[str]  # ids of all rows that fail, where single rows are judged
 
 
-def load_suite(name: str) -> dict[str, Any]:
+def load_suites(rows: str, batch: str) -> Suites:
+    """The suite of the rows and the suite of the batch as a whole, by name or path."""
+    return {"rows": load_suite(rows, "rows"), "batch": load_suite(batch, "batch")}
+
+
+def load_suite(name: str, subject: str = "rows") -> dict[str, Any]:
     """A suite by its name in data_contracts/suites/ or by path. Raises ConfigError if it is missing or no suite."""
+    dial = f"contract.{_DIALS[subject]}"
     path = _SUITES / f"{name}.json" if (_SUITES / f"{name}.json").exists() else Path(name)
     known = ", ".join(sorted(file.stem for file in _SUITES.glob("*.json")))
     try:
@@ -36,55 +47,73 @@ def load_suite(name: str) -> dict[str, Any]:
         suite = json.loads(text)
         expectations = suite["expectations"]
     except OSError as error:
-        raise ConfigError(Problem(f"no such suite: {name}", "contract.suite", f"{known}, or a path")) from error
+        raise ConfigError(Problem(f"no such suite: {name}", dial, f"{known}, or a path")) from error
     except (ValueError, KeyError, TypeError) as error:
         act = 'a JSON object with "name" and a list "expectations"'
         raise ConfigError(Problem(f"not an expectation suite: {error!r}", str(path), act)) from error
-    # A suite that forgets a budget would switch it off without a word.
-    unused = [budget for budget in _BUDGETS if f'{{"$PARAMETER": "{budget}"}}' not in json.dumps(expectations)]
+    used = json.dumps(expectations)
+    unused = [budget for budget in _BUDGETS[subject] if f'{{"$PARAMETER": "{budget}"}}' not in used]
     if unused:
-        act = 'use {"$PARAMETER": NAME} as in instruction_rows.json'
+        act = f'use {{"$PARAMETER": NAME}} as in instruction_{subject}.json'
         raise ConfigError(Problem(f"the suite does not use {' and '.join(unused)}", str(path), act=act))
     return dict(suite)
 
 
-def run_suite(suite: dict[str, Any], frame: pd.DataFrame, parameters: dict[str, float], docs: Path) -> list[Outcome]:
-    """Evaluate every expectation on the frame and write Data Docs (HTML, without the rows' values) to `docs`.
+def run_suites(
+    suites: Suites, frames: dict[str, pd.DataFrame], parameters: dict[str, Any], docs: Path
+) -> list[Outcome]:
+    """Evaluate every expectation on its frame and write Data Docs (HTML, without the rows' values) to `docs`.
 
-    The import costs seconds, so it happens here. Raises ConfigError if the suite holds something unknown.
+    The import costs seconds, so it happens here. Raises ConfigError if a suite holds something unknown.
     """
     import great_expectations as gx
-    from great_expectations.checkpoint.actions import UpdateDataDocsAction
     from great_expectations.data_context.types.base import ProgressBarsConfig
 
+    outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as root:
         context = gx.get_context(mode="file", project_root_dir=root)
         context.variables.progress_bars = ProgressBarsConfig(globally=False)
-        asset = context.data_sources.add_pandas("rows").add_dataframe_asset("rows")
-        definition = gx.ValidationDefinition(
-            name=suite["name"],
-            data=asset.add_batch_definition_whole_dataframe("all"),
-            suite=context.suites.add(gx.ExpectationSuite(name=suite["name"], expectations=_expectations(suite))),
-        )
-        checkpoint = gx.Checkpoint(
-            name=suite["name"],
-            validation_definitions=[context.validation_definitions.add(definition)],
-            actions=[UpdateDataDocsAction(name="docs")],
-            result_format={"result_format": "BASIC", "exclude_unexpected_values": True},
-        )
-        # A frame index with repeated labels makes GX a hundred times slower.
-        batch = {"dataframe": frame.reset_index(drop=True)}
-        result = context.checkpoints.add(checkpoint).run(batch_parameters=batch, expectation_parameters=parameters)
+        for subject, suite in suites.items():
+            found = _run(context, subject, suite, frames[subject], parameters)
+            if len(found) != len(suite["expectations"]):
+                what = f"{len(suite['expectations'])} expectations, {len(found)} results"
+                act = "remove expectations that stand twice"
+                raise ConfigError(Problem(what, f"contract.{_DIALS[subject]}", act=act))
+            outcomes += found
         shutil.copytree(Path(root, "gx/uncommitted/data_docs/local_site"), docs)
-    (validation,) = result.run_results.values()
-    outcomes = sorted(map(_outcome, validation.to_json_dict()["results"]), key=lambda item: (item.name, item.limit))
-    if len(outcomes) != len(suite["expectations"]):
-        what = f"{len(suite['expectations'])} expectations, {len(outcomes)} results"
-        raise ConfigError(Problem(what, "contract.suite", act="remove expectations that stand twice"))
     return outcomes
 
 
-def _expectations(suite: dict[str, Any]) -> list[Any]:
+def _run(
+    context: Any, subject: str, suite: dict[str, Any], frame: pd.DataFrame, parameters: dict[str, Any]
+) -> list[Outcome]:
+    import great_expectations as gx
+    from great_expectations.checkpoint.actions import UpdateDataDocsAction
+
+    asset = context.data_sources.add_pandas(subject).add_dataframe_asset(subject)
+    definition = gx.ValidationDefinition(
+        name=suite["name"],
+        data=asset.add_batch_definition_whole_dataframe("all"),
+        suite=context.suites.add(
+            gx.ExpectationSuite(name=suite["name"], expectations=_expectations(suite, _DIALS[subject]))
+        ),
+    )
+    ids = {"unexpected_index_column_names": ["row_id"]} if "row_id" in frame else {}
+    checkpoint = gx.Checkpoint(
+        name=suite["name"],
+        validation_definitions=[context.validation_definitions.add(definition)],
+        actions=[UpdateDataDocsAction(name="docs")],
+        result_format={"result_format": "COMPLETE", "exclude_unexpected_values": True, **ids},
+    )
+    # A frame index with repeated labels makes GX a hundred times slower.
+    batch = {"dataframe": frame.reset_index(drop=True)}
+    result = context.checkpoints.add(checkpoint).run(batch_parameters=batch, expectation_parameters=parameters)
+    (validation,) = result.run_results.values()
+    found = [_outcome(item, _DIALS[subject]) for item in validation.to_json_dict()["results"]]
+    return sorted(found, key=lambda item: (item.name, item.limit))
+
+
+def _expectations(suite: dict[str, Any], dial: str) -> list[Any]:
     """The suite's expectations, built one by one: given as dicts, GX logs an invalid one and leaves it out."""
     from great_expectations.exceptions.exceptions import GreatExpectationsError
     from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
@@ -93,10 +122,10 @@ def _expectations(suite: dict[str, Any]) -> list[Any]:
         return [ExpectationConfiguration(**item).to_domain_obj() for item in suite["expectations"]]
     except (GreatExpectationsError, KeyError, TypeError, ValueError) as error:
         act = "compare with data_contracts/suites/instruction_rows.json"
-        raise ConfigError(Problem(f"unusable expectation: {error}", "contract.suite", act=act)) from error
+        raise ConfigError(Problem(f"unusable expectation: {error}", f"contract.{dial}", act=act)) from error
 
 
-def _outcome(item: dict[str, Any]) -> Outcome:
+def _outcome(item: dict[str, Any], suite: str) -> Outcome:
     config, result = item["expectation_config"], item["result"]
     column = config["kwargs"].get("column")
     error = _error(item["exception_info"]) or (None if result else "it gave no result")
@@ -114,7 +143,15 @@ def _outcome(item: dict[str, Any]) -> Outcome:
         config["meta"].get("why", ""),
         config["meta"].get("act", ""),
         error,
+        suite,
+        _failing_rows(result.get("unexpected_index_list") or []),
     )
+
+
+def _failing_rows(entries: list[dict[str, Any]]) -> list[str]:
+    """Row ids; GX gives one entry a row, or one with all ids where values are left out."""
+    found = [entry["row_id"] for entry in entries if "row_id" in entry]
+    return [str(i) for ids in found for i in (ids if isinstance(ids, list) else [ids])]
 
 
 def _error(info: dict[str, Any]) -> str | None:

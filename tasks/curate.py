@@ -1,164 +1,231 @@
 """Stage 3: duplicates leave, the rest is split for ever, and every row's fate goes into the ledger."""
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, NamedTuple, get_args
+from typing import Any, Final, NamedTuple
 
+import numpy as np
 import pyarrow.parquet as pq
 
-from data_contracts.records import Message, Row
-from data_contracts.reports import DatasetManifest, ValidatedData
+from data_contracts.reports import DatasetManifest, FileRef, ValidatedData
+from data_contracts.rules import Action, Reason
 from data_contracts.run_spec import CurateSpec
-from tasks.core.dedup import answer_groups, exact_groups, near_groups
-from tasks.core.split import Fractions, Known, Split, assign_splits, representative
-from tasks.drafts import content_key, draft_folder, publish_draft
-from tasks.ledger import Entry, known_splits, record
-from tasks.stores import Store, digest
+from tasks.core.clusters import BRIDGES, DUPLICATE, KEPT, NEAR_TEST, Rows, settle_exact, settle_near
+from tasks.core.near import near_pairs, similar
+from tasks.core.split import Fractions, Known, assign_splits
+from tasks.dataset_files import SPLITS, Decision, items, publish_dataset
+from tasks.decontaminate import contaminated
+from tasks.drafts import content_key
+from tasks.fingerprint import code_digest, library_versions
+from tasks.ledger import Entry, HeldOut, exclusive, held_out, known_splits, record
+from tasks.parts import Job, map_parts
+from tasks.sign_part import Signatures, sign, sign_part
+from tasks.stores import Store
 
-_SPLITS: Final[tuple[Split, ...]] = get_args(Split)
-
-
-class _Duplicate(NamedTuple):
-    row: "_Identified"
-    kind: str  # exact or near
-    of: str  # row_id of the row that stays
-
-
-class _Identified(NamedTuple):
-    """A row and its id, computed once."""
-
-    row_id: str
-    row: Row
-
-    @property
-    def order(self) -> tuple[str, str, int]:
-        return self.row_id, self.row.source, self.row.line
+_FACT_WORDS: Final = 4  # a shorter answer is a label
+_FACT_ROWS: Final = 10  # a more frequent one is boilerplate
+_REASONS: Final = {NEAR_TEST: Reason.NEAR_TEST_ITEM, BRIDGES: Reason.BRIDGES_SPLITS}
 
 
-class _Curated(NamedTuple):
-    kept: list[_Identified]
-    duplicates: list[_Duplicate]
-    splits: dict[str, Split]  # of every kept row
+class _Index(NamedTuple):
+    """All rows of the data, then the held-out rows that only the ledger knows, as ids and numbers."""
+
+    rows: Rows
+    signs: Signatures
+    here: int  # how many rows are in the data
 
 
-def curate(store: Store, validated: ValidatedData, curate: CurateSpec, scope: str) -> DatasetManifest:
+def curate(
+    store: Store, validated: ValidatedData, curate: CurateSpec, scope: str,
+    contradictions: Action = "flag", benchmarks: FileRef | None = None, engine: str = "local",
+) -> DatasetManifest:  # fmt: skip
     """Drop duplicates and split the rest; `scope` is the model whose ledger keeps rows in their split.
 
-    Each cluster of copies keeps one row. Files are published first, then the ledger is written in one transaction:
-    a crash between the two repeats the same work with the same result.
+    `benchmarks`: JSONL with the texts of further benchmark items. Each cluster of copies keeps one row. Files are
+    published first, then the ledger is written in one transaction: a crash between the two repeats the same work with
+    the same result.
     """
-    known = known_splits(store, scope)
-    result = _curate(_load(store.path(validated.kept)), known, curate)
-    quarantined = validated.rows_in - validated.rows_kept
-    if validated.rows_in != len(result.kept) + quarantined + len(result.duplicates):
-        raise AssertionError(
-            f"{validated.rows_in} rows in, {len(result.kept)} kept + {quarantined} quarantined "
-            f"+ {len(result.duplicates)} duplicates"
-        )
-    folder = _publish(store, result)
-    quarantine_file = store.path(validated.quarantine)
-    record(store, scope, validated.snapshot_id, _entries(result, quarantine_file))
-    exact = sum(duplicate.kind == "exact" for duplicate in result.duplicates)
-    return DatasetManifest(
-        snapshot_id=validated.snapshot_id,
-        rows_in=validated.rows_in,
-        kept=len(result.kept),
-        quarantined=quarantined,
-        duplicates=len(result.duplicates),
-        exact_duplicates=exact,
-        near_duplicates=len(result.duplicates) - exact,
-        reasons=validated.reasons,
-        splits={split: sum(s == split for s in result.splits.values()) for split in _SPLITS},
-        known_rows=sum(row.row_id in known for row in result.kept),
-        train=store.ref(folder / "train.jsonl"),
-        validation=store.ref(folder / "validation.jsonl"),
-        test=store.ref(folder / "test.jsonl"),
-        quarantine=validated.quarantine,
-        duplicate_rows=store.ref(folder / "duplicates.jsonl"),
-        contract_result=validated.contract_result,
-        data_docs=validated.data_docs,
-    )
+    parts = [store.path(ref) for ref in validated.kept]
+    with exclusive(store), tempfile.TemporaryDirectory() as scratch:
+        known, before = known_splits(store, scope), held_out(store, scope)
+        index = _index(_sign(store, validated, curate, engine), parts, known, before, curate, Path(scratch))
+        decisions = _decide(index, known, curate)
+        conflicts = _contradict(index, decisions, contradictions)
+        hits = contaminated(parts, decisions, before, store.path(benchmarks) if benchmarks else None, curate)
+        _check_sum(validated, decisions)
+        folder = publish_dataset(store, parts, decisions, store.path(validated.quarantine))
+        entries = _entries(index.rows.ids, decisions, folder / "quarantine.jsonl")
+        kept_out = _held_out_now(parts, decisions)
+        record(store, scope, validated.snapshot_id, entries, kept_out, validated.profile)
+    known_rows = sum(d.fate == "kept" and i in known for d, i in zip(decisions, index.rows.ids, strict=False))
+    flags = validated.flags | ({Reason.CONTRADICTION.value: conflicts} if conflicts else {})
+    return _manifest(store, validated, folder, decisions, known_rows, flags, hits)
 
 
-def _load(kept: Path) -> list[_Identified]:
-    rows = []
-    for batch in pq.ParquetFile(kept).iter_batches(10_000):
-        for item in batch.to_pylist():
-            messages = tuple(Message(m["role"], m["content"]) for m in item["messages"])
-            rows.append(_Identified(item["row_id"], Row(messages, item["source"], item["line"])))
-    return rows
+# --- what is compared ---------------------------------------------------------------------------------------
 
 
-def _curate(rows: list[_Identified], known: dict[str, Known], curate: CurateSpec) -> _Curated:
-    duplicates: list[_Duplicate] = []
-    firsts = _stand_ins(rows, exact_groups([row.row.messages for row in rows]), known, "exact", duplicates)
-    clusters = near_groups([row.row.messages for row in firsts], curate.near_duplicate_threshold)
-    kept = _stand_ins(firsts, clusters, known, "near", duplicates)
+def _sign(store: Store, validated: ValidatedData, curate: CurateSpec, engine: str) -> list[Path]:
+    dials = {"size": curate.shingle_words, "threshold": curate.near_duplicate_threshold}
+    made_by = (code_digest(("tasks.sign_part",)), json.dumps([dials, library_versions(("rensa",))]))
+    jobs = [
+        Job(content_key(ref.sha256, *made_by)[:32], {**dials, "part": str(store.path(ref).resolve())})
+        for ref in validated.kept
+    ]
+    return map_parts(store, "signed", sign_part, jobs, engine)
+
+
+def _index(
+    signed: list[Path], parts: list[Path], known: dict[str, Known], before: list[HeldOut], curate: CurateSpec,
+    scratch: Path,
+) -> _Index:  # fmt: skip
+    ids = [row_id for part in parts for row_id in pq.read_table(part, columns=["row_id"])["row_id"].to_pylist()]
+    here = set(ids)
+    gone = [row for row in before if row.row_id not in here]
+    sign([row.messages for row in gone], curate.shingle_words, curate.near_duplicate_threshold, scratch)
+    every = [*ids, *(row.row_id for row in gone)]
+    absent = np.arange(len(every)) >= len(ids)
+    return _Index(Rows(every, [known.get(i) for i in every], absent), Signatures([*signed, scratch]), len(ids))
+
+
+# --- what becomes of each row -------------------------------------------------------------------------------
+
+
+def _decide(index: _Index, known: dict[str, Known], curate: CurateSpec) -> list[Decision]:
+    """A decision for every row of the data, in order."""
+    rows, signs = index.rows, index.signs
+    exact = settle_exact(signs.contents, rows)
+    firsts = np.flatnonzero((exact.codes == KEPT) | ((exact.of == np.arange(len(rows.ids))) & rows.absent))
+    taken = Rows([rows.ids[i] for i in firsts], [rows.known[i] for i in firsts], rows.absent[firsts])
+    near = settle_near(_near_pairs(signs, firsts, curate.near_duplicate_threshold), taken)
+    of = {int(first): int(firsts[near.of[place]]) for place, first in enumerate(firsts.tolist())}
+    code = {int(first): int(near.codes[place]) for place, first in enumerate(firsts.tolist())}
+    kept = [first for first in code if code[first] == KEPT]
+    held_out_rows = [first for first in code if rows.absent[first]]
+    splits = _split(index, kept, held_out_rows, curate)
+    decisions = []
+    for row in range(index.here):
+        first = int(exact.of[row])
+        other = rows.ids[of[first]] if code[first] != KEPT else rows.ids[first]
+        if code[first] in _REASONS:
+            decisions.append(Decision("quarantined", _REASONS[code[first]].value, None, other))
+        elif code[first] == DUPLICATE or row != first:
+            original = rows.known[of[first]]
+            split = splits.get(of[first]) or (original.split if original else None)
+            decisions.append(Decision("duplicate", "exact" if row != first else "near", split, other))
+        else:
+            decisions.append(Decision("kept", None, splits[row], None))
+    return decisions
+
+
+def _near_pairs(signs: Signatures, firsts: Any, threshold: float) -> Any:
+    """Pairs of places in `firsts` whose texts and whose answers are near copies."""
+    if threshold >= 1.0 or len(firsts) < 2:
+        return np.zeros((0, 2), np.int64)
+    pairs = near_pairs(signs.bands[firsts], lambda places: signs.texts(firsts[places]), threshold)
+    # A long passage would swallow the short questions asked about it: the answers must be near as well.
+    return pairs[similar(pairs, lambda places: signs.answers(firsts[places]), threshold)]
+
+
+def _split(index: _Index, kept: list[int], gone: list[int], curate: CurateSpec) -> dict[int, Any]:
+    """The split of every kept row; rows that teach the same answer stay together, also with held-out rows now gone.
+
+    Answers of few words are labels and very frequent ones boilerplate: knowing them is no leak.
+    """
+    rows, signs = index.rows, index.signs
+    frequency = Counter(signs.answers_equal[kept].tolist())
+    groups, known = {}, {}
+    for row in [*kept, *gone]:
+        answer = int(signs.answers_equal[row])
+        fact = signs.answer_words[row] >= _FACT_WORDS and frequency[answer] <= _FACT_ROWS
+        groups[str(row)] = f"answer {answer}" if fact else rows.ids[row]
+        if found := rows.known[row]:
+            known[str(row)] = found
     fractions = Fractions(
         curate.test_fraction, curate.max_test_rows, curate.validation_fraction, curate.max_validation_rows
     )
-    taught = answer_groups([row.row_id for row in kept], [row.row.messages for row in kept])
-    splits = assign_splits(taught, known, fractions)
-    return _Curated(kept, _resolved(duplicates, splits), splits)
+    splits = assign_splits(groups, known, fractions, {str(row) for row in gone})
+    return {row: splits[str(row)] for row in kept}
 
 
-def _stand_ins(
-    rows: list[_Identified], groups: list[int], known: dict[str, Known], kind: str, duplicates: list[_Duplicate]
-) -> list[_Identified]:
-    """One row of each group, in order of id, whatever the order of the rows; the others go to `duplicates`."""
-    members: dict[int, list[_Identified]] = defaultdict(list)
-    for row, group in zip(rows, groups, strict=True):
-        members[group].append(row)
-    kept = []
-    for group_rows in members.values():
-        chosen_id = representative({row.row_id for row in group_rows}, known)
-        chosen = min((row for row in group_rows if row.row_id == chosen_id), key=lambda row: row.order)
-        kept.append(chosen)
-        duplicates += [_Duplicate(row, kind, chosen_id) for row in group_rows if row is not chosen]
-    return sorted(kept, key=lambda row: row.order)
+def _contradict(index: _Index, decisions: list[Decision], action: Action) -> int:
+    """Kept rows that answer a prompt which another kept row answers differently: counted, or put in quarantine."""
+    if action == "off":
+        return 0
+    kept = np.array([row for row, decision in enumerate(decisions) if decision.fate == "kept"], np.int64)
+    prompts, counts = np.unique(index.signs.prompts[kept], return_counts=True)
+    often = set(prompts[counts > 1].tolist())
+    found = [row for row in kept.tolist() if int(index.signs.prompts[row]) in often]
+    if action == "quarantine":
+        for row in found:
+            decisions[row] = Decision("quarantined", Reason.CONTRADICTION.value, None, None)
+        return 0
+    return len(found)
 
 
-def _resolved(duplicates: list[_Duplicate], splits: dict[str, Split]) -> list[_Duplicate]:
-    """An exact copy of a row that then was a near copy of another points to the one that stayed."""
-    near = {duplicate.row.row_id: duplicate.of for duplicate in duplicates if duplicate.kind == "near"}
-    resolved = [d if d.of in splits else d._replace(of=near[d.of]) for d in duplicates]
-    return sorted(resolved, key=lambda duplicate: duplicate.row.order)
+# --- what is told -------------------------------------------------------------------------------------------
 
 
-def _publish(store: Store, result: _Curated) -> Path:
-    with draft_folder(store, "datasets") as draft:
-        lines = {f"{split}.jsonl": _row_lines(result, split) for split in _SPLITS}
-        lines["duplicates.jsonl"] = map(_duplicate_line, result.duplicates)
-        for name, content in lines.items():
-            with (draft / name).open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in content)
-        key = content_key(*(digest(draft / name) for name in lines))
-        return publish_draft(store, "datasets", draft, list(lines), key)
+def _check_sum(validated: ValidatedData, decisions: list[Decision]) -> None:
+    fates = Counter(decision.fate for decision in decisions)
+    quarantined = validated.rows_in - validated.rows_kept + fates["quarantined"]
+    if validated.rows_in != fates["kept"] + quarantined + fates["duplicate"]:
+        raise AssertionError(
+            f"{validated.rows_in} rows in, {fates['kept']} kept + {quarantined} quarantined "
+            f"+ {fates['duplicate']} duplicates"
+        )
 
 
-def _row_lines(result: _Curated, split: Split) -> Iterator[dict[str, Any]]:
-    for row_id, row in result.kept:
-        if result.splits[row_id] == split:
-            messages = [message._asdict() for message in row.messages]
-            yield {"row_id": row_id, "source": row.source, "line": row.line, "messages": messages}
-
-
-def _duplicate_line(duplicate: _Duplicate) -> dict[str, Any]:
-    row_id, row = duplicate.row
-    return {
-        "row_id": row_id, "source": row.source, "line": row.line, "kind": duplicate.kind, "duplicate_of": duplicate.of,
-    }  # fmt: skip
-
-
-def _entries(result: _Curated, quarantine: Path) -> Iterable[Entry]:
-    """Kept rows first: of two entries of one id the ledger's first counts."""
-    for row_id, _ in result.kept:
-        yield Entry(row_id, "kept", None, result.splits[row_id])
-    for duplicate in result.duplicates:
-        yield Entry(duplicate.row.row_id, "duplicate", duplicate.kind, result.splits[duplicate.of])
+def _entries(ids: Any, decisions: list[Decision], quarantine: Path) -> Iterator[Entry]:
+    """Kept rows first: of two entries of one id the ledger takes the first."""
+    for fate in ("kept", "duplicate"):
+        for row_id, decision in zip(ids, decisions, strict=False):
+            if decision.fate == fate:
+                yield Entry(row_id, fate, decision.reason, decision.split)  # type: ignore[arg-type]
     with quarantine.open(encoding="utf-8") as file:
         for line in file:
             item = json.loads(line)
             yield Entry(item["row_id"], "quarantined", item["reason"], None)
+
+
+def _held_out_now(parts: list[Path], decisions: list[Decision]) -> Iterator[HeldOut]:
+    for item in items(parts, decisions):
+        split = item.decision.split
+        if item.decision.fate == "kept" and split and split != "train":
+            yield HeldOut(item.row_id, split, item.messages)
+
+
+def _manifest(
+    store: Store, validated: ValidatedData, folder: Path, decisions: list[Decision], known_rows: int,
+    flags: dict[str, int], hits: dict[str, int],
+) -> DatasetManifest:  # fmt: skip
+    fates = Counter(decision.fate for decision in decisions)
+    kinds = Counter(decision.reason for decision in decisions if decision.fate == "duplicate")
+    added = Counter(decision.reason for decision in decisions if decision.fate == "quarantined")
+    splits = Counter(decision.split for decision in decisions if decision.fate == "kept")
+    refs = {split: store.ref(folder / f"{split}.jsonl") for split in SPLITS}
+    return DatasetManifest(
+        snapshot_id=validated.snapshot_id,
+        rows_in=validated.rows_in,
+        kept=fates["kept"],
+        quarantined=validated.rows_in - validated.rows_kept + fates["quarantined"],
+        duplicates=fates["duplicate"],
+        exact_duplicates=kinds["exact"],
+        near_duplicates=kinds["near"],
+        reasons=dict((Counter(validated.reasons) + added).most_common()),
+        flags=flags,
+        repairs=validated.repairs,
+        languages=validated.languages,
+        drift=validated.drift,
+        splits={split: splits[split] for split in SPLITS},
+        known_rows=known_rows,
+        contamination=hits,
+        **refs,
+        quarantine=store.ref(folder / "quarantine.jsonl"),
+        duplicate_rows=store.ref(folder / "duplicates.jsonl"),
+        contract_result=validated.contract_result,
+        data_docs=validated.data_docs,
+    )

@@ -14,7 +14,7 @@ from tasks.core.stats import per_token, proportion_interval
 from tasks.drafts import content_key
 from tasks.fingerprint import code_digest
 from tasks.processes import run_worker
-from tasks.stores import Store
+from tasks.stores import Store, digest
 
 
 def evaluate_targets(
@@ -112,3 +112,16 @@ def check_tasks(store: Store, base: BaseModelRef, test: FileRef, evaluate: Evalu
     run_worker("tasks.workers.evaluate_models", spec, out, "check tasks")
     shutil.rmtree(out)
     return evaluate.tasks
+
+
+def benchmark_items(store: Store, tasks: list[str]) -> FileRef:
+    """The texts of every item of some lm-eval tasks, as JSONL. Raises ConfigError for a task that cannot be had."""
+    out = store.files / "benchmarks" / f"work-{uuid.uuid4().hex}"
+    try:
+        run_worker("tasks.workers.benchmark_items", {"tasks": tasks}, out, "benchmark items")
+        key = content_key(digest(out / "items.jsonl"))[:32]
+        with store.publish("benchmarks", key) as folder:
+            (out / "items.jsonl").rename(folder / "items.jsonl")
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    return store.ref(store.files / "benchmarks" / key / "items.jsonl")

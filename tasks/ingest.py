@@ -3,14 +3,14 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_contracts.errors import DataError
-from data_contracts.records import content_id
+from data_contracts.records import as_json
 from data_contracts.reports import Snapshot, SourceFile
 from data_contracts.rules import Rejection
 from data_contracts.run_spec import DataSpec
@@ -22,16 +22,16 @@ from tasks.readers import RawRow, read_source
 from tasks.sources import Source, find_sources
 from tasks.stores import Store, digest
 
-_BATCH_ROWS = 10_000
+# Rows in one part: what a later stage works on at once, and what it need not look at again while it stays the same.
+PART_ROWS = 20_000
 
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _SCHEMA = pa.schema(
     [
         ("row_id", pa.string()),
         ("source", pa.string()),
         ("line", pa.int64()),
         ("raw", pa.string()),
-        ("messages", MESSAGES),  # null if the row was rejected
+        ("messages", pa.string()),  # JSON pairs of role and text; null if the row was rejected
         ("reason", pa.string()),
         ("detail", pa.string()),
     ]
@@ -49,12 +49,13 @@ def ingest(store: Store, data: DataSpec) -> Snapshot:
         formats, problems = probe(sources, data)
         if problems:
             raise DataError(*problems)
-        files, unreadable = _write(draft / "rows.parquet", sources, formats, data)
+        (draft / "parts").mkdir()
+        files, unreadable = _write(draft / "parts", sources, formats, data)
         snapshot_id = content_key(*(rows_digest for _, rows_digest in files))
-        folder = publish_draft(store, "snapshots", draft, ["rows.parquet"], snapshot_id)
+        folder = publish_draft(store, "snapshots", draft, ["parts"], snapshot_id)
     return Snapshot(
         id=snapshot_id,
-        file=store.ref(folder / "rows.parquet"),
+        parts=[store.ref(part) for part in sorted((folder / "parts").iterdir())],
         rows_in=sum(file.rows for file, _ in files),
         unreadable=unreadable,
         sources=[file for file, _ in files],
@@ -79,29 +80,31 @@ def _build_python_docs(source: Source, data: DataSpec, draft: Path) -> Source:
 
 
 def _write(
-    parquet: Path, sources: list[Source], formats: dict[str, str], data: DataSpec
+    parts: Path, sources: list[Source], formats: dict[str, str], data: DataSpec
 ) -> tuple[list[tuple[SourceFile, str]], int]:
-    """Stream all rows to disk. Returns each source with the digest of its rows, and how many rows were rejected."""
+    """Stream all rows to disk. Returns each source with the digest of its rows, and how many rows were rejected.
+
+    A part holds rows of one source, cut at fixed row numbers: what is appended to a file changes its last part only.
+    """
     files: list[tuple[SourceFile, str]] = []
-    unreadable = 0
-    with pq.ParquetWriter(parquet, _SCHEMA, compression="zstd") as writer:
-        for source in sources:
-            rows_hash, count = hashlib.sha256(), 0
-            rows = _rows(source, data, converter(formats[source.name], data.columns, data.system_prompt))
-            while batch := list(islice(rows, _BATCH_ROWS)):
-                writer.write_table(_table(batch))
-                for row_id, name, line, raw, _, reason, _ in batch:
-                    rows_hash.update(f"{name}\0{line}\0{row_id}\0{reason}\0{raw}\n".encode())
-                count += len(batch)
-                unreadable += sum(row[4] is None for row in batch)
-            rows_digest = rows_hash.hexdigest()
-            sha256 = rows_digest if source.kind == "hub" else digest(source.path)
-            file = SourceFile(name=source.name, format=formats[source.name], rows=count, sha256=sha256)
-            files.append((file, rows_digest))
+    unreadable, numbers = 0, count()
+    for source in sources:
+        rows_hash, taken = hashlib.sha256(), 0
+        rows = _rows(source, data, converter(formats[source.name], data.columns, data.system_prompt))
+        while batch := list(islice(rows, PART_ROWS)):
+            pq.write_table(_table(batch), parts / f"{next(numbers):05}.parquet", compression="zstd")
+            for row_id, name, line, raw, _, reason, _ in batch:
+                rows_hash.update(f"{name}\0{line}\0{row_id}\0{reason}\0{raw}\n".encode())
+            taken += len(batch)
+            unreadable += sum(row[4] is None for row in batch)
+        rows_digest = rows_hash.hexdigest()
+        sha256 = rows_digest if source.kind == "hub" else digest(source.path)
+        file = SourceFile(name=source.name, format=formats[source.name], rows=taken, sha256=sha256)
+        files.append((file, rows_digest))
     return files, unreadable
 
 
-_RowTuple = tuple[str, str, int, str, list[dict[str, str]] | None, str | None, str | None]
+_RowTuple = tuple[str, str, int, str, str | None, str | None, str | None]
 
 
 def _rows(source: Source, data: DataSpec, convert: Converter) -> Iterator[_RowTuple]:
@@ -113,8 +116,9 @@ def _rows(source: Source, data: DataSpec, convert: Converter) -> Iterator[_RowTu
             row_id = hashlib.sha256(row.raw.encode()).hexdigest()
             yield row_id, _name(source, row), row.line, row.raw, None, value.reason.value, value.detail
         else:
-            messages = [message._asdict() for message in value]
-            yield content_id(value), _name(source, row), row.line, row.raw, messages, None, None
+            messages = as_json(value)
+            row_id = hashlib.sha256(messages.encode()).hexdigest()
+            yield row_id, _name(source, row), row.line, row.raw, messages, None, None
 
 
 def _name(source: Source, row: RawRow) -> str:

@@ -1,27 +1,52 @@
-"""The append-only record of every row a model's data ever had: its fate, and the split it was first given."""
+"""The append-only record of every row a model's data ever had: its fate, and the split it was first given.
 
+Beside it: the texts of held-out rows, so that a copy that comes after the row itself has left is still known; the
+batches in their order; and the rows a person has released from quarantine.
+"""
+
+import getpass
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Final, Literal, NamedTuple, cast
 
+from filelock import FileLock, Timeout
+
 from data_contracts.errors import Problem, StoreError
+from data_contracts.records import Message, as_json, from_json
+from data_contracts.reports import FileRef
 from tasks.core.split import Known, Split
 from tasks.stores import Store
 
 Fate = Literal["kept", "quarantined", "duplicate"]
 
 _WAIT_SECONDS: Final = 60.0  # another run may be writing
-_TABLE: Final = """
+_LOCK_SECONDS: Final = 3600.0  # another run may be splitting a million rows
+_TABLES: Final = """
 CREATE TABLE IF NOT EXISTS rows (
     scope TEXT NOT NULL,        -- the model the data belong to
     row_id TEXT NOT NULL,
-    snapshot_id TEXT NOT NULL,
+    snapshot_id TEXT NOT NULL,  -- the batch in which this became so
     fate TEXT NOT NULL,         -- kept, quarantined or duplicate
     reason TEXT,                -- of a quarantined row, or exact / near of a duplicate
-    split TEXT,                 -- of a kept row, or of the row a duplicate is a copy of
-    UNIQUE (scope, row_id, snapshot_id, fate)
-)
+    split TEXT                  -- of a kept row, or of the row a duplicate is a copy of
+);
+CREATE INDEX IF NOT EXISTS rows_by_id ON rows (scope, row_id);
+CREATE TABLE IF NOT EXISTS held_out (
+    scope TEXT NOT NULL, row_id TEXT NOT NULL, split TEXT NOT NULL, messages TEXT NOT NULL,
+    PRIMARY KEY (scope, row_id)
+);
+CREATE TABLE IF NOT EXISTS batches (
+    scope TEXT NOT NULL, snapshot_id TEXT NOT NULL, new_rows INTEGER NOT NULL, at REAL NOT NULL,
+    profile_path TEXT NOT NULL, profile_sha256 TEXT NOT NULL,
+    PRIMARY KEY (scope, snapshot_id)
+);
+CREATE TABLE IF NOT EXISTS releases (
+    scope TEXT NOT NULL, row_id TEXT NOT NULL, reason TEXT NOT NULL, why TEXT NOT NULL, who TEXT NOT NULL,
+    at REAL NOT NULL,
+    PRIMARY KEY (scope, row_id, reason)
+);
 """
 
 
@@ -34,6 +59,43 @@ class Entry(NamedTuple):
     split: Split | None
 
 
+class Event(NamedTuple):
+    """One line of a row's history."""
+
+    snapshot_id: str
+    fate: str
+    reason: str | None
+    split: str | None
+
+
+class HeldOut(NamedTuple):
+    row_id: str
+    split: Split
+    messages: tuple[Message, ...]
+
+
+class Release(NamedTuple):
+    row_id: str
+    reason: str
+    why: str
+    who: str
+    at: float  # seconds since 1970
+
+
+@contextmanager
+def exclusive(store: Store) -> Iterator[None]:
+    """Only one process splits and records at a time: what it read of the ledger stays true until it has written."""
+    store.files.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{store.ledger}.lock", timeout=_LOCK_SECONDS):
+            yield
+    except Timeout as error:
+        act = "wait for the other run, or end it"
+        raise StoreError(
+            Problem("another run has held the row ledger for an hour", str(store.ledger), act=act)
+        ) from error
+
+
 def known_splits(store: Store, scope: str) -> dict[str, Known]:
     """For every row that was ever given a split, the first one. Duplicates have that of their original.
 
@@ -41,17 +103,80 @@ def known_splits(store: Store, scope: str) -> dict[str, Known]:
     """
     query = "SELECT row_id, split, fate FROM rows WHERE scope = ? AND split IS NOT NULL ORDER BY rowid"
     known: dict[str, Known] = {}
+    values = {(split, kept): Known(split, kept) for split in ("train", "validation", "test") for kept in (True, False)}
     with _connection(store) as connection:
         for row_id, split, fate in connection.execute(query, (scope,)):
-            known.setdefault(row_id, Known(cast(Split, split), fate == "kept"))
+            known.setdefault(row_id, values[split, fate == "kept"])  # shared: there may be millions
     return known
 
 
-def record(store: Store, scope: str, snapshot_id: str, entries: Iterable[Entry]) -> None:
-    """Append the entries in one transaction; those already there are left as they are."""
-    rows = ((scope, entry.row_id, snapshot_id, entry.fate, entry.reason, entry.split) for entry in entries)
+def held_out(store: Store, scope: str) -> list[HeldOut]:
+    """Every row that was ever held out, with its text, sorted by id."""
+    query = "SELECT row_id, split, messages FROM held_out WHERE scope = ? ORDER BY row_id"
     with _connection(store) as connection:
-        connection.executemany("INSERT OR IGNORE INTO rows VALUES (?, ?, ?, ?, ?, ?)", rows)
+        return [
+            HeldOut(row_id, cast(Split, split), from_json(messages))
+            for row_id, split, messages in connection.execute(query, (scope,))
+        ]
+
+
+def record(
+    store: Store, scope: str, snapshot_id: str, entries: Iterable[Entry], kept_out: Iterable[HeldOut] = (),
+    profile: FileRef | None = None,
+) -> int:  # fmt: skip
+    """Append what is new or has changed, in one transaction; answer with how many rows were never seen before.
+
+    Of several entries of one id the first counts.
+    """
+    with _connection(store) as connection:
+        query = "SELECT row_id, fate, reason, split FROM rows WHERE scope = ? ORDER BY rowid"
+        latest = {row_id: tuple(state) for row_id, *state in connection.execute(query, (scope,))}
+        before, changed, seen = len(latest), [], set()
+        for row_id, fate, reason, split in entries:
+            if row_id in seen:
+                continue
+            seen.add(row_id)
+            if latest.get(row_id) != (fate, reason, split):
+                changed.append((scope, row_id, snapshot_id, fate, reason, split))
+        new = len(seen - latest.keys()) if before else len(seen)
+        connection.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", changed)
+        rows = ((scope, row.row_id, row.split, as_json(row.messages)) for row in kept_out)
+        connection.executemany("INSERT OR IGNORE INTO held_out VALUES (?, ?, ?, ?)", rows)
+        if profile:
+            batch = (scope, snapshot_id, new, time.time(), profile.path, profile.sha256)
+            connection.execute("INSERT OR IGNORE INTO batches VALUES (?, ?, ?, ?, ?, ?)", batch)
+    return new
+
+
+def batch_before(store: Store, scope: str, snapshot_id: str) -> tuple[str, FileRef] | None:
+    """Snapshot id and profile of the newest batch older than this one, or of the newest of all if this one is new."""
+    query = "SELECT snapshot_id, profile_path, profile_sha256, at FROM batches WHERE scope = ? ORDER BY at"
+    with _connection(store) as connection:
+        batches = list(connection.execute(query, (scope,)))
+    mine = next((at for name, _, _, at in batches if name == snapshot_id), float("inf"))
+    older = [(name, FileRef(path=path, sha256=sha256)) for name, path, sha256, at in batches if at < mine]
+    return older[-1] if older else None
+
+
+def history(store: Store, scope: str, row_id: str) -> list[Event]:
+    """All that ever happened to a row, oldest first."""
+    query = "SELECT snapshot_id, fate, reason, split FROM rows WHERE scope = ? AND row_id = ? ORDER BY rowid"
+    with _connection(store) as connection:
+        return [Event(*event) for event in connection.execute(query, (scope, row_id))]
+
+
+def release(store: Store, scope: str, row_ids: Iterable[str], reason: str, why: str) -> None:
+    """Overrule a reason for some rows, and remember who did and why."""
+    rows = ((scope, row_id, reason, why, getpass.getuser(), time.time()) for row_id in row_ids)
+    with _connection(store) as connection:
+        connection.executemany("INSERT OR IGNORE INTO releases VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+
+def releases(store: Store, scope: str) -> list[Release]:
+    """Every release, sorted by row."""
+    query = "SELECT row_id, reason, why, who, at FROM releases WHERE scope = ? ORDER BY row_id, reason"
+    with _connection(store) as connection:
+        return [Release(*row) for row in connection.execute(query, (scope,))]
 
 
 @contextmanager
@@ -60,7 +185,7 @@ def _connection(store: Store) -> Iterator[sqlite3.Connection]:
     store.files.mkdir(parents=True, exist_ok=True)
     try:
         with closing(sqlite3.connect(store.ledger, timeout=_WAIT_SECONDS)) as connection, connection:
-            connection.execute(_TABLE)
+            connection.executescript(_TABLES)
             yield connection
     except sqlite3.Error as error:
         act = "check that the disk has room and that no other program holds the file"

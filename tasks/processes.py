@@ -92,6 +92,11 @@ def _error(code: int, module: str, out: Path) -> Exception:
     return WorkerError(Problem(f"ended with code {code}:\n{tail}", module, act=f"read {log}"))
 
 
+def free_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Display:
     """A worker's progress on stderr: a bar in a terminal, a line every 15 seconds elsewhere."""
 

@@ -26,6 +26,7 @@ from data_contracts.run_spec import (
     DataSpec,
     EvaluateSpec,
     GateSpec,
+    RulesSpec,
     RunSpec,
     StoreSpec,
     TrainSpec,
@@ -47,13 +48,24 @@ def ingest(store: Store, data: DataSpec, sources: dict[str, str]) -> Snapshot:
 
 
 @stage("validate")
-def check(store: Store, snapshot: Snapshot, contract: ContractSpec) -> ValidatedData:
-    return validate.validate(store, snapshot, contract)
+def check(
+    store: Store, snapshot: Snapshot, rules: RulesSpec, contract: ContractSpec, released: list[tuple[str, str]],
+    reference: tuple[str, FileRef] | None, engine: str,
+) -> ValidatedData:  # fmt: skip
+    return validate.validate(store, snapshot, rules, contract, released, reference, engine, is_forced())
+
+
+@stage("benchmarks")
+def benchmarks(store: Store, tasks: list[str]) -> FileRef:
+    return evaluation.benchmark_items(store, tasks)
 
 
 @stage("curate")
-def curate(store: Store, validated: ValidatedData, spec: CurateSpec, scope: str) -> DatasetManifest:
-    return curation.curate(store, validated, spec, scope)
+def curate(
+    store: Store, validated: ValidatedData, spec: CurateSpec, scope: str, contradictions: str,
+    benchmarks: FileRef | None, engine: str,
+) -> DatasetManifest:  # fmt: skip
+    return curation.curate(store, validated, spec, scope, contradictions, benchmarks, engine)
 
 
 @stage("prepare_base")

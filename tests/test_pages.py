@@ -12,6 +12,7 @@ from data_contracts.reports import (
     BaseModelRef,
     Comparison,
     DatasetManifest,
+    Drift,
     EvalReport,
     FileRef,
     GateReport,
@@ -20,6 +21,7 @@ from data_contracts.reports import (
     LossPoint,
     ModelVersion,
     RecordedRun,
+    Repaired,
     RunReport,
     SampleAnswer,
     Stage,
@@ -28,7 +30,7 @@ from data_contracts.reports import (
 from data_contracts.run_spec import RunSpec, StoreSpec
 from flows.cli import main
 from flows.console import Outcome, say
-from flows.pages import show_data
+from flows.data_pages import show_data
 from flows.summary import report_file, summary
 from flows.tables import show_comparison, show_run
 from tasks.stores import Store
@@ -49,6 +51,11 @@ def dataset() -> DatasetManifest:
         exact_duplicates=4,
         near_duplicates=2,
         reasons={"empty_answer": 3, "unparsable": 1},
+        flags={"refusal": 2},
+        repairs={"spaces": Repaired(rows=5, examples=["a[0].jsonl:4 'a  b' -> 'a b'"])},
+        languages={"en": 80, "?": 10},
+        drift=Drift(reference="6" * 64, values={"ks_prompt_chars": 0.125}),
+        contamination={"test": 1},
         splits={"train": 70, "validation": 5, "test": 15},
         known_rows=0,
         **files,
@@ -250,3 +257,5 @@ def test_data_shows_every_reason_with_examples_by_file_and_line(tmp_path, capfd)
     assert "a[0].jsonl:9 Expecting ','" in text
     assert "2 expectations, 1 of them only warn: short answers" in text
     assert text.index("empty_answer") < text.index("unparsable")
+    for part in ("a[0].jsonl:4 'a  b' -> 'a b'", "refusal", "ks_prompt_chars 0.125", "en 88.9%", "test 1"):
+        assert part in text

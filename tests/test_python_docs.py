@@ -109,7 +109,7 @@ def test_rows_of_the_builder_name_their_kind_as_source(tmp_path: Path) -> None:
 
     store = Store(tmp_path)
     snapshot = ingest(store, DataSpec(packages=["json"], max_lookup_rows=2, max_summary_rows=2))
-    sources = pq.read_table(store.path(snapshot.file)).column("source").to_pylist()
+    sources = [row for part in snapshot.parts for row in pq.read_table(store.path(part)).column("source").to_pylist()]
     assert sorted(sources) == ["python-docs/lookup"] * 2 + ["python-docs/summary"] * 2
 
 

@@ -192,7 +192,7 @@ def test_a_snapshot_keeps_rejected_rows_with_reason_and_raw_text(tmp_path: Path)
     store = Store(tmp_path)
     bad = '{"prompt": "hi", "completion": 5}'
     snapshot = ingest(store, DataSpec(source=[write(tmp_path, "a.jsonl", LINE + bad + "\n" + '{"prompt": "\\ud800"}')]))
-    rows = pq.read_table(store.path(snapshot.file)).to_pylist()
+    rows = [row for part in snapshot.parts for row in pq.read_table(store.path(part)).to_pylist()]
     assert [(row["line"], row["reason"]) for row in rows] == [(1, None), (2, "wrong_type"), (3, "undecodable")]
     assert rows[1]["raw"] == bad
     assert rows[1]["messages"] is None

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_contracts.errors import ConfigError, DataError
-from data_contracts.reports import Snapshot
-from data_contracts.run_spec import ContractSpec, DataSpec
-from tasks.contract import load_suite
+from data_contracts.reports import Snapshot, ValidatedData
+from data_contracts.run_spec import ContractSpec, DataSpec, RulesSpec
+from tasks.contract import load_suite, load_suites
 from tasks.ingest import ingest
 from tasks.stores import Store
 from tasks.validate import validate
@@ -27,31 +27,36 @@ def snapshot(store: Store, rows: list[Any]) -> Snapshot:
     return ingest(store, DataSpec(source=[str(file)]))
 
 
+def check(store: Store, rows: Snapshot, contract: ContractSpec, **rules: Any) -> ValidatedData:
+    return validate(store, rows, RulesSpec(**rules), contract)
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "root")
 
 
 def test_a_good_batch_passes_and_rejected_rows_go_to_quarantine(store: Store) -> None:
-    result = validate(store, snapshot(store, [*GOOD, EMPTY, "{broken"]), ContractSpec())
+    result = check(store, snapshot(store, [*GOOD, EMPTY, "{broken"]), ContractSpec())
     assert (result.rows_in, result.rows_kept, result.reasons) == (42, 40, {"empty_answer": 1, "unparsable": 1})
     quarantine = [json.loads(line) for line in store.path(result.quarantine).read_text().splitlines()]
     assert [(row["line"], row["reason"]) for row in quarantine] == [(41, "empty_answer"), (42, "unparsable")]
     assert quarantine[1]["raw"] == "{broken"
-    assert pq.read_table(store.path(result.kept)).num_rows == 40
+    assert sum(pq.read_table(store.path(part)).num_rows for part in result.kept) == 40
     outcomes = json.loads(store.path(result.contract_result).read_text())["results"]
-    assert len(outcomes) == len(load_suite("instruction_rows")["expectations"])
+    suites = load_suites("instruction_rows", "instruction_batch")
+    assert len(outcomes) == sum(len(suite["expectations"]) for suite in suites.values())
     assert all(outcome["success"] for outcome in outcomes)
 
 
 def test_the_same_input_is_published_under_the_same_name(store: Store) -> None:
-    first = validate(store, snapshot(store, GOOD), ContractSpec())
-    assert validate(store, snapshot(store, GOOD), ContractSpec()) == first
+    first = check(store, snapshot(store, GOOD), ContractSpec())
+    assert check(store, snapshot(store, GOOD), ContractSpec()) == first
 
 
 def test_a_failed_budget_names_value_limit_reasons_place_and_act(store: Store) -> None:
     with pytest.raises(DataError) as caught:
-        validate(store, snapshot(store, [*GOOD, *[EMPTY] * 10]), ContractSpec())
+        check(store, snapshot(store, [*GOOD, *[EMPTY] * 10]), ContractSpec())
     text = str(caught.value)
     for part in (
         "expect_column_mean_to_be_between(quarantined) is 0.2",
@@ -63,24 +68,24 @@ def test_a_failed_budget_names_value_limit_reasons_place_and_act(store: Store) -
     assert SECRET not in text
     (file,) = store.files.glob("validated/*/quarantine.jsonl")
     assert str(file) in text
-    validate(store, snapshot(store, [*GOOD, *[EMPTY] * 10]), ContractSpec(max_quarantine_rate=0.2))
+    check(store, snapshot(store, [*GOOD, *[EMPTY] * 10]), ContractSpec(max_quarantine_rate=0.2))
 
 
 def test_too_few_rows_and_one_answer_to_everything_are_said_together(store: Store) -> None:
     rows = [{"prompt": f"question {i}", "completion": "yes"} for i in range(5)]
     with pytest.raises(DataError) as caught:
-        validate(store, snapshot(store, rows), ContractSpec())
+        check(store, snapshot(store, rows), ContractSpec())
     assert "expect_table_row_count_to_be_between(rows) is 5" in str(caught.value)
     assert "--set contract.min_rows=5" in str(caught.value)
-    assert "expect_column_unique_value_count_to_be_between(completion) is 1" in str(caught.value)
+    assert "expect_column_unique_value_count_to_be_between(answer_hash) is 1" in str(caught.value)
 
 
 def test_a_failed_warning_is_recorded_and_does_not_stop_the_run(store: Store) -> None:
     labels = [{"prompt": f"question {i}", "completion": ("yes", "no")[i % 2]} for i in range(60)]
-    result = validate(store, snapshot(store, labels), ContractSpec())
+    result = check(store, snapshot(store, labels), ContractSpec())
     outcomes = json.loads(store.path(result.contract_result).read_text())["results"]
     assert [(o["name"], o["severity"]) for o in outcomes if not o["success"]] == [
-        ("expect_column_proportion_of_unique_values_to_be_between(completion)", "warning")
+        ("expect_column_proportion_of_unique_values_to_be_between(answer_hash)", "warning")
     ]
 
 
@@ -95,7 +100,7 @@ def suite(tmp_path: Path, *expectations: dict[str, Any]) -> str:
 def test_results_and_data_docs_hold_no_text_of_the_rows(store: Store, tmp_path: Path) -> None:
     kwargs = {"column": "prompt", "regex": "^no row matches this$"}
     own = suite(tmp_path, {"type": "expect_column_values_to_match_regex", "kwargs": kwargs, "severity": "warning"})
-    validate(store, snapshot(store, GOOD), ContractSpec(suite=own))
+    check(store, snapshot(store, GOOD), ContractSpec(suite=own))
     pages = [*store.files.rglob("*.html"), *store.files.rglob("contract.json")]
     assert len(pages) >= 4
     assert not [page for page in pages if SECRET in page.read_text()]
@@ -104,7 +109,7 @@ def test_results_and_data_docs_hold_no_text_of_the_rows(store: Store, tmp_path: 
 def test_an_expectation_that_cannot_be_evaluated_fails(store: Store, tmp_path: Path) -> None:
     own = suite(tmp_path, {"type": "expect_column_values_to_be_unique", "kwargs": {"column": "price"}})
     with pytest.raises(DataError, match=r"could not be evaluated: .*\"price\".* does not exist"):
-        validate(store, snapshot(store, GOOD), ContractSpec(suite=own))
+        check(store, snapshot(store, GOOD), ContractSpec(suite=own))
 
 
 def test_a_suite_that_is_missing_broken_or_without_budgets_is_a_configuration_error(
@@ -119,9 +124,9 @@ def test_a_suite_that_is_missing_broken_or_without_budgets_is_a_configuration_er
     cases = {"nothing": "no such suite", str(broken): "not an expectation suite", str(bare): "max_quarantine_rate"}
     for name, text in (cases | {unknown: "expect_magic", typo: "colum"}).items():
         with pytest.raises(ConfigError, match=text):
-            validate(store, rows, ContractSpec(suite=name))
+            check(store, rows, ContractSpec(suite=name))
 
 
 def test_a_batch_without_any_kept_row_fails(store: Store) -> None:
     with pytest.raises(DataError, match=r"expect_table_row_count_to_be_between\(rows\) is 0"):
-        validate(store, snapshot(store, [EMPTY] * 30), ContractSpec(max_quarantine_rate=1.0))
+        check(store, snapshot(store, [EMPTY] * 30), ContractSpec(max_quarantine_rate=1.0))

@@ -14,7 +14,7 @@ Split = Literal["train", "validation", "test"]
 
 _SALT: Final = "tunegate-split-v1:"  # another salt draws other splits
 # Where known rows of one cluster disagree, the split that training sees least of wins.
-_PRECEDENCE: Final[tuple[Split, ...]] = ("test", "validation", "train")
+PRECEDENCE: Final[tuple[Split, ...]] = ("test", "validation", "train")
 
 
 class Known(NamedTuple):
@@ -33,47 +33,39 @@ class Fractions(NamedTuple):
     max_validation: int
 
 
-def representative(row_ids: Collection[str], known: Mapping[str, Known]) -> str:
-    """The row that stands for its cluster: a known one (held-out first, once-kept first), else the smallest id."""
-
-    def rank(row_id: str) -> tuple[int, bool, str]:
-        row = known.get(row_id)
-        return (_PRECEDENCE.index(row.split), not row.kept, row_id) if row else (len(_PRECEDENCE), True, row_id)
-
-    return min(row_ids, key=rank)
-
-
 def position(group: str) -> float:
     """A number in [0, 1), uniform over groups and fixed for each of them."""
     return int(hashlib.sha256(f"{_SALT}{group}".encode()).hexdigest()[:13], 16) / 16**13
 
 
-def assign_splits(groups: Mapping[str, str], known: Mapping[str, Known], fractions: Fractions) -> dict[str, Split]:
-    """The split of every representative; `groups` names what it teaches, and rows that teach the same stay together.
+def assign_splits(
+    groups: Mapping[str, str], known: Mapping[str, Known], fractions: Fractions, gone: Collection[str] = frozenset()
+) -> dict[str, Split]:
+    """The split of every row; `groups` names what each teaches, and rows that teach the same stay together.
 
     Known rows keep their split and new rows of their group follow them, even past a cap. Any other group that does not
-    fit under the cap goes to training as a whole; caps count the known rows of this data set.
-    Raises DataError if no row would be left to test or to train on.
+    fit under the cap goes to training as a whole; caps count the known rows of this data set, and not those that are
+    `gone` from it. Raises DataError if no row would be left to test or to train on.
     """
-    splits = {row_id: known[row_id].split for row_id in groups if row_id in known}
-    held_out = list(splits.values())
+    splits = {row: known[row].split for row in groups if row in known}
+    held_out = [split for row, split in splits.items() if row not in gone]
     room: dict[Split, int] = {
         "test": fractions.max_test - held_out.count("test"),
         "validation": fractions.max_validation - held_out.count("validation"),
         "train": len(groups),
     }
     members: dict[str, list[str]] = {}
-    for row_id, group in groups.items():
-        members.setdefault(group, []).append(row_id)
-    for group in sorted(members, key=lambda group: (position(group), group)):
-        new = [row_id for row_id in members[group] if row_id not in known]
-        before = {splits[row_id] for row_id in members[group] if row_id in known}
-        split = min(before, key=_PRECEDENCE.index) if before else _drawn(position(group), fractions)
+    for row, group in groups.items():
+        members.setdefault(group, []).append(row)
+    for place, group in sorted((position(group), group) for group in members):
+        new = [row for row in members[group] if row not in known]
+        before = {splits[row] for row in members[group] if row in known}
+        split = min(before, key=PRECEDENCE.index) if before else _drawn(place, fractions)
         if not before and room[split] < len(new):
             split = "train"
         room[split] -= len(new)
-        splits.update((row_id, split) for row_id in new)
-    _check(list(splits.values()), fractions)
+        splits.update((row, split) for row in new)
+    _check([split for row, split in splits.items() if row not in gone], fractions)
     return splits
 
 
