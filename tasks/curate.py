@@ -99,7 +99,7 @@ def _decide(index: _Index, known: dict[str, Known], curate: CurateSpec) -> list[
     rows, signs = index.rows, index.signs
     exact = settle_exact(signs.contents, rows)
     firsts = np.flatnonzero((exact.codes == KEPT) | ((exact.of == np.arange(len(rows.ids))) & rows.absent))
-    taken = Rows([rows.ids[i] for i in firsts], [rows.known[i] for i in firsts], rows.absent[firsts])
+    taken = Rows([rows.ids[i] for i in firsts.tolist()], [rows.known[i] for i in firsts.tolist()], rows.absent[firsts])
     near = settle_near(_near_pairs(signs, firsts, curate.near_duplicate_threshold), taken)
     of = {int(first): int(firsts[near.of[place]]) for place, first in enumerate(firsts.tolist())}
     code = {int(first): int(near.codes[place]) for place, first in enumerate(firsts.tolist())}
@@ -184,7 +184,7 @@ def _entries(ids: Any, decisions: list[Decision], quarantine: Path) -> Iterator[
     for fate in ("kept", "duplicate"):
         for row_id, decision in zip(ids, decisions, strict=False):
             if decision.fate == fate:
-                yield Entry(row_id, fate, decision.reason, decision.split)  # type: ignore[arg-type]
+                yield Entry(row_id, fate, decision.reason, decision.split)
     with quarantine.open(encoding="utf-8") as file:
         for line in file:
             item = json.loads(line)

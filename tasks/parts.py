@@ -50,7 +50,9 @@ def _locally(store: Store, kind: str, work: Work, jobs: list[Job]) -> Iterator[N
     """Processes, not threads: the work is Python. Few parts are done here, without the second a process takes."""
     cores = min(free_cores(), len(jobs))
     if cores < 2:
-        yield from (_publish(store, kind, work, job) for job in jobs)
+        for job in jobs:
+            _publish(store, kind, work, job)
+            yield
         return
     with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(_publish, store, kind, work, job) for job in jobs]

@@ -20,6 +20,7 @@ from data_contracts.reports import (
     TrainReport,
     ValidatedData,
 )
+from data_contracts.rules import Action
 from data_contracts.run_spec import (
     ContractSpec,
     CurateSpec,
@@ -62,7 +63,7 @@ def benchmarks(store: Store, tasks: list[str]) -> FileRef:
 
 @stage("curate")
 def curate(
-    store: Store, validated: ValidatedData, spec: CurateSpec, scope: str, contradictions: str,
+    store: Store, validated: ValidatedData, spec: CurateSpec, scope: str, contradictions: Action,
     benchmarks: FileRef | None, engine: str,
 ) -> DatasetManifest:  # fmt: skip
     return curation.curate(store, validated, spec, scope, contradictions, benchmarks, engine)

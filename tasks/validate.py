@@ -48,7 +48,7 @@ class _Tally:
 
 
 def validate(
-    store: Store, snapshot: Snapshot, rules: RulesSpec, contract: ContractSpec, released: Releases = (),  # type: ignore[assignment]
+    store: Store, snapshot: Snapshot, rules: RulesSpec, contract: ContractSpec, released: Releases | None = None,
     reference: tuple[str, FileRef] | None = None, engine: str = "local", afresh: bool = False,
 ) -> ValidatedData:  # fmt: skip
     """Split the snapshot into kept and quarantined rows and hold the batch to its contract.
@@ -57,7 +57,9 @@ def validate(
     DataError, so that its rows can be looked at.
     """
     suites = load_suites(contract.suite, contract.batch_suite)
-    folders = map_parts(store, "checked", check_part, _jobs(store, snapshot, rules, contract, released), engine, afresh)
+    folders = map_parts(
+        store, "checked", check_part, _jobs(store, snapshot, rules, contract, released or []), engine, afresh
+    )
     tally = _Tally(folders)
     kept = sum(pq.read_metadata(folder / "kept.parquet").num_rows for folder in folders)
     quarantined = tally.reasons.total()
@@ -123,10 +125,10 @@ def _join(folders: list[Path], quarantine: Path) -> None:
 
 def _numbers(folders: list[Path]) -> pd.DataFrame:
     """Every kept row without its text."""
-    frames = [
-        pq.read_table(folder / "kept.parquet", columns=[*_NUMBERS, "content_hash"]).to_pandas() for folder in folders
-    ]
-    return pd.concat(frames, ignore_index=True)
+    columns = [*_NUMBERS, "content_hash"]
+    frames = [pq.read_table(folder / "kept.parquet", columns=columns).to_pandas() for folder in folders]
+    numbers: pd.DataFrame = pd.concat(frames, ignore_index=True)
+    return numbers
 
 
 def _profile(numbers: pd.DataFrame) -> Profile:
@@ -158,7 +160,8 @@ def _frame(folders: list[Path], numbers: pd.DataFrame, draft: Path, suites: dict
     with (draft / "quarantine.jsonl").open(encoding="utf-8") as lines:
         rejected = [(item["row_id"], item["source"]) for item in map(json.loads, lines)]
     rows = pd.DataFrame(rejected, columns=["row_id", "source"], dtype="str").assign(quarantined=1)
-    return pd.concat([kept, rows], ignore_index=True) if len(rows) else kept
+    every: pd.DataFrame = pd.concat([kept, rows], ignore_index=True) if len(rows) else kept
+    return every
 
 
 def _batch(folders: list[Path], numbers: pd.DataFrame, quarantined: int, moved: Drift) -> pd.DataFrame:

@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -134,7 +135,7 @@ def _word_edges(kinds: NDArray[np.uint8]) -> tuple[NDArray[np.intp], NDArray[np.
 def _sorted_unique(flat: Hashes, offsets: Offsets) -> tuple[Hashes, Offsets]:
     """Each part sorted (in place) and without repetitions, and the new lengths."""
     edges = offsets.tolist()
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         flat[start:end].sort()
     new = np.ones(len(flat), np.bool_)
     new[1:] = flat[1:] != flat[:-1]
