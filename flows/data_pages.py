@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from data_contracts.reports import DatasetManifest, RowStory, Stage
+from data_contracts.data_reports import DatasetManifest, RowStory
+from data_contracts.reports import Stage
 from data_contracts.rules import LEAKS, UNREADABLE
 from flows.summary import data_summary
 from flows.tables import show_stages

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
+from data_contracts.data_reports import DatasetManifest
 from data_contracts.errors import ConfigError, DataError, Problem
-from data_contracts.reports import DatasetManifest, Stage
+from data_contracts.reports import Stage
 from data_contracts.rules import LEAKS, UNREADABLE, Reason
 from data_contracts.run_spec import RunSpec
 from flows.retrain import prepare_data

@@ -6,17 +6,8 @@ from typing import Any
 from prefect import flow
 from prefect.runtime import flow_run
 
-from data_contracts.reports import (
-    BaseModelRef,
-    DatasetManifest,
-    DataState,
-    EvalReport,
-    EvalTarget,
-    FileRef,
-    RunReport,
-    Stage,
-    TrainReport,
-)
+from data_contracts.data_reports import DatasetManifest, DataState, FileRef
+from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget, RunReport, Stage, TrainReport
 from data_contracts.rules import Reason, action_of
 from data_contracts.run_spec import RunSpec
 from flows.stages import Stages

@@ -3,17 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from data_contracts.data_reports import DatasetManifest
 from data_contracts.errors import ConfigError, Problem, StoreError
-from data_contracts.reports import (
-    Comparison,
-    DatasetManifest,
-    EvalReport,
-    GateReport,
-    ModelVersion,
-    RunReport,
-    Stage,
-    TrainReport,
-)
+from data_contracts.reports import Comparison, EvalReport, GateReport, ModelVersion, RunReport, Stage, TrainReport
 from tasks.stores import Store
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from data_contracts.reports import DatasetManifest, FileRef, ValidatedData
+from data_contracts.data_reports import DatasetManifest, FileRef, ValidatedData
 from data_contracts.rules import Action, Reason
 from data_contracts.run_spec import CurateSpec
 from tasks.core.clusters import BRIDGES, DUPLICATE, KEPT, NEAR_TEST, Rows, settle_exact, settle_near

@@ -7,7 +7,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget, FileRef, SampleAnswer, TaskScore
+from data_contracts.data_reports import FileRef
+from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget, SampleAnswer, TaskScore
 from data_contracts.run_spec import EvaluateSpec
 from tasks.core.comparison import Samples, read_samples
 from tasks.core.stats import per_token, proportion_interval

@@ -8,9 +8,9 @@ from typing import Any, Final
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_contracts.data_reports import DataState, RowStory
 from data_contracts.errors import ConfigError, Problem
 from data_contracts.records import from_json
-from data_contracts.reports import DataState, RowStory
 from tasks import ledger
 from tasks.stores import Store
 

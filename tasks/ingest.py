@@ -9,9 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_contracts.data_reports import Snapshot, SourceFile
 from data_contracts.errors import DataError
 from data_contracts.records import as_json
-from data_contracts.reports import Snapshot, SourceFile
 from data_contracts.rules import Rejection
 from data_contracts.run_spec import DataSpec
 from tasks.core.formats import Converter, converter

@@ -13,9 +13,9 @@ from typing import Final, Literal, NamedTuple, cast
 
 from filelock import FileLock, Timeout
 
+from data_contracts.data_reports import FileRef
 from data_contracts.errors import Problem, StoreError
 from data_contracts.records import Message, as_json, from_json
-from data_contracts.reports import FileRef
 from tasks.core.split import Known, Split
 from tasks.stores import Store
 

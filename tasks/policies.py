@@ -16,8 +16,9 @@ from prefect.context import TaskRunContext
 from prefect.tasks import exponential_backoff
 from pydantic import BaseModel
 
+from data_contracts.data_reports import FileRef
 from data_contracts.errors import TransientError
-from data_contracts.reports import AdapterRef, BaseModelRef, FileRef
+from data_contracts.reports import AdapterRef, BaseModelRef
 from tasks.fingerprint import code_digest, library_versions
 from tasks.stores import Store
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from data_contracts.data_reports import DatasetManifest
 from data_contracts.errors import ConfigError, Problem, StoreError
 from data_contracts.reports import (
     AdapterRef,
     BaseModelRef,
-    DatasetManifest,
     EvalReport,
     EvalTarget,
     GateReport,

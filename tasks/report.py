@@ -7,16 +7,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from data_contracts.reports import (
-    Comparison,
-    DatasetManifest,
-    EvalReport,
-    GateReport,
-    Interval,
-    ModelVersion,
-    RecordedRun,
-    TrainReport,
-)
+from data_contracts.data_reports import DatasetManifest
+from data_contracts.reports import Comparison, EvalReport, GateReport, Interval, ModelVersion, RecordedRun, TrainReport
 from data_contracts.run_spec import RunSpec
 from tasks.drafts import content_key
 from tasks.stores import Store

@@ -4,21 +4,18 @@ from typing import Any
 
 from prefect.artifacts import create_table_artifact
 
+from data_contracts.data_reports import DatasetManifest, FileRef, Snapshot, ValidatedData
 from data_contracts.reports import (
     AdapterRef,
     BaseModelRef,
     Comparison,
-    DatasetManifest,
     EvalReport,
     EvalTarget,
-    FileRef,
     GateReport,
     LoadedBack,
     ModelVersion,
     RecordedRun,
-    Snapshot,
     TrainReport,
-    ValidatedData,
 )
 from data_contracts.rules import Action
 from data_contracts.run_spec import (

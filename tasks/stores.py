@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_contracts.data_reports import FileRef
 from data_contracts.errors import Problem, StoreError
-from data_contracts.reports import FileRef, RunReport
+from data_contracts.reports import RunReport
 
 _FREE_BYTES_NEEDED = 2 * 1024**3  # the default base (0.5 GB) twice while it is converted, checkpoints, artifacts
 

@@ -13,14 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from data_contracts.reports import (
-    Comparison,
-    DatasetManifest,
-    EvalReport,
-    GateReport,
-    RecordedRun,
-    TrainReport,
-)
+from data_contracts.data_reports import DatasetManifest
+from data_contracts.reports import Comparison, EvalReport, GateReport, RecordedRun, TrainReport
 from data_contracts.run_spec import RunSpec, StoreSpec
 from tasks.stores import Store
 

@@ -3,7 +3,8 @@
 import shutil
 from typing import Any
 
-from data_contracts.reports import AdapterRef, BaseModelRef, FileRef, LossPoint, TrainReport
+from data_contracts.data_reports import FileRef
+from data_contracts.reports import AdapterRef, BaseModelRef, LossPoint, TrainReport
 from data_contracts.run_spec import TrainSpec
 from tasks.base import adapter_ref
 from tasks.processes import run_worker

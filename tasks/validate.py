@@ -11,12 +11,12 @@ from typing import Any, Final
 import pandas as pd
 import pyarrow.parquet as pq
 
+from data_contracts.data_reports import Drift, FileRef, Repaired, Snapshot, ValidatedData
 from data_contracts.errors import DataError, Problem
 from data_contracts.records import from_json
-from data_contracts.reports import Drift, FileRef, Repaired, Snapshot, ValidatedData
 from data_contracts.run_spec import ContractSpec, RulesSpec
 from tasks.check_part import check_part, summaries
-from tasks.contract import Outcome, load_suites, run_suites
+from tasks.contract import Outcome, Suites, load_suites, run_suites
 from tasks.core.drift import Profile, drift, profile
 from tasks.drafts import content_key, draft_folder, publish_draft
 from tasks.fingerprint import code_digest, library_versions
@@ -57,39 +57,47 @@ def validate(
     DataError, so that its rows can be looked at.
     """
     suites = load_suites(contract.suite, contract.batch_suite)
-    folders = map_parts(
-        store, "checked", check_part, _jobs(store, snapshot, rules, contract, released or []), engine, afresh
-    )
+    jobs = _jobs(store, snapshot, rules, contract, released or [])
+    folders = map_parts(store, "checked", check_part, jobs, engine, afresh)
     tally = _Tally(folders)
-    kept = sum(pq.read_metadata(folder / "kept.parquet").num_rows for folder in folders)
-    quarantined = tally.reasons.total()
-    if snapshot.rows_in != kept + quarantined:
-        raise AssertionError(f"{snapshot.rows_in} rows in, {kept} kept + {quarantined} quarantined")
+    numbers = _numbers(folders)
+    if snapshot.rows_in != len(numbers) + tally.reasons.total():
+        raise AssertionError(f"{snapshot.rows_in} rows in, {len(numbers)} kept + {tally.reasons.total()} quarantined")
     with draft_folder(store, "validated") as draft:
         _join(folders, draft / "quarantine.jsonl")
-        numbers = _numbers(folders)
         now = _profile(numbers)
         (draft / "profile.json").write_text(json.dumps(now), encoding="utf-8")
         moved = _drift(store, now, reference)
-        frames = {
-            "rows": _frame(folders, numbers, draft, suites),
-            "batch": _batch(folders, numbers, quarantined, moved),
-        }
-        budgets = contract.model_dump(exclude={"suite", "batch_suite"})
-        outcomes = run_suites(suites, frames, budgets, draft / "data_docs")
-        result = {"parameters": budgets, "results": [item._asdict() for item in outcomes]}
-        (draft / "contract.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        batch = _batch(numbers, tally.reasons.total(), moved)
+        frames = {"rows": _frame(folders, numbers, draft, suites), "batch": batch}
+        outcomes = _hold_to_contract(suites, frames, contract, draft)
         key = content_key(snapshot.id, *(digest(draft / name) for name in _FILES[:3]))
         folder = publish_draft(store, "validated", draft, _FILES, key)
     failed = [item for item in outcomes if not item.success and item.severity == "critical"]
     if failed:
         raise DataError(*_problems(failed, tally, folder / "quarantine.jsonl"))
+    return _validated(store, snapshot, folders, folder, tally, now, moved)
+
+
+def _hold_to_contract(
+    suites: Suites, frames: dict[str, pd.DataFrame], contract: ContractSpec, draft: Path
+) -> list[Outcome]:
+    budgets = contract.model_dump(exclude={"suite", "batch_suite"})
+    outcomes = run_suites(suites, frames, budgets, draft / "data_docs")
+    result = {"parameters": budgets, "results": [item._asdict() for item in outcomes]}
+    (draft / "contract.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return outcomes
+
+
+def _validated(
+    store: Store, snapshot: Snapshot, parts: list[Path], folder: Path, tally: _Tally, now: Profile, moved: Drift
+) -> ValidatedData:
     return ValidatedData(
         snapshot_id=snapshot.id,
-        kept=[store.ref(part / "kept.parquet") for part in folders],
+        kept=[store.ref(part / "kept.parquet") for part in parts],
         quarantine=store.ref(folder / "quarantine.jsonl"),
         rows_in=snapshot.rows_in,
-        rows_kept=kept,
+        rows_kept=snapshot.rows_in - tally.reasons.total(),
         reasons=dict(tally.reasons.most_common()),
         flags=dict(tally.flags.most_common()),
         repairs={n: Repaired(rows=rows, examples=tally.examples[n]) for n, rows in tally.repairs.most_common()},
@@ -97,7 +105,7 @@ def validate(
         drift=moved,
         profile=store.ref(folder / "profile.json"),
         contract_result=store.ref(folder / "contract.json"),
-        data_docs=f"validated/{key}/data_docs/index.html",
+        data_docs=f"validated/{folder.name}/data_docs/index.html",
     )
 
 
@@ -164,7 +172,7 @@ def _frame(folders: list[Path], numbers: pd.DataFrame, draft: Path, suites: dict
     return every
 
 
-def _batch(folders: list[Path], numbers: pd.DataFrame, quarantined: int, moved: Drift) -> pd.DataFrame:
+def _batch(numbers: pd.DataFrame, quarantined: int, moved: Drift) -> pd.DataFrame:
     """One row: rates and drift of the batch as a whole."""
     distinct = numbers["content_hash"].nunique()
     rows = len(numbers)

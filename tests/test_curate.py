@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_contracts.data_reports import DatasetManifest, Drift, FileRef, ValidatedData
 from data_contracts.errors import DataError, StoreError
 from data_contracts.records import Message, as_json, content_id
-from data_contracts.reports import DatasetManifest, Drift, FileRef, ValidatedData
 from data_contracts.run_spec import CurateSpec
 from tasks.core.dedup import answer_hash, content_hash, normalise
 from tasks.core.shingles import words

@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from data_contracts.data_reports import DatasetManifest, DataState, Snapshot, ValidatedData
 from data_contracts.errors import ConfigError, DataError
-from data_contracts.reports import DatasetManifest, DataState, Snapshot, ValidatedData
 from data_contracts.run_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
 from flows.cli import main
 from flows.data_release import release as bring_back

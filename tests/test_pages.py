@@ -7,21 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from data_contracts.data_reports import DatasetManifest, Drift, FileRef, Repaired
 from data_contracts.reports import (
     AdapterRef,
     BaseModelRef,
     Comparison,
-    DatasetManifest,
-    Drift,
     EvalReport,
-    FileRef,
     GateReport,
     GateResult,
     LoadedBack,
     LossPoint,
     ModelVersion,
     RecordedRun,
-    Repaired,
     RunReport,
     SampleAnswer,
     Stage,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from data_contracts.data_reports import FileRef
 from data_contracts.errors import ConfigError, Problem, TransientError
-from data_contracts.reports import FileRef
 from data_contracts.run_spec import CurateSpec, TrainSpec
 from tasks import fingerprint
 from tasks.policies import POLICIES, stage, stage_key

@@ -1,0 +1,122 @@
+"""What the data stages hand to each other: small manifests (a path and a sha256), never frames.
+
+Paths are relative to the store's root, so a store can be moved. All are frozen pydantic models that Prefect
+keeps as JSON.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Report(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRef(Report):
+    """A file or folder of the store: its relative path and the sha256 of its content."""
+
+    path: str
+    sha256: str
+
+
+class SourceFile(Report):
+    name: str
+    format: str
+    rows: int
+    sha256: str
+
+
+class Snapshot(Report):
+    """Every row that came in, readable or not, in parts: Parquet files with the columns row_id, source, line, raw,
+    messages (JSON pairs of role and text; null if the row cannot be read), reason, detail."""
+
+    id: str
+    parts: list[FileRef]
+    rows_in: int
+    unreadable: int
+    sources: list[SourceFile]
+
+
+class Repaired(Report):
+    """One repair: how many rows it changed, and the first of them before and after, with personal data masked."""
+
+    rows: int
+    examples: list[str]
+
+
+class Drift(Report):
+    """This batch against the one before: Kolmogorov-Smirnov distances of lengths, Kullback-Leibler divergences (nats) of
+    shares. Empty without an earlier batch."""
+
+    reference: str | None  # snapshot id
+    values: dict[str, float]
+
+
+class ValidatedData(Report):
+    """Rows that passed the rules, rows in quarantine with their reason, and the batch contract's result.
+
+    `kept` are Parquet parts with the columns row_id, source, line, messages, language.
+    """
+
+    snapshot_id: str
+    kept: list[FileRef]
+    quarantine: FileRef
+    rows_in: int
+    rows_kept: int
+    reasons: dict[str, int]
+    flags: dict[str, int]
+    repairs: dict[str, Repaired]
+    languages: dict[str, int]
+    drift: Drift
+    profile: FileRef
+    contract_result: FileRef
+    data_docs: str
+
+
+class DatasetManifest(Report):
+    """The splits. rows_in = kept + quarantined + duplicates, and kept = sum of the splits."""
+
+    snapshot_id: str
+    rows_in: int
+    kept: int
+    quarantined: int
+    duplicates: int
+    exact_duplicates: int
+    near_duplicates: int
+    reasons: dict[str, int]
+    flags: dict[str, int]
+    repairs: dict[str, Repaired]
+    languages: dict[str, int]
+    drift: Drift
+    splits: dict[str, int]
+    known_rows: int
+    contamination: dict[str, int]  # train rows taken out, by what they share most of an item with
+    train: FileRef
+    validation: FileRef
+    test: FileRef
+    quarantine: FileRef
+    duplicate_rows: FileRef
+    contract_result: FileRef
+    data_docs: str
+
+
+class DataState(Report):
+    """The newest data set of a model, with what it was made from."""
+
+    snapshot: Snapshot
+    validated: ValidatedData
+    dataset: DatasetManifest
+
+
+class RowStory(Report):
+    """All that is known about one row."""
+
+    row_id: str
+    source: str
+    line: int
+    raw: str
+    read: list[list[str]] | None  # pairs of role and text before any repair; None if it could not be read
+    now: dict[str, Any]  # the file it lies in, and its line there
+    history: list[list[str | None]]  # snapshot, fate, reason, split
+    releases: list[dict[str, Any]]

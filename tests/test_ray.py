@@ -1,0 +1,42 @@
+"""Ray Data works on the parts as this machine's own processes do: the same bytes, with two workers.
+
+Needs `pip install 'tunegate[ray]'`; skipped with this reason where it is not installed.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_contracts.run_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
+from tasks.curate import curate
+from tasks.ingest import ingest
+from tasks.stores import Store
+from tasks.validate import validate
+
+ray = pytest.importorskip("ray", reason="tunegate[ray] is not installed")
+pytest.importorskip("ray.data", reason="tunegate[ray] is not installed")
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_ray_workers_give_the_same_data_set_as_the_local_engine(tmp_path, cluster, monkeypatch):
+    monkeypatch.setattr("tasks.ingest.PART_ROWS", 30)
+    rows = [{"prompt": f"What is {i}?", "completion": f"It is item {i * i} of the {i % 7} lists."} for i in range(120)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = {}
+    for engine in ("local", "ray"):
+        store = Store(tmp_path / engine)
+        found = ingest(store, DataSpec(source=[str(file)]))
+        validated = validate(store, found, RulesSpec(), ContractSpec(), engine=engine)
+        made[engine] = curate(store, validated, CurateSpec(test_fraction=0.3), "m", engine=engine)
+    assert made["ray"] == made["local"]
