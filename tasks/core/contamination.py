@@ -68,10 +68,13 @@ class Detector:
         """Second pass: hits by place in `texts`, the fullest item of each row first."""
         hits, old, start = [], [], 0
         for batch in batches(texts):
-            for row, grams in self._shared(batch).items():
+            shared = self._shared(batch)
+            for row, grams in shared.items():
                 telling = grams[self._frequency[grams] <= self._common]
                 hits += self._hits(start + row, telling)
-            old += [start + row for row in self._rows_with(batch, self._old, _OLD_GRAM)]
+            # Who shares a longer run shares a shorter one: few rows are left to look at.
+            rows = list(shared) if self._n <= _OLD_GRAM else list(range(len(batch)))
+            old += [start + rows[place] for place in self._old_rows([batch[row] for row in rows])]
             start += len(batch)
         return Found(sorted(hits, key=lambda hit: (hit.row, -hit.share, hit.item)), old)
 
@@ -89,15 +92,24 @@ class Detector:
     def _shared(self, batch: Sequence[str]) -> dict[int, NDArray[np.int64]]:
         """For each row that has some, the places in `_grams` of the n-grams it shares with items."""
         grams, offsets = gram_hashes(*word_hashes(batch), self._n)
-        places = np.searchsorted(self._grams, grams)
-        places[places == len(self._grams)] = 0
-        same = np.flatnonzero(self._grams[places] == grams) if len(self._grams) else np.zeros(0, np.int64)
+        same, places = _found(grams, self._grams)
         rows, starts = np.unique(np.searchsorted(offsets, same, side="right") - 1, return_index=True)
-        parts = np.split(places[same], starts[1:])
+        parts = np.split(places, starts[1:])
         return {int(row): np.unique(part) for row, part in zip(rows, parts, strict=True)} if len(rows) else {}
 
-    def _rows_with(self, batch: Sequence[str], wanted: Hashes, n: int) -> list[int]:
-        hashes, offsets = word_hashes(batch)
-        grams, edges = gram_hashes(hashes, offsets, n)
-        rows = np.unique(np.searchsorted(edges, np.flatnonzero(np.isin(grams, wanted)), side="right") - 1)
-        return [int(row) for row in rows if offsets[row + 1] - offsets[row] >= n]
+    def _old_rows(self, texts: Sequence[str]) -> list[int]:
+        """The texts that share a 13-gram with an item; one of fewer words is no 13-gram."""
+        hashes, offsets = word_hashes(texts)
+        grams, edges = gram_hashes(hashes, offsets, _OLD_GRAM)
+        rows = np.unique(np.searchsorted(edges, _found(grams, self._old)[0], side="right") - 1)
+        return [int(row) for row in rows if offsets[row + 1] - offsets[row] >= _OLD_GRAM]
+
+
+def _found(grams: Hashes, known: Hashes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where in `grams` something known stands, and its place in `known`, which is sorted: it is not sorted again."""
+    if not len(known):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    places = np.searchsorted(known, grams)
+    places[places == len(known)] = 0
+    same = np.flatnonzero(known[places] == grams)
+    return same, places[same]
