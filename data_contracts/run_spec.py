@@ -4,12 +4,21 @@ import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticKnownError
 
 from data_contracts.rules import LEAKS, UNREADABLE, Action, Reason
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Method = Literal["lora", "qlora"]
 Format = Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion"]
+
+
+def _auto_or_one_character(value: str) -> str:
+    if value != "auto" and len(value) > 1:
+        raise PydanticKnownError("string_too_long", {"max_length": 1})
+    if not value:
+        raise PydanticKnownError("string_too_short", {"min_length": 1})
+    return value
 
 
 class Section(BaseModel):
@@ -25,8 +34,8 @@ class DataSpec(Section):
     """Your column names for `prompt`, `completion` and optionally `system`; dots reach into nested values."""
     system_prompt: str | None = None
     """System message for rows that have none; null leaves that to the model's chat template."""
-    encoding: str = "utf-8"
-    """Text encoding of the source files (any Python codec name)."""
+    encoding: str = "auto"
+    """Text encoding of the source files (any Python codec name); `auto` looks at the first 256 KiB of each."""
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
     """Column separator of CSV files (.tsv files always use a tab)."""
     engine: Literal["local", "ray"] = "local"

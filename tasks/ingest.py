@@ -17,10 +17,12 @@ from data_contracts.run_spec import DataSpec
 from tasks.core.formats import Converter, converter
 from tasks.drafts import content_key, draft_folder, publish_draft
 from tasks.probes import probe
-from tasks.processes import run_worker
-from tasks.readers import RawRow, read_source
+from tasks.processes import Display, run_worker
+from tasks.raw_rows import RawRow
+from tasks.readers import is_text, read_source
 from tasks.sources import Source, find_sources
 from tasks.stores import Store, digest
+from tasks.text_files import AUTO, resolve_encoding
 
 # Rows in one part: what a later stage works on at once, and what it need not look at again while it stays the same.
 PART_ROWS = 20_000
@@ -49,6 +51,7 @@ def ingest(store: Store, data: DataSpec) -> Snapshot:
         formats, problems = probe(sources, data)
         if problems:
             raise DataError(*problems)
+        _tell_encodings(sources, data)
         (draft / "parts").mkdir()
         files, unreadable = _write(draft / "parts", sources, formats, data)
         snapshot_id = content_key(*(rows_digest for _, rows_digest in files))
@@ -77,6 +80,15 @@ def _build_python_docs(source: Source, data: DataSpec, draft: Path) -> Source:
     out = draft / source.name
     run_worker("tasks.workers.build_python_docs", data.model_dump(include=set(limits)), out)
     return replace(source, address=str(out / "rows.jsonl"))
+
+
+def _tell_encodings(sources: list[Source], data: DataSpec) -> None:
+    """An encoding that was chosen and is not the usual one is said aloud, with its reason."""
+    with Display("ingest") as display:
+        for source in filter(is_text, sources):
+            encoding, reason = resolve_encoding(source.path, data.encoding)
+            if data.encoding == AUTO and encoding != "utf-8":
+                display.show({"event": "note", "text": f"{source.name}: {encoding} ({reason})"})
 
 
 def _write(

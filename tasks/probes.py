@@ -9,11 +9,12 @@ from data_contracts.errors import DataError, Problem
 from data_contracts.rules import Reason, Rejection
 from data_contracts.run_spec import DataSpec
 from tasks.core.formats import check_columns, converter, detect_format
-from tasks.readers import RawRow, codec, decodes, is_text, read_source
+from tasks.raw_rows import RawRow
+from tasks.readers import is_text, read_source
 from tasks.sources import Source
+from tasks.text_files import AUTO, guess_encoding, mostly_undecodable, read_sample, resolve_encoding
 
 _ROWS = 100
-_BYTES = 256 * 1024
 
 
 def probe(sources: list[Source], data: DataSpec) -> tuple[dict[str, str], list[Problem]]:
@@ -36,7 +37,8 @@ def probe(sources: list[Source], data: DataSpec) -> tuple[dict[str, str], list[P
 def _configuration_problems(data: DataSpec) -> list[Problem]:
     problems = [check_columns(data.columns)] if data.columns else []
     try:
-        codecs.lookup(data.encoding)
+        if data.encoding != AUTO:
+            codecs.lookup(data.encoding)
     except LookupError:
         problems.append(Problem(f"unknown encoding {data.encoding!r}", "data.encoding", "a Python codec name"))
     return [problem for problem in problems if problem]
@@ -79,49 +81,19 @@ def _nothing_readable(rows: list[RawRow], where: str) -> Problem:
     )
 
 
-def _byte_problems(path: Path, encoding: str) -> list[Problem]:
-    """Empty, or hardly a line decodes: the first 256 KiB tell."""
-    with path.open("rb") as file:
-        sample = file.read(_BYTES)
+def _byte_problems(path: Path, configured: str) -> list[Problem]:
+    """Empty, packed and damaged, or hardly a line decodes: the first 256 KiB tell."""
+    try:
+        sample = read_sample(path)
+        encoding, _ = resolve_encoding(path, configured)
+    except DataError as error:
+        return list(error.problems)
     if not sample.strip():
         return [Problem("the file is empty", str(path), act="check that the export is complete")]
-    if len(sample) == _BYTES:
-        sample = sample[: sample.rfind(b"\n") + 1] or sample  # whole lines only: no character is cut in two
-    if not _mostly_undecodable(sample, encoding):
+    if not mostly_undecodable(sample, encoding):
         return []
-    guess = _guess_encoding(sample)
+    guess = guess_encoding(sample)
     act = "set data.encoding to the encoding it was saved in"
     if guess:
         act = f"--set data.encoding={guess} (a guess: look at some rows then)"
     return [Problem(f"hardly a line of it is {encoding}", str(path), act=act)]
-
-
-def _mostly_undecodable(sample: bytes, encoding: str) -> bool:
-    wide = encoding.lower().replace("_", "-").startswith(("utf-16", "utf16", "utf-32", "utf32"))
-    if not wide and sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return True
-    try:
-        lines = [line for line in sample.decode(codec(encoding), "surrogateescape").split("\n") if line.strip()]
-    except UnicodeDecodeError:
-        return True  # UTF-16 and UTF-32 have no byte that could be escaped
-    return sum(not decodes(line) for line in lines) > len(lines) / 2
-
-
-def _guess_encoding(sample: bytes) -> str | None:
-    from charset_normalizer import from_bytes
-
-    best = from_bytes(sample[: 64 * 1024]).best()
-    if best is None:
-        return None
-    # gb18030 reads everything its two subsets read.
-    return (
-        "gb18030" if best.encoding in ("gb2312", "gbk", "hz", "big5hkscs") and _reads_gb18030(sample) else best.encoding
-    )
-
-
-def _reads_gb18030(sample: bytes) -> bool:
-    try:
-        sample.decode("gb18030")
-    except UnicodeDecodeError:
-        return False
-    return True

@@ -5,124 +5,54 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from data_contracts.errors import DataError, InfrastructureError, Problem, TransientError
 from data_contracts.rules import Reason, Rejection
 from data_contracts.run_spec import DataSpec
+from tasks.json_arrays import read_array
+from tasks.raw_rows import RawRow, decodes, json_row, undecodable
 from tasks.sources import Source
+from tasks.text_files import data_suffix, open_text, resolve_encoding
 
 _DELIMITERS: Final = (",", ";", "\t", "|")
-
-
-class RawRow(NamedTuple):
-    """One record as found. `line` is 1-based, or the record's number where the format has no lines."""
-
-    line: int
-    raw: str
-    value: Mapping[str, Any] | Rejection
 
 
 def read_source(source: Source, data: DataSpec) -> Iterator[RawRow]:
     """All records of a file or hub data set. Raises DataError if the source as a whole cannot be read."""
     if source.kind == "hub":
         return _read_hub(source.address, data.hub_split)
-    suffix = source.path.suffix.lower()
+    suffix = data_suffix(source.path)
     if suffix == ".parquet":
         return _read_parquet(source.path)
+    encoding, _ = resolve_encoding(source.path, data.encoding)
     if suffix in (".csv", ".tsv"):
-        return _read_csv(source.path, data.encoding, "\t" if suffix == ".tsv" else data.delimiter)
-    if suffix == ".json" and _holds_array(source.path, data.encoding):
-        return _read_json_array(source.path, data.encoding)
-    return _read_json_lines(source.path, data.encoding)
+        return _read_csv(source.path, encoding, "\t" if suffix == ".tsv" else data.delimiter)
+    if suffix == ".json" and _holds_array(source.path, encoding):
+        return read_array(source.path, encoding)
+    return _read_json_lines(source.path, encoding)
 
 
 def is_text(source: Source) -> bool:
-    return source.kind == "file" and source.path.suffix.lower() != ".parquet"
-
-
-def codec(encoding: str) -> str:
-    """UTF-8 tolerates a byte order mark."""
-    return "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
-
-
-def decodes(text: str) -> bool:
-    """False if the text holds a surrogate: a byte that could not be decoded, or half a character in JSON."""
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _printable(text: str) -> str:
-    """Surrogates become `\\udc80`, so that the text can be stored."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _undecodable(line: int, raw: str, encoding: str) -> RawRow:
-    return RawRow(line, _printable(raw), Rejection(Reason.UNDECODABLE, f"not {encoding}"))
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_decode_json = json.JSONDecoder(parse_constant=_refuse_constant).decode
-
-
-def _parse(line: int, raw: str) -> RawRow:
-    """One JSON text. NaN and Infinity are no JSON; nesting or numbers beyond Python's limits count as unparsable."""
-    try:
-        value = _decode_json(raw)
-    except json.JSONDecodeError as error:
-        return RawRow(line, raw, Rejection(Reason.UNPARSABLE, f"{error.msg} at column {error.colno}"))
-    except (ValueError, RecursionError) as error:
-        return RawRow(line, raw, Rejection(Reason.UNPARSABLE, str(error)[:80]))
-    if not isinstance(value, dict):
-        return RawRow(line, raw, Rejection(Reason.NOT_AN_OBJECT, type(value).__name__))
-    # Only an escape can smuggle half a character past the decoder.
-    if "\\u" in raw and not decodes(json.dumps(value, ensure_ascii=False)):
-        return RawRow(line, raw, Rejection(Reason.UNDECODABLE, "half a surrogate pair"))
-    return RawRow(line, raw, value)
+    return source.kind == "file" and data_suffix(source.path) != ".parquet"
 
 
 def _read_json_lines(path: Path, encoding: str) -> Iterator[RawRow]:
-    with path.open(encoding=codec(encoding), errors="surrogateescape") as file:
+    with open_text(path, encoding) as file:
         for number, line in enumerate(file, start=1):
-            raw = line.strip()
-            if raw and not decodes(raw):
-                yield _undecodable(number, raw, encoding)
-            elif raw:
-                yield _parse(number, raw)
+            if raw := line.strip():
+                yield json_row(number, raw, encoding)
 
 
 def _holds_array(path: Path, encoding: str) -> bool:
-    with path.open(encoding=codec(encoding), errors="surrogateescape") as file:
+    with open_text(path, encoding) as file:
         return file.read(4096).lstrip().startswith("[")
-
-
-def _read_json_array(path: Path, encoding: str) -> Iterator[RawRow]:
-    text = path.read_text(encoding=codec(encoding), errors="surrogateescape")
-    try:
-        items = json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"{path}, line {error.lineno}, column {error.colno}"
-        raise DataError(
-            Problem(f"not valid JSON: {error.msg}", where, act="repair the file, or save it as JSONL")
-        ) from error
-    for number, item in enumerate(items, start=1):
-        raw = json.dumps(item, ensure_ascii=False)
-        # Parsed again alone, so that one bad item is rejected and not the whole file.
-        yield _parse(number, raw) if decodes(raw) else _undecodable(number, raw, encoding)
 
 
 def _read_csv(path: Path, encoding: str, delimiter: str) -> Iterator[RawRow]:
     csv.field_size_limit(sys.maxsize)  # the default of 128 KiB turns one long cell into an error
     taken: list[str] = []
-    with path.open(encoding=codec(encoding), errors="surrogateescape", newline="") as file:
+    with open_text(path, encoding, newline="") as file:
         # strict: an unbalanced quote is an error instead of a cell that swallows the next records.
         reader = csv.reader(_noting(file, taken), delimiter=delimiter, strict=True)
         header = _csv_header(path, reader, delimiter)
@@ -139,7 +69,7 @@ def _read_csv(path: Path, encoding: str, delimiter: str) -> Iterator[RawRow]:
             if cells is None:
                 return
             if not decodes(raw):
-                yield _undecodable(line, raw, encoding)
+                yield undecodable(line, raw, encoding)
             elif isinstance(cells, Rejection):
                 yield RawRow(line, raw, cells)
             elif len(cells) not in (0, len(header)):
@@ -188,7 +118,7 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         yield from _numbered(row for batch in file.iter_batches(batch_size=1000) for row in batch.to_pylist())
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(Problem(f"not a readable Parquet file: {str(error)[:120]}", str(path))) from error
 
 

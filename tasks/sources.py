@@ -14,6 +14,7 @@ from typing import Final, Literal
 from data_contracts.errors import Problem
 from data_contracts.run_spec import DataSpec
 from tasks.stores import digest
+from tasks.text_files import data_suffix
 
 SUFFIXES: Final = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 BUILTINS: Final = ("python-docs",)
@@ -46,7 +47,7 @@ def find_sources(data: DataSpec) -> tuple[list[Source], list[Problem]]:
             found.append(Source(rest, "hub", rest))
         else:
             matches = _files(entry)
-            paths.update(dict.fromkeys(path.resolve() for path in matches if path.suffix.lower() in SUFFIXES))
+            paths.update(dict.fromkeys(path.resolve() for path in matches if data_suffix(path) in SUFFIXES))
             problems += _file_problems(entry, matches)
     if not data.source:
         problems.append(Problem("no source is given", "data.source", act="--set data.source='[\"rows.jsonl\"]'"))
@@ -97,7 +98,7 @@ def _files(entry: str) -> list[Path]:
     path = Path(entry).expanduser()
     if path.is_dir():
         visible = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        return sorted(p for p in visible if p.is_file() and p.suffix.lower() in SUFFIXES)
+        return sorted(p for p in visible if p.is_file() and data_suffix(p) in SUFFIXES)
     if path.exists() or not glob.has_magic(entry):
         return [path] if path.exists() else []
     return sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
@@ -114,7 +115,7 @@ def _file_problems(entry: str, matches: list[Path]) -> Iterator[Problem]:
     elif not matches:
         yield Problem("no such file or folder", entry, act=_nearby(path.parent, path.name))
     for match in matches:
-        if match.suffix.lower() not in SUFFIXES:
+        if data_suffix(match) not in SUFFIXES:
             yield Problem(
                 f"unknown file type {match.suffix or '(no suffix)'}", str(match), known, "convert or rename it"
             )

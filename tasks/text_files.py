@@ -1,82 +1,114 @@
-"""Text files as bytes, blocks or lines: decompressed, decoded byte for byte, and never silently cut short."""
+"""Text files as they come: compressed or not, and in whatever encoding they were saved."""
 
 import codecs
 import io
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import BinaryIO, Final, TextIO, cast
+
+import pyarrow as pa
 
 from data_contracts.errors import DataError, Problem
+from tasks.raw_rows import decodes
 
-BLOCK: Final = 1024 * 1024
-_COMPRESSED_BLOCK: Final = 16 * 1024  # what one read inflates stays small
-_MAGIC: Final = {"gzip": b"\x1f\x8b", "zstandard": b"\x28\xb5\x2f\xfd"}
-_NAMED: Final = {".gz": "gzip", ".zst": "zstandard"}
+AUTO: Final = "auto"
+PACKED: Final = {".gz": "gzip", ".zst": "zstd"}
 
-
-def _escape(error: UnicodeError) -> tuple[str, int]:
-    """Each byte that cannot be decoded becomes one surrogate; unlike surrogateescape this knows UTF-16 and UTF-32."""
-    if not isinstance(error, UnicodeDecodeError):
-        raise error
-    return "".join(chr(0xDC00 + byte) for byte in error.object[error.start : error.end]), error.end
-
-
-codecs.register_error("tunegate-escape", _escape)
+_BYTES: Final = 256 * 1024
+_GUESS_BYTES: Final = 64 * 1024
+_MARKS: Final = (  # UTF-32 first: its mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
 
 
-class _Inflated(io.RawIOBase):
-    """The bytes inside a compressed file. All that can be inflated is read before DataError says that more is lost."""
+def data_suffix(path: Path) -> str:
+    """The suffix that tells the format: `.csv` of `rows.csv.gz`."""
+    name = Path(path.stem) if path.suffix.lower() in PACKED else path
+    return name.suffix.lower()
 
-    def __init__(self, path: Path, kind: str) -> None:
-        self._path, self._kind = path, kind
-        self._file = path.open("rb")
-        self._inflate: Any = None
-        self._ready = memoryview(b"")
-        self._started = False
 
-    def readable(self) -> bool:
+@contextmanager
+def open_bytes(path: Path) -> Iterator[BinaryIO]:
+    """The file's bytes, unpacked. Raises DataError if the packed stream is damaged or ends too early."""
+    method = PACKED.get(path.suffix.lower())
+    if method is None:
+        with path.open("rb") as file:
+            yield file
+        return
+    try:
+        with pa.input_stream(str(path), compression=method) as stream:
+            yield cast(BinaryIO, stream)
+    except (pa.ArrowInvalid, OSError) as error:
+        act = "copy the file again, and check it with `gzip -t` or `zstd -t`"
+        raise DataError(Problem(f"the packed file is damaged or cut: {error}", str(path), act=act)) from error
+
+
+@contextmanager
+def open_text(path: Path, encoding: str, newline: str | None = None) -> Iterator[TextIO]:
+    """The file's text; a byte that is not in the encoding becomes a lone surrogate, so that nothing is lost."""
+    with open_bytes(path) as file:
+        yield io.TextIOWrapper(file, codec(encoding), "surrogateescape", newline)
+
+
+def codec(encoding: str) -> str:
+    """UTF-8 tolerates a byte order mark."""
+    return "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+
+
+def read_sample(path: Path) -> bytes:
+    """The first 256 KiB, in whole lines: no character is cut in two."""
+    with open_bytes(path) as file:
+        sample = file.read(_BYTES)
+    return sample[: sample.rfind(b"\n") + 1] or sample if len(sample) == _BYTES else sample
+
+
+def resolve_encoding(path: Path, configured: str) -> tuple[str, str]:
+    """The encoding of a file, and why. `auto`: a byte order mark, else UTF-8 if most lines are, else a guess.
+
+    A file of which nothing fits is taken for UTF-8, so that its lines are rejected one by one.
+    """
+    if configured != AUTO:
+        return configured, "as configured"
+    sample = read_sample(path)
+    for mark, name in _MARKS:
+        if sample.startswith(mark):
+            return name, "its byte order mark says so"
+    if not mostly_undecodable(sample, "utf-8"):
+        return "utf-8", "most of its lines are"
+    guess = guess_encoding(sample)
+    return (guess, "hardly a line of it is utf-8; a guess, look at some rows") if guess else ("utf-8", "nothing fits")
+
+
+def mostly_undecodable(sample: bytes, encoding: str) -> bool:
+    """Whether more than half of the lines are not in the encoding."""
+    wide = encoding.lower().replace("_", "-").startswith(("utf-16", "utf16", "utf-32", "utf32"))
+    if not wide and sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return True
+    try:
+        lines = [line for line in sample.decode(codec(encoding), "surrogateescape").split("\n") if line.strip()]
+    except UnicodeDecodeError:
+        return True  # UTF-16 and UTF-32 have no byte that could be escaped
+    return sum(not decodes(line) for line in lines) > len(lines) / 2
 
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            block = self._file.read(_COMPRESSED_BLOCK)
-            if not block:
-                if self._inflate is not None or not self._started:
-                    raise self._broken("it ends in the middle of the compressed data")
-                return 0
-            self._ready = memoryview(self._inflated(block))
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
 
-    def _inflated(self, block: bytes) -> bytes:
-        """One file may hold several compressed parts, and gzip files may end with zeros."""
-        import zstandard
+def guess_encoding(sample: bytes) -> str | None:
+    """The encoding that charset_normalizer finds likeliest, if the whole sample can be read in it."""
+    from charset_normalizer import from_bytes
 
-        parts: list[bytes] = []
-        try:
-            while block:
-                if self._inflate is None:
-                    if self._started and not (block := block.lstrip(b"\0")):
-                        break
-                    self._inflate = zlib.decompressobj(31) if self._kind == "gzip" else _zstd()
-                    self._started = True
-                parts.append(self._inflate.decompress(block))
-                block = self._inflate.unused_data if self._inflate.eof else b""
-                if self._inflate.eof:
-                    self._inflate = None
-        except (zlib.error, zstandard.ZstdError) as error:
-            if not any(parts):
-                raise self._broken(str(error)[:80]) from error
-            # First what is whole; the next read finds the damage again, for the decompressor stays broken.
-            self._inflate, self._file = _Broken(error), io.BufferedReader(io.BytesIO(b"\1"))  # type: ignore[arg-type]
-        return b"".join(parts)
+    best = from_bytes(sample[:_GUESS_BYTES]).best()
+    if best is None:
+        return None
+    # gb18030 reads everything its two subsets read.
+    if best.encoding in ("gb2312", "gbk", "hz", "big5hkscs") and _reads(sample, "gb18030"):
+        return "gb18030"
+    return best.encoding if _reads(sample, best.encoding) else None
 
-    def _broken(self, why: str) -> DataError:
-        act = "fetch or compress the file again; the records before the damage can be read"
-        return DataError(Problem(f"damaged {self._kind} data: {why}", str(self._path), act=act))
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+def _reads(sample: bytes, encoding: str) -> bool:
+    try:
+        sample.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True

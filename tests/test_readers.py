@@ -1,6 +1,10 @@
 """Every record of every file type comes out once; what is wrong with whole files is said all at once."""
 
+import gzip
 import json
+import os
+import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,11 @@ from data_contracts.errors import DataError, InfrastructureError
 from data_contracts.rules import Rejection
 from data_contracts.run_spec import DataSpec
 from tasks.ingest import ingest
-from tasks.readers import RawRow, read_source
+from tasks.raw_rows import RawRow
+from tasks.readers import read_source
 from tasks.sources import Source, find_sources, source_digests
 from tasks.stores import Store
+from tasks.text_files import open_text, resolve_encoding
 
 GOOD = {"prompt": "hi", "completion": "hello"}
 LINE = json.dumps(GOOD) + "\n"
@@ -106,11 +112,121 @@ def test_other_encodings_are_read_when_named(tmp_path: Path) -> None:
         assert reasons(read(write(tmp_path, f"{encoding}.jsonl", content), encoding=encoding)) == [None]
 
 
+def test_the_encoding_of_a_file_is_found_and_its_reason_told(tmp_path: Path) -> None:
+    chinese = "".join(
+        json.dumps(
+            {"prompt": f"高血压患者能吃党参吗第{i}问", "completion": "高血压病人可以口服党参的"}, ensure_ascii=False
+        )
+        + "\n"
+        for i in range(30)
+    )
+    found = {"utf-8": "most of its lines", "utf-16": "byte order mark", "utf-32": "byte order mark", "gb18030": "guess"}
+    for encoding, reason in found.items():
+        path = write(tmp_path, f"{encoding}.jsonl", chinese.encode(encoding))
+        assert resolve_encoding(Path(path), "auto")[0] == encoding
+        assert reason in resolve_encoding(Path(path), "auto")[1]
+        assert reasons(read(path)) == [None] * 30
+    mixed = write(tmp_path, "mixed.jsonl", LINE.encode() * 3 + b'{"prompt": "\xff", "completion": "b"}\n')
+    assert reasons(read(mixed)) == [None, None, None, "undecodable"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_packed_files_are_read_and_a_damaged_one_stops_the_run(tmp_path: Path, suffix: str) -> None:
+    pack = gzip.compress if suffix == ".gz" else partial(pa.Codec("zstd").compress, asbytes=True)
+    many = "".join(json.dumps({"prompt": f"q{i}", "completion": f"{i * i}" * 9}) + "\n" for i in range(3000)).encode()
+    for name, content in (("a.jsonl", LINE.encode() * 2), ("a.json", f"[{LINE},{LINE}]".encode())):
+        assert reasons(read(write(tmp_path, name + suffix, pack(content)))) == [None, None]
+    whole = write(tmp_path, "rows.csv" + suffix, pack(b"prompt,completion\nhi,hello\n"))
+    assert [source.name for source in find_sources(DataSpec(source=[whole]))[0]] == [f"rows.csv{suffix}"]
+    cut = write(tmp_path, "cut.jsonl" + suffix, pack(many)[:-40])
+    with pytest.raises(DataError, match="damaged or cut"):
+        read(cut)
+
+
+def test_an_array_is_read_item_by_item_and_one_broken_item_is_rejected_alone(tmp_path: Path) -> None:
+    items = ['{\n    "prompt": "a",\n    "completion": "b"\n  }', '{\n    "prompt" 1\n  }', LINE.strip()]
+    lines = write(tmp_path, "lines.json", "[\n  " + ",\n  ".join(items) + "\n]\n")
+    assert reasons(read(lines)) == [None, "unparsable", None]
+    flat = write(tmp_path, "flat.json", '[{"prompt": "a"}, {"prompt" 1}, {"prompt": "c"}, 7]')
+    assert reasons(read(flat)) == [None, "unparsable", None, "not_an_object"]
+    cut = write(tmp_path, "cut.json", f'[{LINE},{LINE},{{"prompt": "half')
+    assert reasons(read(cut)) == [None, None, "unparsable"]
+    nested = json.dumps([{"conversations": [{"from": "human", "value": "x" * 3000}] * 9} for _ in range(60)])
+    assert reasons(read(write(tmp_path, "nested.json", nested))) == [None] * 60
+    big = write(tmp_path, "big.json", json.dumps([{"prompt": "x" * 700_000, "completion": str(i)} for i in range(5)]))
+    assert [row.value["completion"] for row in read(big)] == list("01234")  # type: ignore[index]
+
+
+def test_a_field_named_twice_is_rejected_and_not_lost(tmp_path: Path) -> None:
+    twice = write(tmp_path, "a.jsonl", '{"prompt": "q", "completion": "a", "completion": "b"}\n' + LINE)
+    rows = read(twice)
+    assert reasons(rows) == ["duplicate_key", None]
+    assert isinstance(rows[0].value, Rejection) and rows[0].value.detail == "completion"
+
+
+# --- whatever is in the files -------------------------------------------------------------------------------
+
+
+def damage(content: bytes, draw: random.Random) -> bytes:
+    """One to five random accidents."""
+    data = bytearray(content)
+    for _ in range(draw.randrange(1, 6)):
+        place, length = draw.randrange(len(data) + 1), draw.randrange(1, 60)
+        accident = draw.randrange(7)
+        if accident == 0:
+            data[place : place + 1] = bytes([draw.randrange(256)])
+        elif accident == 1:
+            del data[place : place + length]
+        elif accident == 2:
+            data[place:place] = data[draw.randrange(len(data) + 1) :][:length]
+        elif accident == 3:
+            data = data[: max(1, place)]
+        elif accident == 4:
+            data[place:place] = draw.choice([b"\0", b"\r", b"\xef\xbb\xbf", b'"', b"{", b"[", b"\\u12", b"NaN", b"\n"])
+        elif accident == 5:
+            data = bytearray(bytes(data).replace(b"\n", b"\r\n"))
+        else:
+            data[place:place] = "é高".encode(draw.choice(["latin-1", "gb18030", "utf-16"]), "ignore")
+        data = data or bytearray(b"x")
+    return bytes(data)
+
+
+def test_no_damage_to_a_file_loses_a_line_or_ends_in_a_traceback(tmp_path: Path) -> None:
+    """TUNEGATE_FUZZ_CASES=20000 for a long run."""
+    draw = random.Random(int(os.environ.get("TUNEGATE_FUZZ_SEED", "11")))
+    lines = "".join(
+        json.dumps({"prompt": f"q{i}", "completion": "x é " * i}, ensure_ascii=i % 2 > 0) + "\n" for i in range(8)
+    )
+    whole = {
+        "a.jsonl": lines.encode(),
+        "a.json": ("[" + ",\n".join(lines.splitlines()) + "]").encode(),
+        "a.csv": b"prompt,completion\n" + b'"q, 1","a"\nq2,"b ""c"""\n' * 4,
+        "a.jsonl.gz": gzip.compress(lines.encode()),
+        "a.jsonl.zst": pa.Codec("zstd").compress(lines.encode(), asbytes=True),
+    }
+    pq.write_table(pa.Table.from_pylist([GOOD] * 5), tmp_path / "good.parquet")
+    whole["a.parquet"] = (tmp_path / "good.parquet").read_bytes()
+    read_through = 0
+    for case in range(int(os.environ.get("TUNEGATE_FUZZ_CASES", "600"))):
+        name = list(whole)[case % len(whole)]
+        content = damage(whole[name], draw)
+        path = write(tmp_path, name, content)
+        try:
+            rows = read(path)
+        except DataError:
+            continue
+        read_through += 1
+        assert [row.line for row in rows] == sorted({row.line for row in rows})
+        if name == "a.jsonl":
+            with open_text(Path(path), resolve_encoding(Path(path), "auto")[0]) as file:
+                assert len(rows) == sum(bool(line.strip()) for line in file)
+    assert read_through > 100
+
+
 WHOLE_FILE: dict[str, tuple[str, str | bytes, dict[str, Any], list[str]]] = {
     "empty": ("a.jsonl", "", {}, ["the file is empty"]),
     "only a header": ("a.csv", "prompt,completion\n", {}, ["no rows"]),
     "empty array": ("a.json", "[]", {}, ["no rows"]),
-    "broken array": ("a.json", '[{"prompt": "a"},\n {"prompt" 1}]', {}, ["line 2, column 12", "not valid JSON"]),
     "one object": ("a.json", '{\n"data": []\n}', {}, ["one array of objects"]),
     "array named jsonl": ("a.jsonl", f"[{LINE.strip()}]", {}, ["named .json"]),
     "wrong delimiter": ("a.csv", "prompt;completion\na;b\n", {}, ["delimiter", "--set data.delimiter=';'"]),
@@ -122,10 +238,10 @@ WHOLE_FILE: dict[str, tuple[str, str | bytes, dict[str, Any], list[str]]] = {
     "gbk": (
         "a.csv",
         ("ask,answer\n" + "高血压患者能吃党参吗,可以口服党参的\n" * 20).encode("gbk"),
-        {},
+        {"encoding": "utf-8"},
         ["--set data.encoding=gb18030"],
     ),
-    "utf-16": ("a.jsonl", LINE.encode("utf-16"), {}, ["--set data.encoding=utf_16"]),
+    "utf-16": ("a.jsonl", LINE.encode("utf-16"), {"encoding": "utf-8"}, ["--set data.encoding=utf_16"]),
     "unknown encoding": ("a.jsonl", LINE, {"encoding": "utf9"}, ["data.encoding", "utf9"]),
     "unknown columns": (
         "a.jsonl",
