@@ -86,7 +86,11 @@ def _noting(lines: Iterator[str], taken: list[str]) -> Iterator[str]:
 
 
 def _csv_header(path: Path, reader: "Iterator[list[str]]", delimiter: str) -> list[str]:
-    header = next(reader, [])
+    try:
+        header = next(reader, [])
+    except csv.Error as error:
+        act = "repair the quotes of the first line"
+        raise DataError(Problem(f"the header cannot be read: {error}", f"{path}, line 1", act=act)) from error
     other = next((d for d in _DELIMITERS if d != delimiter and d in "".join(header)), None)
     if len(header) == 1 and other:
         what = f"the header is one column with {other!r} in it: the delimiter is not {delimiter!r}"

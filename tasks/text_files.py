@@ -47,9 +47,16 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def open_text(path: Path, encoding: str, newline: str | None = None) -> Iterator[TextIO]:
-    """The file's text; a byte that is not in the encoding becomes a lone surrogate, so that nothing is lost."""
-    with open_bytes(path) as file:
-        yield io.TextIOWrapper(file, codec(encoding), "surrogateescape", newline)
+    """The file's text; a byte that is not in the encoding becomes a lone surrogate, so that nothing is lost.
+
+    UTF-16 and UTF-32 have no byte that could be kept so: DataError, as for a packed file that is damaged.
+    """
+    try:
+        with open_bytes(path) as file:
+            yield io.TextIOWrapper(file, codec(encoding), "surrogateescape", newline)
+    except UnicodeError as error:
+        act = "save it as UTF-8, or name its encoding with --set data.encoding=NAME"
+        raise DataError(Problem(f"not {encoding} to its end: {str(error)[:120]}", str(path), act=act)) from error
 
 
 def codec(encoding: str) -> str:
