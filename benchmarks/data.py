@@ -1,7 +1,8 @@
 """Near-duplicate search on synthetic instruction rows: ours against datatrove, text-dedup and semhash.
 
-Every way gets the same rows, word 3-grams and the threshold 0.8, and runs in a process of its own; its clock starts
-after imports, with the rows read. 15 % of the rows are copies, exact or with a few words changed: a copy counts as true
+Every way gets the same rows, word 3-grams and the threshold 0.8, and runs in a process of its own; clocks start after
+imports. Ours has its rows in memory; datatrove and text-dedup read them from disk and write on the clock, as one would
+run them, and confirm no pair. 15 % of the rows are copies, exact or with a few words changed: a copy counts as true
 if its exact similarity to its original reaches the threshold. Recall: true copies of which one of the two rows leaves;
 precision: rows that leave which belong to a true copy. Peers need no place in this project's environment:
 
