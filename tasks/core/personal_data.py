@@ -46,21 +46,7 @@ _KEY = re.compile(
     r"|xox[abeprs]-[A-Za-z0-9-]{16,255}|AIza[A-Za-z0-9_-]{35}|sk-[A-Za-z0-9_-]{20,255}|hf_[A-Za-z0-9]{30,64}"
     r"|[rs]k_live_[A-Za-z0-9]{16,255})"
 )
-_KEY_STARTS = (
-    "AKIA",
-    "ASIA",
-    "ghp_",
-    "gho_",
-    "ghs_",
-    "ghu_",
-    "ghr_",
-    "github_pat_",
-    "xox",
-    "AIza",
-    "sk-",
-    "hf_",
-    "k_live_",
-)
+_KEY_STARTS = ("AKIA", "ASIA", "ghp_", "gho_", "ghs_", "ghu_", "ghr_", "github_", "xox", "AIza", "sk-", "hf_", "k_live_")  # fmt: skip
 _JWT = re.compile(r"(?<![\w-])eyJ[\w-]{8,2000}\.eyJ[\w-]{8,8000}\.[\w-]{8,2000}")
 _PRIVATE_KEY = re.compile(
     r"-----BEGIN (?:[A-Z0-9]{1,12} ){0,2}PRIVATE KEY(?: BLOCK)?-----[A-Za-z0-9+/=\s:,\\-]{40,20000}?"
@@ -68,7 +54,7 @@ _PRIVATE_KEY = re.compile(
 )
 _ASSIGNED = re.compile(
     r"(?i)(?:passw(?:or)?d|pwd|api_?-?key|secret(?:_?-?key)?|token|access_?-?key)[\"']?\s{0,3}(?:=|:|=>)\s{0,3}"
-    r"(?P<quote>[\"'])(?P<value>[^\"'\s]{10,256})(?P=quote)"
+    r"(?P<quote>[\"'])(?P<value>[^\"'\s]{16,256})(?P=quote)"
 )
 _PLACEHOLDER = re.compile(
     r"(?i)x{4}|example|your|placeholder|dummy|changeme|redacted|sample|1234567|abcdef|p[a@]ssw[o0]rd|\*{3}|\.{3}"
@@ -82,7 +68,7 @@ _EMAIL = re.compile(
     r"[A-Za-z]{2,18}(?![\w-]|\.?\()"
 )
 _NO_ADDRESS = re.compile(
-    r"(?i)@(?:.+\.)?(?:(?:my|your|some|the|a)?-?(?:example|domain|company|companyname|organi[sz]ation|business|website"
+    r"(?i)@(?:.+\.)?(?:(?:my|your|some|the|a)?-?(?:example[\w-]*|domain|company|companyname|organi[sz]ation|business|website"
     r"|site|server|host|hostname|provider|e?mail|mydomain|test|sample|xyz|abc|acme|foo|bar)\.[a-z.]+|example|test|invalid"
     r"|localhost|local|internal|lan)$"
     r"|@[\w.-]+\.(?:png|jpe?g|gif|svg|webp|js|ts|py|css|json|html|md|txt|yaml|so|exe)$|@(?:self|this|np|torch)\."
@@ -90,7 +76,7 @@ _NO_ADDRESS = re.compile(
     r"|bar|abc\w*|xyz|sample|johnd?|(?:john|jane)[._-]?(?:doe|smith)\d*|recipient|sender|address|customer|git)@"
     # an office is no person
     r"|^(?:info|support|help|contact|contactus|admin|sales|service|office|press|hello|webmaster|postmaster|no-?reply"
-    r"|do-?not-?reply|feedback|enquir\w+|inquir\w+|privacy|security|abuse|careers|jobs|hr|billing)@"
+    r"|do-?not-?reply|feedback|enquir\w+|inquir\w+|privacy|alerts?|news(?:letter)?|notifications?|security|abuse|careers|jobs|hr|billing)@"
 )
 
 _MANY_DIGITS = re.compile(r"[0-9](?:[ ().+/-]{0,3}[0-9]){5}")
@@ -129,10 +115,8 @@ _DATE = re.compile(
 )
 _REGIONS = ("US", "GB", "CN")
 # A hotline belongs to nobody, so only the numbers of a person or a household count.
-_PERSONS = frozenset(
-    {phonenumbers.PhoneNumberType.MOBILE, phonenumbers.PhoneNumberType.FIXED_LINE, phonenumbers.PhoneNumberType.PERSONAL_NUMBER,
-     phonenumbers.PhoneNumberType.FIXED_LINE_OR_MOBILE}
-)  # fmt: skip
+_Type = phonenumbers.PhoneNumberType
+_PERSONS = frozenset({_Type.MOBILE, _Type.FIXED_LINE, _Type.FIXED_LINE_OR_MOBILE, _Type.PERSONAL_NUMBER})
 # 555 in North America, Ofcom's numbers for drama, and runs that nobody was given.
 _FICTION = re.compile(
     r"^1\d{3}555|^1555|^44(?:1632960|2079460|7700900|1134960|1144960|1614960)|1234567|7654321|(\d)\1{5}|^8613800138"
@@ -142,13 +126,13 @@ _SAYS_PHONE = re.compile(
     r"(?i)\b(?:phone|telephone|tel|call|mobile|cell|fax|whatsapp|dial|contact|text|reach)\b|电话|手机|致电|拨打|联系方式|传真"
 )
 _SAYS_OTHER = re.compile(
-    r"(?i)\b(?:isbn|issn|order|invoice|tracking|serial|item|sku|product|part|doi|pmid|case|ticket|model|ref\w*)\b"
+    r"(?i)\b(?:isbn|issn|order|invoice|tracking|serial|item|sku|product|doi|pmid|ticket|model|ref\w*)\b"
     r"|订单|编号|单号|型号|批准文号"
 )
 _SAYS_SSN = re.compile(r"(?i)\bssns?\b|social security")
 _SAYS_NINO = re.compile(r"(?i)\bni(?:no)?\b|national insurance")
 _SAYS_NHS = re.compile(r"\bNHS\b")
-_SAYS_IP = re.compile(r"(?i)\b(?:ip|ipv4|server|host|address|ping|ssh|client|dns|from)\b|服务器|地址")
+_SAYS_IP = re.compile(r"(?i)\b(?:ip|ipv4|server|host|address|ping|ssh|client|dns)\b|服务器|地址")
 _SAYS_VERSION = re.compile(r"(?i)(?:\b(?:versions?|ver|v|release|build|section|chapter|rev)\b|版本)[^A-Za-z]{0,6}$")
 
 
@@ -205,7 +189,7 @@ def _ibans(text: str) -> Iterator[Span]:
 
 def _cards(text: str) -> Iterator[Span]:
     for match in _CARD.finditer(text):
-        digits = re.sub(r"\D", "", match[0])
+        digits = re.sub("[ -]", "", match[0])
         invented = digits in _TEST_CARDS or len(set(digits)) <= 3 or "000000" in digits or "1234567" in digits
         if invented or not _ISSUER.match(digits) or not stdnum.luhn.is_valid(digits):
             continue
@@ -220,19 +204,14 @@ def _national_ids(text: str) -> Iterator[Span]:
         if clear and number not in {"123-45-6789", "987-65-4321"} and stdnum.us.ssn.is_valid(number):
             yield match.span()
     yield from (m.span() for m in _CN_RIC.finditer(text) if stdnum.cn.ric.is_valid(m[0]) and "1234567" not in m[0])
-    for match in _NHS.finditer(text):
-        if stdnum.gb.nhs.is_valid(match[0]) and _SAYS_NHS.search(_before(text, match.start())):
-            yield match.span()
-    for match in _NINO.finditer(text):
-        if "12 34 56" not in match[0] and "123456" not in match[0] and _SAYS_NINO.search(_before(text, match.start())):
-            yield match.span()
+    nhs = (m for m in _NHS.finditer(text) if stdnum.gb.nhs.is_valid(m[0]))
+    yield from (m.span() for m in nhs if _SAYS_NHS.search(_before(text, m.start())))
+    ninos = (m for m in _NINO.finditer(text) if "123456" not in m[0].replace(" ", ""))
+    yield from (m.span() for m in ninos if _SAYS_NINO.search(_before(text, m.start())))
 
 
 def _ips(text: str) -> Iterator[Span]:
-    for match in (
-        *(_IP4.finditer(text) if text.count(".") >= 3 else ()),
-        *(_IP6.finditer(text) if ":" in text else ()),
-    ):
+    for match in (*_IP4.finditer(text), *_IP6.finditer(text)):
         before = _before(text, match.start(), 20)
         try:
             address = ipaddress.ip_address(match[0])
@@ -257,19 +236,17 @@ def _phones(text: str) -> Iterator[Span]:
         if _DATE.search(match[0]) or _SAYS_OTHER.search(before) or not (international or _SAYS_PHONE.search(before)):
             continue
         for region in (None,) if international else _REGIONS:
-            hits = [m for m in phonenumbers.PhoneNumberMatcher(match[0], region) if _is_persons_number(m.number)]
+            hits = list(phonenumbers.PhoneNumberMatcher(match[0], region))
+            yield from ((match.start() + m.start, match.start() + m.end) for m in hits if _is_persons_number(m.number))
+            # a hotline of one country could be a household's number in the next
             if hits:
-                yield from ((match.start() + m.start, match.start() + m.end) for m in hits)
                 break
 
 
 # In this order: where two overlap, the surer one wins.
-_WITHOUT_NUMBERS: Final[tuple[tuple[Kind, Callable[[str], Iterator[Span]]], ...]] = (
-    (Kind.SECRET, _secrets),
-    (Kind.EMAIL, _emails),
-    (Kind.IP, _ips),
-)
-_ALL: Final = (
+_Searches = tuple[tuple[Kind, Callable[[str], Iterator[Span]]], ...]
+_WITHOUT_NUMBERS: Final[_Searches] = ((Kind.SECRET, _secrets), (Kind.EMAIL, _emails), (Kind.IP, _ips))
+_ALL: Final[_Searches] = (
     *_WITHOUT_NUMBERS,
     (Kind.IBAN, _ibans),
     (Kind.CARD, _cards),
@@ -303,12 +280,9 @@ def find(text: str) -> list[Found]:
 
 def mask(text: str, found: Sequence[Found]) -> str:
     """The text with the name of its kind in place of each find."""
-    parts: list[str] = []
-    at = 0
-    for one in sorted(found, key=lambda one: one.start):
-        parts += text[at : one.start], f"[{one.kind.value}]"
-        at = one.end
-    return "".join([*parts, text[at:]])
+    for one in sorted(found, key=lambda one: one.start, reverse=True):
+        text = f"{text[: one.start]}[{one.kind.value}]{text[one.end :]}"
+    return text
 
 
 _ABOUT = re.compile(
