@@ -58,21 +58,80 @@ CAUGHT = [
 ]
 
 LET_THROUGH = [
-    "", "no data at all", "user@example.com", "jane@shop.test", "root@localhost", "username@domain.com", "your.name@gmail.com",
-    "info@ninds.nih.gov", "git@github.com:owner/repo.git", "logo@2x.png", "self.a@self.weight", "john.doe@gmail.com",
-    "https://user:pass@host.org/x", "Call 555-0123", "call (212) 555-0147", "+44 20 7946 0958", "call 1-800-352-9424",
-    "call me on 2023-01-15", "ISBN 978-3-16-148410-0", "contact us, order 2127365000", "version 10.0.19041.1288", "2127365000",
-    "电话 13800138000", "phone: 123-456-7890", "4111 1111 1111 1111", "4242424242424242", "4539 5787 6362 1487",
-    "9999 5787 6362 1486", "order 4539578763621486", "3.1415926535897932", "1234-5678-9012-3456", "123-45-6789", "078-05-1120",
-    "000-12-3456", "666-12-3456", "536 22 8714", "110105194912310021", "National Insurance QQ 12 34 56 C", "AB473156C",
-    "943 476 5870", "GB82 WEST 1234 5698 7654 32", "DE89370400440532013000", "DE75512108001245126198", "192.168.1.17", "127.0.0.1",
-    "10.20.30.40", "203.0.113.77", "8.8.8.8", "version 81.2.69.142", "v12.34.56.78", "see 4.1.2.3", "999.20.30.40", "2001:db8::17",
-    "std::fe::ab", "12:30:45", "AK" + "IAIOSFODNN7EXAMPLE", "gh" + "p_" + "x" * 36, "sk" + "-learn-is-a-good-library-indeed",
-    "task-force-number-2-of-the-committee", "sk" + "-your-key-here-1234567890", "h" + "f_" + "hub_download", "eyJ0aGlz",
-    "-----BEGIN PUBLIC KEY-----", "-----BEGIN PRIV" + "ATE KEY-----\n...\n-----END PRIV" + "ATE KEY-----",
-    'api_key = "YOUR_API_KEY"', 'password = "<your-password-goes-here>"', 'token = "xxxxxxxxxxxxxxxx1A"', 'password = "password123"',
-    'password: "{{ vault_password_1A }}"', "api_key=os.environ['API_KEY_2']", "1990-2020", "1,234,567,890 people", "10:00 - 12:30",
-]  # fmt: skip
+    "",
+    "no data at all",
+    "user@example.com",
+    "jane@shop.test",
+    "root@localhost",
+    "username@domain.com",
+    "your.name@gmail.com",
+    "info@ninds.nih.gov",
+    "git@github.com:owner/repo.git",
+    "logo@2x.png",
+    "self.a@self.weight",
+    "john.doe@gmail.com",
+    "https://user:pass@host.org/x",
+    "Call 555-0123",
+    "call (212) 555-0147",
+    "+44 20 7946 0958",
+    "call 1-800-352-9424",
+    "call me on 2023-01-15",
+    "ISBN 978-3-16-148410-0",
+    "contact us, order 2127365000",
+    "version 10.0.19041.1288",
+    "2127365000",
+    "电话 13800138000",
+    "phone: 123-456-7890",
+    "4111 1111 1111 1111",
+    "4242424242424242",
+    "4539 5787 6362 1487",
+    "9999 5787 6362 1486",
+    "order 4539578763621486",
+    "3.1415926535897932",
+    "1234-5678-9012-3456",
+    "123-45-6789",
+    "078-05-1120",
+    "000-12-3456",
+    "666-12-3456",
+    "536 22 8714",
+    "110105194912310021",
+    "National Insurance QQ 12 34 56 C",
+    "AB473156C",
+    "943 476 5870",
+    "GB82 WEST 1234 5698 7654 32",
+    "DE89370400440532013000",
+    "DE75512108001245126198",
+    "192.168.1.17",
+    "127.0.0.1",
+    "10.20.30.40",
+    "203.0.113.77",
+    "8.8.8.8",
+    "version 81.2.69.142",
+    "v12.34.56.78",
+    "see 4.1.2.3",
+    "999.20.30.40",
+    "2001:db8::17",
+    "std::fe::ab",
+    "12:30:45",
+    "AK" + "IAIOSFODNN7EXAMPLE",
+    "gh" + "p_" + "x" * 36,
+    "sk" + "-learn-is-a-good-library-indeed",
+    "task-force-number-2-of-the-committee",
+    "sk" + "-your-key-here-1234567890",
+    "h" + "f_" + "hub_download",
+    "eyJ0aGlz",
+    "-----BEGIN PUBLIC KEY-----",
+    "-----BEGIN PRIV" + "ATE KEY-----\n...\n-----END PRIV" + "ATE KEY-----",
+    'api_key = "YOUR_API_KEY"',
+    'password = "<your-password-goes-here>"',
+    'token = "xxxxxxxxxxxxxxxx1A"',
+    'password = "password123"',
+    'password: "{{ vault_password_1A }}"',
+    "api_key=os.environ['API_KEY_2']",
+    "1990-2020",
+    "1,234,567,890 people",
+    "10:00 - 12:30",
+]
 
 
 @pytest.mark.parametrize("case", CAUGHT, ids=lambda case: f"{case[0]}-{case[1][:12]!a}")
@@ -93,6 +152,11 @@ def test_a_trap_is_let_through(text):
 def test_several_finds_stand_in_order():
     text = "Mail ada@math.org or call +44 20 7219 4272 from 81.2.69.142"
     assert mask(text, find(text)) == "Mail [EMAIL] or call [PHONE] from [IP]"
+
+
+def test_what_a_find_hides_is_found_too():
+    text = "ada@math.org+44 20 7219 4272"
+    assert mask(text, find(text)) == "[EMAIL][PHONE]"
 
 
 ALL_CASES = [case[1] for case in CAUGHT] + LET_THROUGH
@@ -116,18 +180,31 @@ def test_masking_leaves_nothing_to_find(text):
 
 @pytest.mark.parametrize(
     "prompt",
-    ["Redact the names.", "Please anonymise this letter", "Extract all email addresses from the text",
-     "Identify the phone numbers below", "Write a regex to validate a credit card", "提取文中的手机号", "对下列病历做脱敏处理"],
-)  # fmt: skip
+    [
+        "Redact the names.",
+        "Please anonymise this letter",
+        "Extract all email addresses from the text",
+        "Identify the phone numbers below",
+        "Write a regex to validate a credit card",
+        "提取文中的手机号",
+        "对下列病历做脱敏处理",
+    ],
+)
 def test_a_task_about_personal_data_is_told(prompt):
     assert is_about_personal_data(prompt)
 
 
 @pytest.mark.parametrize(
     "prompt",
-    ["Write an email to my boss", "Summarise the text.", "Who invented the telephone?", "Remove the duplicates from the list",
-     "写一封邮件", "Find the capital of France. Then call a phone."],
-)  # fmt: skip
+    [
+        "Write an email to my boss",
+        "Summarise the text.",
+        "Who invented the telephone?",
+        "Remove the duplicates from the list",
+        "写一封邮件",
+        "Find the capital of France. Then call a phone.",
+    ],
+)
 def test_another_task_is_not(prompt):
     assert not is_about_personal_data(prompt)
 

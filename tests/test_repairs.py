@@ -16,6 +16,7 @@ MENDED = [
     (Repair.HTML_ENTITIES, "Fish &amp; chips", "Fish & chips"),
     (Repair.HTML_ENTITIES, "a level &gt; 17.1", "a level > 17.1"),
     (Repair.HTML_ENTITIES, "Tom &amp;amp;amp; Jerry&#39;s", "Tom & Jerry's"),
+    (Repair.HTML_ENTITIES, "He said &ldquo;hi&rdquo;", "He said \u201chi\u201d"),
     (Repair.NFC, "cafe\u0301", "café"),
     (Repair.NFC, "A\u030angstro\u0308m", "Ångström"),
     (Repair.NFC, "\u1112\u1161\u11ab", "한"),
@@ -49,6 +50,7 @@ UNTOUCHED = [
     "Use `&lt;` here.",
     "```\nif (a &amp;&amp; b) {\n```",
     "if a &amp; b {\nrun();\n}",
+    "int x = y;\nint z = a &amp; 1;",
     "&unknown; and &; and AT&T;",
     "family \U0001f468\u200d\U0001f469\u200d\U0001f467 and flag \U0001f3f3\ufe0f\u200d\U0001f308",
     "می\u200cخواهم",
@@ -86,13 +88,56 @@ def test_repairs_are_named_in_order():
 
 def test_one_repair_lays_bare_the_work_of_another():
     assert repair("a&nbsp;b &zwj;c")[0] == "a b c"
+    names = ("html_entities", "nfc", "control_characters", "zero_width")
+    assert repair("e\u200b\u0301 and &am\x00p;") == ("é and &", names)
 
 
 FRAGMENTS = st.sampled_from(
-    ["&amp;", "&", "#38;", "lt;", "&nbsp;", "\u00c3", "\u00a9", "\u00e2\u20ac\u2122", "\r", "\n", "\x1b[", "31m", "\x1b]", "\x07",
-     "\u200b", "\u200d", "\ufeff", "\u00ad", "\u202e", "ש", "e", "\u0301", " ", "   ", "\u00a0", "\u3000", "\t", "|", "```", "~~~",
-     "    ", "a", "b.", "# ", "ก", "\u0344", "\u2028", "\x85", "\x1c", "&#13;", "&#65279;", "&#x85;"]
-)  # fmt: skip
+    [
+        "&amp;",
+        "&",
+        "#38;",
+        "lt;",
+        "&nbsp;",
+        "\u00c3",
+        "\u00a9",
+        "\u00e2\u20ac\u2122",
+        "\r",
+        "\n",
+        "\x1b[",
+        "31m",
+        "\x1b]",
+        "\x07",
+        "\u200b",
+        "\u200d",
+        "\ufeff",
+        "\u00ad",
+        "\u202e",
+        "ש",
+        "e",
+        "\u0301",
+        " ",
+        "   ",
+        "\u00a0",
+        "\u3000",
+        "\t",
+        "|",
+        "```",
+        "~~~",
+        "    ",
+        "a",
+        "b.",
+        "# ",
+        "ก",
+        "\u0344",
+        "\u2028",
+        "\x85",
+        "\x1c",
+        "&#13;",
+        "&#65279;",
+        "&#x85;",
+    ]
+)
 
 
 @settings(max_examples=400, deadline=None)

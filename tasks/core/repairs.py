@@ -34,7 +34,8 @@ _FIX = ftfy.TextFixerConfig(replace_lossy_sequences=False)
 # `&amp;amp;lt;` is peeled in one go: each layer was one export too many.
 _ENTITY = re.compile(r"&(?:amp;|#38;|#x26;)*(#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 _MARKUP_OR_CODE = re.compile(
-    r"</?[A-Za-z!?]|`|~~~|&&|[{};]\s*$|^\s*(?:def|class|import|from|for|if|return|var|let|const|function|#include)\b.*[:;({]"
+    r"</?[A-Za-z!?]|`|~~~|&&|[{}]\s*$|(?:[)\]'\"]|= ?\w+);\s*$"
+    r"|^\s*(?:def|class|import|from|for|if|return|var|let|const|function|#include)\b.*[:;({]"
     r"|\b(?:HTML\d?|XHTML|XML|SGML|HREF|entit(?:y|ies)|escap\w+|unescap\w+|encod\w+|decod\w+|ampersands?|markup)\b"
     r"|转义|实体|编码|标签|网页",
     re.IGNORECASE | re.MULTILINE,
