@@ -6,7 +6,7 @@ run them, and confirm no pair. 15 % of the rows are copies, exact or with a few 
 if its exact similarity to its original reaches the threshold. Recall: true copies of which one of the two rows leaves;
 precision: rows that leave which belong to a true copy. Peers need no place in this project's environment:
 
-    python -m benchmarks.data [--rows 100000] [--sizes 10000 1000000] [--peer-python /tmp/peers/bin/python ...]
+    python -m benchmarks.data [--rows 100000] [--sizes 10000 1000000] [--peer-python PEERS/bin/python ...]
 """
 
 import argparse
