@@ -1,8 +1,10 @@
 """Copies leave, splits never change as data grow, and nothing held out reaches training."""
 
 import json
+import multiprocessing
 import random
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +259,20 @@ def test_held_out_texts_batches_and_releases_are_remembered(tmp_path: Path) -> N
     release(store, "m", ["x", "y"], "refusal", "support replies")
     release(store, "m", ["x"], "refusal", "again")
     assert [(r.row_id, r.why) for r in releases(store, "m")] == [("x", "support replies"), ("y", "support replies")]
+
+
+def _in_a_process_of_its_own(root: str, first: int) -> dict[str, str]:
+    store = Store(Path(root))
+    return splits(store, run(store, facts(120)[first : first + 80], test_fraction=0.4))
+
+
+def test_two_processes_at_once_give_every_row_one_split(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        one, two = pool.map(_in_a_process_of_its_own, [str(tmp_path)] * 2, [0, 40])
+    both = one.keys() & two.keys()
+    assert len(both) > 30
+    assert {row: one[row] for row in both} == {row: two[row] for row in both}
+    assert len(known_splits(Store(tmp_path), "model")) == len(one.keys() | two.keys())
 
 
 # --- nothing leaks --------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from rensa import RMinHash
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
-from tasks.core.shingles import Hashes, Offsets
+from tasks.core.shingles import Hashes, Offsets, mix
 
 _PERMUTATIONS: Final = 128
 _SEED: Final = 17
@@ -106,17 +106,21 @@ def _candidates(bands: Hashes) -> Iterator[NDArray[np.int64]]:
 
 
 def _split_hot(bucket: NDArray[np.int64], bands: Hashes, band: int) -> list[NDArray[np.int64]]:
-    """Pairs that agree in a second band too. What is still hot are copies of one text: each is paired with its next."""
+    """Pairs that agree in a second band too; of what is still hot (copies of one text) a chain and a star."""
     pairs = []
+    content = mix(bands[bucket] * np.arange(1, 2 * bands.shape[1], 2, dtype=np.uint64)).sum(axis=1, dtype=np.uint64)
     for other in range(bands.shape[1]):
         if other == band:
             continue
         for places in _buckets(bands[bucket, other]):
             rows = bucket[places]
-            hot = len(rows) > _HOT_ROWS
-            pairs.append(rows[:-1] * len(bands) + rows[1:] if hot else _all_pairs(rows, len(bands)))
-            if hot:
-                pairs.append(rows[0] * len(bands) + rows[1:])
+            if len(rows) <= _HOT_ROWS:
+                pairs.append(_all_pairs(rows, len(bands)))
+                continue
+            # Ordered by what they say, not by where they stand; next to each other if they agree in a third band.
+            rows = rows[np.lexsort((content[places], bands[rows, (other + 1) % bands.shape[1]]))]
+            for first, second in ((rows[:-1], rows[1:]), (rows[:1], rows[1:])):
+                pairs.append(np.minimum(first, second) * len(bands) + np.maximum(first, second))
     return pairs
 
 

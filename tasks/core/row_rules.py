@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from data_contracts.records import Row
-from data_contracts.rules import FLAGGED, UNREADABLE, Reason, Rejection
+from data_contracts.rules import UNREADABLE, Reason, Rejection, action_of
 from data_contracts.run_spec import CustomRule, RulesSpec
 from tasks.core import answer_rules, text_rules
 from tasks.core.text_rules import Case, OwnFunction
@@ -127,7 +127,7 @@ def check_row(
     case = text_rules.case_of(row, rules, max_chars, own)
     flags: list[Rejection] = []
     for reason, rule in RULES:
-        action = rules.actions.get(reason, "flag" if reason in FLAGGED else "quarantine")
+        action = action_of(reason, rules.actions)
         if action == "off" or (reason in overruled and reason not in UNREADABLE):
             continue
         if (detail := rule(case)) is None:
