@@ -166,15 +166,16 @@ def test_boilerplate_below_the_threshold_joins_no_rows():
 
 
 def hot_families():
-    """Boilerplate of 60 words with 4 of 300 variants, chained: neighbours are near, most others are not."""
+    """Boilerplate of 60 words with six of a family's own and up to four words changed: many pairs lie at the threshold."""
     draw = np.random.default_rng(5)
-    template = [f"t{i}" for i in range(60)]
     texts = []
-    for _ in range(400):
-        copy = list(template)
-        for place in draw.integers(60, size=2):
-            copy[place] = f"x{draw.integers(3)}"
-        texts.append(" ".join(copy))
+    for family in range(500):
+        original = [*(f"t{i}" for i in range(60)), *(f"own{family}x{i}" for i in range(6))]
+        for changes in (0, 4, 4):
+            copy = list(original)
+            for place in draw.integers(66, size=changes):
+                copy[place] = f"new{draw.integers(10**9)}"
+            texts.append(" ".join(copy))
     return texts
 
 
