@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from enum import StrEnum
+from itertools import pairwise
 from typing import Final
 
 import ftfy
@@ -60,6 +61,7 @@ _EXOTIC_SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
 _FENCE = re.compile(r"[ \t]*(?:>[ \t]*)*(```|~~~)")
 # Before a comment sign the spaces are code layout; after a mark like `=` or a bracket they may be too.
 _LAYOUT_RUN = re.compile(r"""(?<=[^\W_]|[,.;:!?)"'\u2019\u201d%]) {3,}(?=[^\W_]|["'(\u2018\u201c$])""")
+_RUN = re.compile(r"\S\s{3,}\S")
 _INDENTED = re.compile(r" {4}|\t")
 _TABLE = re.compile(r"[|\t]|[^ ] {3,}[^ ].*[^ ] {3,}[^ ].* {3,}[^ ]")
 _CODE_LINE = re.compile(r"//|/\*|[{};=]\s*$|[=+]=|\w\(\)|^\s*(?:#|--|>>>|\$) ?\w")
@@ -103,10 +105,16 @@ def _zero_width(text: str) -> str:
     return text if _RIGHT_TO_LEFT.search(text) else _BIDI.sub("", text)
 
 
-def _prose_line(line: str) -> str:
+def _has_columns(lines: list[str]) -> bool:
+    """Whether two neighbouring lines hold runs of spaces: then the runs are meant to align something."""
+    runs = [_RUN.search(line) is not None for line in lines if line and not line.isspace()]
+    return any(one and other for one, other in pairwise(runs))
+
+
+def _prose_line(line: str, columns: bool) -> str:
     """The line without trailing white space; its runs of spaces collapse unless they lay out code or a table."""
     line = _EXOTIC_SPACE.sub(" ", line).rstrip()
-    if "   " not in line or _INDENTED.match(line) or _TABLE.search(line) or _CODE_LINE.search(line):
+    if columns or "   " not in line or _INDENTED.match(line) or _TABLE.search(line) or _CODE_LINE.search(line):
         return line
     return _LAYOUT_RUN.sub(" ", line)
 
@@ -126,13 +134,14 @@ def _spaces(text: str) -> str:
         return text
     lines: list[str] = []
     fence, blank = "", 0
+    columns = _has_columns(text.split("\n"))
     for line in text.split("\n"):
         mark = _FENCE.match(line)
         if fence:
             fence = "" if mark and mark[1] == fence else fence
             lines.append(line)
             continue
-        line = _prose_line(line)
+        line = _prose_line(line, columns)
         if not line:
             blank += 1
             continue
