@@ -64,7 +64,7 @@ UNTOUCHED = [
     "def f():\n    x    = 1\n    return x",
     "x = 1    # why",
     "name    age     city    country",
-    "8:00-9:30   Algebra\n9:30-11:00   Biology",
+    "Monday\n8:00-9:30   Algebra\n\nTuesday\n9:30-11:00   Biology",
     "    indented code\n    stays indented",
     "[31m is not an escape sequence without its ESC",
 ]

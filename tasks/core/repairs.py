@@ -9,7 +9,6 @@ import re
 import unicodedata
 from collections.abc import Callable
 from enum import StrEnum
-from itertools import pairwise
 from typing import Final
 
 import ftfy
@@ -61,6 +60,7 @@ _EXOTIC_SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
 _FENCE = re.compile(r"[ \t]*(?:>[ \t]*)*(```|~~~)")
 # Before a comment sign the spaces are code layout; after a mark like `=` or a bracket they may be too.
 _LAYOUT_RUN = re.compile(r"""(?<=[^\W_]|[,.;:!?)"'\u2019\u201d%]) {3,}(?=[^\W_]|["'(\u2018\u201c$])""")
+_PARAGRAPH = 80  # a line as long as this is no row of a timetable
 _RUN = re.compile(r"\S\s{3,}\S")
 _INDENTED = re.compile(r" {4}|\t")
 _TABLE = re.compile(r"[|\t]|[^ ] {3,}[^ ].*[^ ] {3,}[^ ].* {3,}[^ ]")
@@ -106,9 +106,8 @@ def _zero_width(text: str) -> str:
 
 
 def _has_columns(lines: list[str]) -> bool:
-    """Whether two neighbouring lines hold runs of spaces: then the runs are meant to align something."""
-    runs = [_RUN.search(line) is not None for line in lines if line and not line.isspace()]
-    return any(one and other for one, other in pairwise(runs))
+    """Whether two short lines hold runs of spaces: then the runs are meant to align something."""
+    return sum(len(line) < _PARAGRAPH and _RUN.search(line) is not None for line in lines) >= 2
 
 
 def _prose_line(line: str, columns: bool) -> str:
