@@ -203,6 +203,9 @@ def test_a_task_about_personal_data_is_told(prompt):
         "Remove the duplicates from the list",
         "写一封邮件",
         "Find the capital of France. Then call a phone.",
+        "Where do I find my credit card?",
+        "How do I get a Visa credit card",
+        "过敏性鼻炎可以做脱敏治疗吗",
     ],
 )
 def test_another_task_is_not(prompt):

@@ -131,7 +131,6 @@ _SAYS_OTHER = re.compile(
 )
 _SAYS_SSN = re.compile(r"(?i)\bssns?\b|social security")
 _SAYS_NINO = re.compile(r"(?i)\bni(?:no)?\b|national insurance")
-_SAYS_NHS = re.compile(r"\bNHS\b")
 _SAYS_IP = re.compile(r"(?i)\b(?:ip|ipv4|server|host|address|ping|ssh|client|dns)\b|服务器|地址")
 _SAYS_VERSION = re.compile(r"(?i)(?:\b(?:versions?|ver|v|release|build|section|chapter|rev)\b|版本)[^A-Za-z]{0,6}$")
 
@@ -205,7 +204,7 @@ def _national_ids(text: str) -> Iterator[Span]:
             yield match.span()
     yield from (m.span() for m in _CN_RIC.finditer(text) if stdnum.cn.ric.is_valid(m[0]) and "1234567" not in m[0])
     nhs = (m for m in _NHS.finditer(text) if stdnum.gb.nhs.is_valid(m[0]))
-    yield from (m.span() for m in nhs if _SAYS_NHS.search(_before(text, m.start())))
+    yield from (m.span() for m in nhs if "NHS" in _before(text, m.start()))
     ninos = (m for m in _NINO.finditer(text) if "123456" not in m[0].replace(" ", ""))
     yield from (m.span() for m in ninos if _SAYS_NINO.search(_before(text, m.start())))
 
@@ -287,11 +286,12 @@ def mask(text: str, found: Sequence[Found]) -> str:
 
 _ABOUT = re.compile(
     r"(?i)\b(?:redact\w*|anonymi[sz]\w*|pseudonymi[sz]\w*|de-?identif\w*|PII|personally identifiable)\b"
-    r"|\b(?:mask|remove|hide|censor|scrub|strip|replace|extract|find|identify|detect|list|pull|parse|get|retrieve"
-    r"|validat\w+|format|convert|match\w*|recogni[sz]\w+|highlight|classify)\b[^.?!\n]{0,80}"
-    r"\b(?:e-?mails?|(?:tele)?phones?|contact (?:details|info\w*)|(?:credit|bank) cards?|card num\w+|social security"
+    r"|\b(?:(?:mask|remove|hide|censor|scrub|strip|replace|extract|parse|validat\w+)\b[^.?!\n]{0,80}\b"
+    r"|(?:find|identify|list|pull|get|detect|match\w*|recogni[sz]\w+|highlight) (?:(?:all|the|every|any|of) ){0,3})"
+    r"(?:e-?mails?|(?:tele)?phones?|contact (?:details|info\w*)|(?:credit|bank) cards?|card num\w+|social security"
     r"|SSNs?|IBANs?|IP address\w*|(?:personal|sensitive) (?:data|info\w*|details)|passwords?|secrets?|credentials)\b"
-    r"|脱敏|匿名化|去标识|(?:提取|抽取|识别|找出|隐藏|删除|遮盖|验证)[^。\n]{0,30}(?:邮箱|邮件地址|电话|手机号|身份证|联系方式|个人信息|银行卡|敏感信息)"
+    r"|(?:数据|信息|文本|隐私)[^。\n]{0,6}脱敏|脱敏处理|匿名化|去标识"
+    r"|(?:提取|抽取|识别|找出|隐藏|删除|遮盖|验证)[^。\n]{0,30}(?:邮箱|邮件地址|电话|手机号|身份证|联系方式|个人信息|银行卡|敏感信息)"
 )
 
 
