@@ -307,7 +307,8 @@ def test_in_any_order_of_appends_nothing_near_a_held_out_row_trains_and_no_split
     for end in [*cuts, len(pool)]:
         # Cumulative data, sometimes without their oldest rows, in a new order.
         batch = pool[draw.choice([0, 0, end // 3]) : end]
-        manifest = run(store, draw.sample(batch, len(batch)), test_fraction=0.3)
+        # Decontamination would hide a hole in the rules of near copies.
+        manifest = run(store, draw.sample(batch, len(batch)), test_fraction=0.3, decontaminate=False)
         assert manifest.rows_in == manifest.kept + manifest.quarantined + manifest.duplicates
         placed = {
             (row["messages"][0]["content"], row["messages"][1]["content"]): name
