@@ -4,21 +4,12 @@ import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticKnownError
 
 from data_contracts.rules import LEAKS, UNREADABLE, Action, Reason
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Method = Literal["lora", "qlora"]
 Format = Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion"]
-
-
-def _auto_or_one_character(value: str) -> str:
-    if value != "auto" and len(value) > 1:
-        raise PydanticKnownError("string_too_long", {"max_length": 1})
-    if not value:
-        raise PydanticKnownError("string_too_short", {"min_length": 1})
-    return value
 
 
 class Section(BaseModel):

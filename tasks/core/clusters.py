@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from tasks.core.near import components
+from tasks.core.near import buckets, components
 from tasks.core.split import PRECEDENCE, Known
 
 KEPT, DUPLICATE, NEAR_TEST, BRIDGES, ABSENT = range(5)
@@ -38,7 +38,7 @@ class Fates(NamedTuple):
 def settle_exact(keys: Ints, rows: Rows) -> Fates:
     """One row of every group with the same key stays; it inherits in `rows.known` what is known of any copy."""
     fates = _all_kept(rows)
-    for members in _groups(keys):
+    for members in map(np.ndarray.tolist, buckets(keys)):
         present = [i for i in members if not rows.absent[i]]
         if not present:
             continue
@@ -54,7 +54,7 @@ def settle_exact(keys: Ints, rows: Rows) -> Fates:
 def settle_near(pairs: Ints, rows: Rows) -> Fates:
     """Fates of rows that are distinct but for `pairs` (n, 2) of near copies."""
     fates = _all_kept(rows)
-    for members in _groups(components(len(rows.ids), pairs)):
+    for members in map(np.ndarray.tolist, buckets(components(len(rows.ids), pairs))):
         _settle(members, rows, fates)
     for a, b in pairs.tolist():
         first, second = rows.known[a], rows.known[b]
@@ -105,10 +105,3 @@ def _rank(rows: Rows, index: int) -> tuple[int, bool, str, int]:
 def _all_kept(rows: Rows) -> Fates:
     codes = np.where(rows.absent, ABSENT, KEPT).astype(np.int8)
     return Fates(codes, np.arange(len(rows.ids), dtype=np.int64))
-
-
-def _groups(keys: Ints) -> list[list[int]]:
-    """The indices that share a key with others, group by group."""
-    order = np.argsort(keys, kind="stable")
-    edges = np.concatenate(([0], np.flatnonzero(np.diff(keys[order])) + 1, [len(keys)]))
-    return [order[edges[i] : edges[i + 1]].tolist() for i in np.flatnonzero(np.diff(edges) > 1)]

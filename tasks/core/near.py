@@ -96,7 +96,7 @@ def _candidates(bands: Hashes) -> Iterator[NDArray[np.int64]]:
     """Pairs as `smaller * rows + larger`, band by band; a hot bucket is split by agreement in a second band."""
     for band in range(bands.shape[1]):
         pairs = []
-        for bucket in _buckets(bands[:, band]):
+        for bucket in buckets(bands[:, band]):
             if len(bucket) <= _HOT_ROWS:
                 pairs.append(_all_pairs(bucket, len(bands)))
             else:
@@ -112,7 +112,7 @@ def _split_hot(bucket: NDArray[np.int64], bands: Hashes, band: int) -> list[NDAr
     for other in range(bands.shape[1]):
         if other == band:
             continue
-        for places in _buckets(bands[bucket, other]):
+        for places in buckets(bands[bucket, other]):
             rows = bucket[places]
             if len(rows) <= _HOT_ROWS:
                 pairs.append(_all_pairs(rows, len(bands)))
@@ -130,7 +130,7 @@ def _all_pairs(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     return found
 
 
-def _buckets(keys: Any) -> list[NDArray[np.int64]]:
+def buckets(keys: Any) -> list[NDArray[np.int64]]:
     """The indices that share a key with others, ascending, group by group."""
     order = np.argsort(keys, kind="stable")
     edges = np.concatenate(([0], np.flatnonzero(np.diff(keys[order])) + 1, [len(keys)]))
