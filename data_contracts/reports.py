@@ -54,6 +54,7 @@ class TrainReport(Report):
     resumed_from_step: int
     train_rows: int
     rows_too_long: int
+    too_long: Literal["left out", "truncated", "split"]  # what became of them
     train_tokens: int
     completion_tokens: int
     trainable_parameters: int

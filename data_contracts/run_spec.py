@@ -49,7 +49,8 @@ class ContractSpec(Section):
     min_rows: Annotated[int, Field(ge=1)] = 20
     """Fewest rows that must be left after the row rules."""
     max_chars: Annotated[int, Field(ge=1)] = 8000
-    """Longest row, all messages together, in characters; longer rows are quarantined."""
+    """Longest row, all messages together, in characters; longer rows are quarantined. Raise it where
+    `train.too_long` shall truncate or split them."""
     max_duplicate_rate: Fraction = 0.5
     """Largest share of exact copies among the rows that passed the rules; above it the run stops."""
     max_length_drift: Fraction = 0.3
@@ -107,6 +108,8 @@ class RulesSpec(Section):
 class CurateSpec(Section):
     near_duplicate_threshold: Fraction = 0.7
     """Jaccard similarity of word n-grams from which two rows are the same row; 1 keeps all but exact copies."""
+    max_near_duplicate_rate: Fraction = 0.5
+    """Largest share of near copies among distinct rows; above it the run stops and the ledger learns nothing."""
     shingle_words: Annotated[int, Field(ge=1)] = 5
     """Words in one n-gram (characters in Chinese, Japanese, Korean and Thai). One changed word in 32 is 0.7 with 5."""
     decontaminate: bool = True
@@ -168,7 +171,10 @@ class TrainSpec(Section):
     batch_tokens: Annotated[int, Field(ge=16)] = 1024
     """Most tokens (prompts and answers together) in one optimiser step; memory grows with it."""
     max_tokens: Annotated[int, Field(ge=16)] = 1024
-    """Longest row in tokens; longer rows are left out of training, counted and listed, never cut."""
+    """Longest row in tokens that the model sees; held-out rows that are longer are not scored, and counted."""
+    too_long: Literal["leave_out", "truncate", "split"] = "leave_out"
+    """What becomes of longer training rows: left out; cut in the middle of the prompt and at the end of the answer;
+    or split into several with the answer in pieces. All are listed and counted."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
     checkpoint_steps: Annotated[int, Field(ge=1)] = 20
@@ -180,6 +186,8 @@ class TrainSpec(Section):
 class EvaluateSpec(Section):
     tasks: Annotated[list[str], Field(min_length=1)] = ["domain_nll", "domain_choice"]
     """lm-eval tasks: the two built from the test split, and any lm-eval task whose data can be had."""
+    task_folder: str | None = None
+    """Folder with lm-eval task files (YAML) of your own, and their data; their names go into `tasks`."""
     max_items: Annotated[int, Field(ge=2)] = 1000
     """Most test rows scored (lowest hash first: the same ones each time)."""
     task_limit: Annotated[int, Field(ge=1)] | None = None

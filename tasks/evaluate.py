@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.data_reports import FileRef
+from data_contracts.errors import ConfigError, Problem
 from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget, SampleAnswer, TaskScore
 from data_contracts.run_spec import EvaluateSpec
 from tasks.core.comparison import Samples, read_samples
@@ -24,6 +25,7 @@ def evaluate_targets(
     test: FileRef,
     targets: list[EvalTarget],
     evaluate: EvaluateSpec,
+    task_files: FileRef | None,
     max_tokens: int,
     precision: str,
     confidence: float,
@@ -31,13 +33,15 @@ def evaluate_targets(
     afresh: bool = False,
 ) -> list[EvalReport]:
     """One report for each target. A target's key holds its adapter, base, items and dials, but not its name."""
-    dials = evaluate.model_dump() | {"max_tokens": max_tokens, "precision": precision}
+    own = task_files.sha256 if task_files else None
+    dials = evaluate.model_dump() | {"max_tokens": max_tokens, "precision": precision, "task_folder": own}
     keys = {target.name: _key(target, base, test, dials) for target in targets}
     missing = [
         t for t in targets if afresh or not (store.files / "evaluations" / keys[t.name] / "result.json").exists()
     ]
     if missing:
-        _score(store, base, test, missing, dials | {"threads": threads}, keys, afresh)
+        place = {"threads": threads, "task_folder": evaluate.task_folder}
+        _score(store, base, test, missing, dials | place, keys, afresh)
     return [_report(store, target, test, keys[target.name], confidence) for target in targets]
 
 
@@ -115,11 +119,23 @@ def check_tasks(store: Store, base: BaseModelRef, test: FileRef, evaluate: Evalu
     return evaluate.tasks
 
 
-def benchmark_items(store: Store, tasks: list[str]) -> FileRef:
+def task_files(evaluate: EvaluateSpec) -> FileRef | None:
+    """The user's own lm-eval tasks by content. Raises ConfigError if the folder is not there."""
+    if evaluate.task_folder is None:
+        return None
+    folder = Path(evaluate.task_folder)
+    if not any(folder.rglob("*.yaml")):
+        what = f"no task file in {evaluate.task_folder}"
+        raise ConfigError(Problem(what, "evaluate.task_folder", "a folder with .yaml files", "correct the path"))
+    return FileRef(path=str(folder), sha256=digest(folder))
+
+
+def benchmark_items(store: Store, tasks: list[str], task_files: FileRef | None) -> FileRef:
     """The texts of every item of some lm-eval tasks, as JSONL. Raises ConfigError for a task that cannot be had."""
     out = store.files / "benchmarks" / f"work-{uuid.uuid4().hex}"
+    spec = {"tasks": tasks, "task_folder": task_files.path if task_files else None}
     try:
-        run_worker("tasks.workers.benchmark_items", {"tasks": tasks}, out, "benchmark items")
+        run_worker("tasks.workers.benchmark_items", spec, out, "benchmark items")
         key = content_key(digest(out / "items.jsonl"))[:32]
         with store.publish("benchmarks", key) as folder:
             (out / "items.jsonl").rename(folder / "items.jsonl")

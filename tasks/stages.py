@@ -54,8 +54,8 @@ def check(
 
 
 @stage("benchmarks")
-def benchmarks(store: Store, tasks: list[str]) -> FileRef:
-    return evaluation.benchmark_items(store, tasks)
+def benchmarks(store: Store, tasks: list[str], task_files: FileRef | None) -> FileRef:
+    return evaluation.benchmark_items(store, tasks, task_files)
 
 
 @stage("curate")
@@ -77,7 +77,9 @@ def init_adapter(store: Store, base: BaseModelRef, dials: dict[str, Any]) -> Ada
 
 
 @stage("check_tasks")
-def check_tasks(store: Store, base: BaseModelRef, test: FileRef, spec: EvaluateSpec, max_tokens: int) -> list[str]:
+def check_tasks(
+    store: Store, base: BaseModelRef, test: FileRef, spec: EvaluateSpec, task_files: FileRef | None, max_tokens: int
+) -> list[str]:
     return evaluation.check_tasks(store, base, test, spec, max_tokens)
 
 
@@ -94,10 +96,10 @@ def train_arm(
 @stage("evaluate")
 def evaluate(
     store: Store, base: BaseModelRef, test: FileRef, targets: list[EvalTarget], spec: EvaluateSpec,
-    max_tokens: int, precision: str, confidence: float, threads: int | None,
+    task_files: FileRef | None, max_tokens: int, precision: str, confidence: float, threads: int | None,
 ) -> list[EvalReport]:  # fmt: skip
     return evaluation.evaluate_targets(
-        store, base, test, targets, spec, max_tokens, precision, confidence, threads, is_forced()
+        store, base, test, targets, spec, task_files, max_tokens, precision, confidence, threads, is_forced()
     )
 
 

@@ -3,24 +3,40 @@
 import numpy as np
 import pytest
 
-from tasks.core.clusters import ABSENT, BRIDGES, DUPLICATE, KEPT, NEAR_TEST, Rows, settle_exact, settle_near
+from tasks.core.clusters import ABSENT, BRIDGES, DUPLICATE, KEPT, NEAR_TEST, Rows, badness, settle_exact, settle_near
 from tasks.core.split import Known
 
 TRAIN, TEST = Known("train", True), Known("test", True)
 COPY_OF_TEST, COPY_OF_TRAIN = Known("test", False), Known("train", False)
 
 
-def rows(*known, absent=()) -> Rows:
-    return Rows([f"id{i}" for i in range(len(known))], list(known), np.isin(np.arange(len(known)), absent))
+def rows(*known, absent=(), worse=None) -> Rows:
+    places = np.arange(len(known))
+    worse = np.zeros(len(known), np.int64) if worse is None else np.asarray(worse)
+    return Rows([f"id{i}" for i in range(len(known))], list(known), np.isin(places, absent), worse)
 
 
-def near(*known, pairs, absent=()):
-    fates = settle_near(np.array(pairs, np.int64).reshape(-1, 2), rows(*known, absent=absent))
+def near(*known, pairs, absent=(), worse=None):
+    fates = settle_near(np.array(pairs, np.int64).reshape(-1, 2), rows(*known, absent=absent, worse=worse))
     return fates.codes.tolist(), fates.of.tolist()
 
 
 def test_of_new_near_copies_the_smallest_id_stays():
     assert near(None, None, None, pairs=[(2, 1)]) == ([KEPT, KEPT, DUPLICATE], [0, 1, 1])
+
+
+def test_of_new_near_copies_the_best_stays_whatever_its_id():
+    assert near(None, None, None, pairs=[(0, 1), (1, 2)], worse=[5, 4, 3])[1] == [2, 2, 2]
+    assert settle_exact(np.array([7, 7]), rows(None, None, worse=[1, 0])).of.tolist() == [1, 1]
+
+
+def test_a_row_that_was_kept_before_stays_though_a_better_copy_comes():
+    assert near(TRAIN, None, pairs=[(0, 1)], worse=[9, 0]) == ([KEPT, DUPLICATE], [0, 0])
+
+
+def test_flags_weigh_more_than_repairs_and_repairs_more_than_the_length_of_the_answer():
+    flags, repairs, chars = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 0]), np.array([900, 80, 999_999, 2**33])
+    assert np.argsort(badness(flags, repairs, chars)).tolist() == [0, 1, 2, 3]
 
 
 def test_clusters_are_transitive():

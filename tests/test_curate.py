@@ -20,6 +20,7 @@ from tasks.core.dedup import answer_hash, content_hash, normalise
 from tasks.core.shingles import words
 from tasks.core.split import Known, position
 from tasks.curate import curate
+from tasks.dataset_files import SPLITS
 from tasks.ledger import Entry, HeldOut, batch_before, held_out, history, known_splits, record, release, releases
 from tasks.stores import Store
 
@@ -42,7 +43,9 @@ def validated(store: Store, rows: Sequence[tuple[str, str]], quarantined: int = 
     for line, (prompt, answer) in enumerate(rows, start=1):
         messages = (Message("user", prompt), Message("assistant", answer))
         place = {"row_id": content_id(messages), "source": "a.jsonl", "line": line, "messages": as_json(messages)}
-        items.append({**place, "content_hash": content_hash(messages), "answer_hash": answer_hash(messages)})
+        quality = {"flags": 0, "repairs": 0, "completion_chars": len(answer)}
+        hashes = {"content_hash": content_hash(messages), "answer_hash": answer_hash(messages)}
+        items.append({**place, **hashes, **quality})
     pq.write_table(pa.Table.from_pylist(items[: len(items) // 2]), folder / "kept-0.parquet")
     pq.write_table(pa.Table.from_pylist(items[len(items) // 2 :]), folder / "kept-1.parquet")
     bad = [{"row_id": f"{i}bad", "reason": "empty_answer"} for i in range(quarantined)]
@@ -313,7 +316,8 @@ def test_in_any_order_of_appends_nothing_near_a_held_out_row_trains_and_no_split
         # Cumulative data, sometimes without their oldest rows, in a new order.
         batch = pool[draw.choice([0, 0, end // 3]) : end]
         # Decontamination would hide a hole in the rules of near copies.
-        manifest = run(store, draw.sample(batch, len(batch)), test_fraction=0.3, decontaminate=False)
+        dials = {"test_fraction": 0.3, "decontaminate": False, "max_near_duplicate_rate": 1.0}
+        manifest = run(store, draw.sample(batch, len(batch)), **dials)
         assert manifest.rows_in == manifest.kept + manifest.quarantined + manifest.duplicates
         placed = {
             (row["messages"][0]["content"], row["messages"][1]["content"]): name
@@ -327,6 +331,25 @@ def test_in_any_order_of_appends_nothing_near_a_held_out_row_trains_and_no_split
         assert train
         assert held
         assert max(nearness(a, b) for a in train for b in held) < 0.7
+
+
+def test_of_near_copies_the_longest_answer_stays(tmp_path: Path) -> None:
+    store, answer = Store(tmp_path), " ".join(f"w{i}" for i in range(40))
+    copies = [("Tell me about it", answer + end) for end in ("", " and more", " and more again", " too")]
+    manifest = run(store, [*facts(100), *copies])
+    assert {row["kind"] for row in lines(store, manifest.duplicate_rows)} == {"near"}
+    assert len(lines(store, manifest.duplicate_rows)) == 3
+    texts = [row["messages"][1]["content"] for split in SPLITS for row in lines(store, getattr(manifest, split))]
+    assert [text for text in texts if text.startswith(answer)] == [copies[2][1]]
+
+
+def test_too_many_near_copies_stop_the_run_and_the_ledger_learns_nothing(tmp_path: Path) -> None:
+    store, answer = Store(tmp_path), " ".join(f"w{i}" for i in range(40))
+    rows = [*facts(50), *[("Tell me about it", f"{answer} {i}") for i in range(50)]]
+    with pytest.raises(DataError, match=r"49 of 100 distinct rows are near copies of others \(49.0%\)"):
+        run(store, rows, max_near_duplicate_rate=0.48)
+    assert known_splits(store, "model") == {}
+    assert run(store, rows, max_near_duplicate_rate=0.5).near_duplicates == 49
 
 
 def test_a_training_row_that_holds_most_of_a_test_item_is_taken_out(tmp_path: Path) -> None:

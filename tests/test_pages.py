@@ -73,6 +73,7 @@ def arm(method: str, weights: int) -> TrainReport:
         resumed_from_step=0,
         train_rows=70,
         rows_too_long=1,
+        too_long="left out",
         train_tokens=5000,
         completion_tokens=2000,
         trainable_parameters=4_884_480,

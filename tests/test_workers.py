@@ -28,7 +28,7 @@ from tests.conftest import toy_rows, write_rows
 
 CPU = Device("cpu", "fp32", "test", 1, "test")
 DIALS = {
-    "base_name": "tiny", "precision": "fp32", "threads": 1, "max_tokens": 256, "batch_tokens": 256, "epochs": 2,
+    "base_name": "tiny", "precision": "fp32", "threads": 1, "max_tokens": 256, "too_long": "leave_out", "batch_tokens": 256, "epochs": 2,
     "seed": 5, "max_steps": None, "learning_rate": 1e-2, "warmup_ratio": 0.1, "weight_decay": 0.0,
     "max_grad_norm": 1.0, "optimizer": "adamw_torch", "activation_checkpointing": False, "checkpoint_steps": 3,
     "dropout": 0.1,
@@ -148,11 +148,24 @@ def test_a_template_that_ends_no_answer_is_refused(tiny_base):
 def test_rows_that_are_too_long_are_listed_not_cut(tiny_base, tmp_path):
     rows = toy_rows(3)
     rows[1]["messages"][1]["content"] = "long " * 100
-    kept = encode_rows(load_chat(tiny_base), write_rows(tmp_path / "rows", rows), 200, tmp_path / "left_out")
+    file = write_rows(tmp_path / "rows", rows)
+    kept = encode_rows(load_chat(tiny_base), file, 200, "leave_out", tmp_path / "left_out")
     (left_out,) = (json.loads(line) for line in (tmp_path / "left_out").read_text().splitlines())
     assert len(kept) == 2
     assert left_out["line"] == 2
     assert left_out["tokens"] > left_out["limit"] == 200
+
+
+@pytest.mark.parametrize(("policy", "sequences"), [("truncate", 1), ("split", 6)])
+def test_a_row_that_is_too_long_is_cut_as_asked_and_listed(tiny_base, tmp_path, policy, sequences):
+    rows = toy_rows(3)
+    rows[1]["messages"][1]["content"] = "long " * 100
+    file = write_rows(tmp_path / "rows", rows)
+    kept = encode_rows(load_chat(tiny_base), file, 200, policy, tmp_path / "long")
+    (told,) = (json.loads(line) for line in (tmp_path / "long").read_text().splitlines())
+    assert (told["line"], told["policy"], told["sequences"]) == (2, policy, sequences)
+    assert len(kept) == 2 + sequences
+    assert max(len(row.ids) for row in kept) <= 200
 
 
 # --- whole workers ------------------------------------------------------------------------------------------

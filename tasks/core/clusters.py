@@ -18,11 +18,18 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Rows(NamedTuple):
-    """Rows side by side: ids, what the ledger knows, and whether the row is only known and not in the data now."""
+    """Rows side by side: ids, what the ledger knows, whether the row is only known and not in the data now, and how
+    bad a copy it is (lowest is best)."""
 
     ids: Sequence[str]
     known: list[Known | None]
     absent: "np.ndarray[Any, np.dtype[np.bool_]]"
+    badness: Ints
+
+    def take(self, places: Ints) -> "Rows":
+        chosen = places.tolist()
+        known = [self.known[i] for i in chosen]
+        return Rows([self.ids[i] for i in chosen], known, self.absent[places], self.badness[places])
 
 
 class Fates(NamedTuple):
@@ -33,6 +40,11 @@ class Fates(NamedTuple):
 
     def set(self, index: int, code: int, of: int) -> None:
         self.codes[index], self.of[index] = code, of
+
+
+def badness(flags: Ints, repairs: Ints, answer_chars: Ints) -> Ints:
+    """One number a row, lowest for the copy to keep: fewest flags, then fewest repairs, then the longest answer."""
+    return (flags << 40) + (repairs << 32) - np.minimum(answer_chars, 2**32 - 1)
 
 
 def settle_exact(keys: Ints, rows: Rows) -> Fates:
@@ -94,12 +106,13 @@ def _split(rows: Rows, index: int) -> str | None:
     return known.split if known else None
 
 
-def _rank(rows: Rows, index: int) -> tuple[int, bool, str, int]:
-    """Known rows first: held out before trained on, once kept before once a copy; then the smallest id."""
+def _rank(rows: Rows, index: int) -> tuple[int, bool, int, str, int]:
+    """Known rows first: held out before trained on, once kept before once a copy; then the best, then the smallest id."""
     known = rows.known[index]
+    quality = int(rows.badness[index]), rows.ids[index], index
     if known is None:
-        return _OUTSIDE, True, rows.ids[index], index
-    return PRECEDENCE.index(known.split), not known.kept, rows.ids[index], index
+        return _OUTSIDE, True, *quality
+    return PRECEDENCE.index(known.split), not known.kept, *quality
 
 
 def _all_kept(rows: Rows) -> Fates:

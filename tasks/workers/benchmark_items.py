@@ -10,8 +10,8 @@ from tasks.workers.harness import main
 
 
 def benchmark_items(spec: dict[str, Any], out: Path) -> dict[str, Any]:
-    """One JSON line an item: kind (the task), name and text. `spec`: tasks."""
-    tasks = load_tasks(spec["tasks"], [])
+    """One JSON line an item: kind (the task), name and text. `spec`: tasks, task_folder."""
+    tasks = load_tasks(spec["tasks"], [], spec["task_folder"])
     count = 0
     with (out / "items.jsonl").open("w", encoding="utf-8") as file:
         for name, task in tasks.items():

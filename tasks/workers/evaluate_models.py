@@ -35,7 +35,7 @@ def evaluate_models(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     device = choose_device(spec["precision"], spec["threads"])
     chat = load_chat(Path(spec["base"]))
     items = build_items(Path(spec["test"]), chat, spec["max_items"], spec["max_tokens"])
-    tasks = load_tasks(spec["tasks"], items)
+    tasks = load_tasks(spec["tasks"], items, spec["task_folder"])
     results = {target["name"]: finished(out / target["name"]) for target in spec["targets"]}
     for method in ("lora", "qlora"):
         targets = [t for t in spec["targets"] if t["method"] == method and results[t["name"]] is None]
@@ -85,8 +85,8 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return dict(json.loads(file.read_text())) if file.exists() else None
 
 
-def load_tasks(names: list[str], items: list[Item]) -> dict[str, Any]:
-    """Our two tasks from the items, any other by name from lm-eval (its index takes seconds to build)."""
+def load_tasks(names: list[str], items: list[Item], folder: str | None) -> dict[str, Any]:
+    """Our two tasks from the items, others by name from the user's folder or from lm-eval."""
     tasks: dict[str, Any] = {}
     if "domain_nll" in names:
         tasks["domain_nll"] = domain_nll(items)
@@ -94,14 +94,21 @@ def load_tasks(names: list[str], items: list[Item]) -> dict[str, Any]:
     if "domain_choice" in names and with_choices:
         tasks["domain_choice"] = domain_choice(with_choices)
     others = [name for name in names if name not in DOMAIN_TASKS]
-    if others:
-        manager = TaskManager()
-        unknown = [name for name in others if name not in manager.all_tasks]
-        if unknown:
-            raise ConfigError(*(Problem(f"lm-eval has no task {name!r}", "evaluate.tasks",
-                                        act="list them with: lm-eval ls tasks") for name in unknown))  # fmt: skip
-        tasks |= _fetch(manager, others)
-    return tasks
+    return tasks | (_fetch(_manager(others, folder), others) if others else {})
+
+
+def _manager(names: list[str], folder: str | None) -> TaskManager:
+    """lm-eval's own index takes seconds to build: only where the user's folder does not hold every task."""
+    if folder:
+        own = TaskManager(include_path=folder, include_defaults=False)
+        if set(names) <= set(own.all_tasks):
+            return own
+    manager = TaskManager(include_path=folder)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise ConfigError(*(Problem(f"lm-eval has no task {name!r}", "evaluate.tasks",
+                                    act="list them with: lm-eval ls tasks") for name in unknown))  # fmt: skip
+    return manager
 
 
 def _fetch(manager: TaskManager, names: list[str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 spec: method, base, step0 (folders), train, validation (JSONL of rows), model.precision and the dials of
 data_contracts.run_spec.TrainSpec. Killed and started again with the same out/, it goes on from its last checkpoint.
-Writes out/adapter/ and out/report.json; out/rows_too_long.jsonl names the rows that were left out.
+Writes out/adapter/ and out/report.json; out/rows_too_long.jsonl names the rows that were left out, truncated or split.
 """
 
 import json
@@ -18,11 +18,14 @@ from transformers.trainer_callback import PrinterCallback
 
 from data_contracts.errors import DataError, Problem
 from tasks.core.packing import Scored, group_for_packing, pack, plan_batches
+from tasks.core.too_long import TooLong, fit
 from tasks.workers.bases import load_base, weights_bytes
 from tasks.workers.chat import Chat, load_chat
 from tasks.workers.device import Device, choose_device, peak_rss_bytes, reset_peak_rss
 from tasks.workers.harness import main, say
 from tasks.workers.scoring import Batch, scored_losses, to_tensors
+
+_CHECKED_ROWS = 64  # decoded before training starts
 
 
 def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -30,10 +33,9 @@ def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     device = choose_device(spec["precision"], spec["threads"])
     say("device", **vars(device))
     chat = load_chat(Path(spec["base"]))
-    rows = encode_rows(chat, Path(spec["train"]), spec["max_tokens"], out / "rows_too_long.jsonl")
+    rows = encode_rows(chat, Path(spec["train"]), spec["max_tokens"], spec["too_long"], out / "rows_too_long.jsonl")
     plan = plan_batches([len(row.ids) for row in rows], spec["batch_tokens"], spec["epochs"], spec["seed"])
     plan = plan[: spec["max_steps"]]
-    check_batch(chat, [rows[i] for i in plan[0]])
 
     base = load_base(Path(spec["base"]), spec["method"], device)
     set_seed(spec["seed"])
@@ -55,6 +57,7 @@ def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
         "resumed_from_step": int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
         **count_work(rows, plan),
         "rows_too_long": len((out / "rows_too_long.jsonl").read_text().splitlines()),
+        "too_long": {"leave_out": "left out", "truncate": "truncated", "split": "split"}[spec["too_long"]],
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "weights_bytes": weights_bytes(model),
         "peak_rss_bytes": max(load_peak, peak),
@@ -84,34 +87,35 @@ def save_adapter(model: Any, folder: Path, base_name: str) -> None:
     (folder / "README.md").unlink(missing_ok=True)
 
 
-def encode_rows(chat: Chat, file: Path, max_tokens: int, left_out: Path) -> list[Scored]:
-    """Rows as token ids; those over `max_tokens` are listed in `left_out`, never cut."""
+def encode_rows(chat: Chat, file: Path, max_tokens: int, too_long: TooLong, listed: Path) -> list[Scored]:
+    """Rows as token ids; those over `max_tokens` are listed in `listed`, with what became of them."""
     rows: list[Scored] = []
-    with file.open() as lines, left_out.open("w") as long_rows:
+    whole: list[Scored] = []
+    with file.open() as lines, listed.open("w") as long_rows:
         for line in lines:
             row = json.loads(line)
             scored = chat.scored(row["messages"])
-            if len(scored.ids) <= max_tokens:
-                rows.append(scored)
+            sequences = fit(scored, max_tokens, too_long)
+            rows += sequences
+            if sequences == [scored]:
+                whole.append(scored)
                 continue
             named = {key: row[key] for key in ("row_id", "source", "line")}
-            long_rows.write(json.dumps({**named, "tokens": len(scored.ids), "limit": max_tokens}) + "\n")
+            told = {"tokens": len(scored.ids), "limit": max_tokens, "policy": too_long, "sequences": len(sequences)}
+            long_rows.write(json.dumps({**named, **told}) + "\n")
     if not rows:
-        problem = Problem(
-            "no row is short enough to train on", file.name, f"{max_tokens} tokens", "raise train.max_tokens"
-        )
-        raise DataError(problem)
+        act = "raise train.max_tokens, or set train.too_long to truncate or split"
+        raise DataError(Problem("no row is short enough to train on", file.name, f"{max_tokens} tokens", act))
+    check_batch(chat, whole[:_CHECKED_ROWS])
     return rows
 
 
 def check_batch(chat: Chat, rows: list[Scored]) -> None:
-    """Decode the first batch as the model will see it: an answer whose stop token is not learned never ends."""
-    batch = pack(rows)
-    for index in range(len(rows)):
-        scored = batch.targets_N[batch.sequence_N == index].tolist()
-        text = str(chat.tokenizer.decode(scored))
+    """Decode rows as the model will see them: an answer whose stop token is not learned never ends."""
+    for row in rows:
+        text = str(chat.tokenizer.decode(pack([row]).targets_N.tolist()))
         if not text.endswith(chat.stops):
-            raise DataError(Problem(f"a completion ends without a stop token: ...{text[-20:]!r}", "first batch",
+            raise DataError(Problem(f"a completion ends without a stop token: ...{text[-20:]!r}", "first rows",
                                     f"one of {list(chat.stops)}", "check the base's chat template"))  # fmt: skip
 
 
