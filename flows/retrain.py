@@ -41,13 +41,16 @@ def in_store(flow_: Any, spec: RunSpec) -> Any:
 
 
 @flow(name="prepare-data", result_serializer="json")
-def prepare_data_flow(spec: RunSpec, force: bool = False) -> tuple[DatasetManifest, list[Stage]]:
+def prepare_data_flow(spec: RunSpec, force: bool = False) -> Any:
+    """The data set and how each stage went."""
     run = Stages(force)
-    return data_stages(run, spec), run.done
+    dataset = data_stages(run, spec)
+    return run.end((dataset, run.done))
 
 
 @flow(name="retrain", result_serializer="json")
-def retrain_flow(spec: RunSpec, force: bool = False) -> RunReport:
+def retrain_flow(spec: RunSpec, force: bool = False) -> Any:
+    """The run's RunReport."""
     run, store = Stages(force), Store(Path(spec.store.root))
     dataset = data_stages(run, spec)
     base, arms = train_stages(run, spec, dataset)
@@ -86,7 +89,7 @@ def retrain_flow(spec: RunSpec, force: bool = False) -> RunReport:
         html=page,
     )
     store.write_report(report)
-    return report
+    return run.end(report)
 
 
 def data_stages(run: Stages, spec: RunSpec) -> DatasetManifest:

@@ -8,12 +8,14 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -172,9 +174,12 @@ def test_nothing_is_written_to_home(first, place):
 # --- again --------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_does_nothing(first, tunegate):
+def test_a_second_run_does_nothing_and_prefect_calls_it_skipped(first, tunegate, place):
     code, again, _ = tunegate("run", "smoke")
     assert code == 0
+    with closing(sqlite3.connect(place / "prefect" / "prefect.db")) as prefect:
+        states = prefect.execute("select state_name from flow_run order by start_time")
+        assert [name for (name,) in states][:2] == ["Completed", "Skipped"]
     assert set(statuses(again).values()) == {"cached"}
     assert again["model"] == first["model"]
     assert again["mlflow_run_id"] == first["mlflow_run_id"]

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from data_contracts.errors import ConfigError, DataError
+from data_contracts.run_spec import EvaluateSpec
 from tasks.core.packing import Scored, pack
+from tasks.evaluate import task_files
 from tasks.processes import run_worker
 from tasks.stores import digest
 from tasks.workers.bases import load_base, weights_bytes
@@ -28,8 +30,8 @@ from tests.conftest import toy_rows, write_rows
 
 CPU = Device("cpu", "fp32", "test", 1, "test")
 DIALS = {
-    "base_name": "tiny", "precision": "fp32", "threads": 1, "max_tokens": 256, "too_long": "leave_out", "batch_tokens": 256, "epochs": 2,
-    "seed": 5, "max_steps": None, "learning_rate": 1e-2, "warmup_ratio": 0.1, "weight_decay": 0.0,
+    "base_name": "tiny", "precision": "fp32", "threads": 1, "max_tokens": 256, "too_long": "leave_out",
+    "batch_tokens": 256, "epochs": 2, "seed": 5, "max_steps": None, "learning_rate": 1e-2, "warmup_ratio": 0.1, "weight_decay": 0.0,
     "max_grad_norm": 1.0, "optimizer": "adamw_torch", "activation_checkpointing": False, "checkpoint_steps": 3,
     "dropout": 0.1,
 }  # fmt: skip
@@ -166,6 +168,46 @@ def test_a_row_that_is_too_long_is_cut_as_asked_and_listed(tiny_base, tmp_path, 
     assert (told["line"], told["policy"], told["sequences"]) == (2, policy, sequences)
     assert len(kept) == 2 + sequences
     assert max(len(row.ids) for row in kept) <= 200
+
+
+# --- tasks of the user's own --------------------------------------------------------------------------------
+
+TASK = """
+task: colours
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{file}"}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{options}}}}"
+doc_to_target: "{{{{label}}}}"
+"""
+
+
+@pytest.fixture
+def colours(tmp_path) -> Path:
+    """A folder with one lm-eval task of two questions."""
+    items = [{"question": f"Which colour has thing {i}?", "options": ["red", "blue"], "label": i} for i in range(2)]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (tmp_path / "colours.yaml").write_text(TASK.format(file=tmp_path / "items.jsonl"))
+    return tmp_path
+
+
+def test_items_of_the_users_own_tasks_are_compared_with_training_rows(colours, tmp_path):
+    spec = {"tasks": ["colours"], "task_folder": str(colours)}
+    assert run_worker("tasks.workers.benchmark_items", spec, tmp_path / "out") == {"items": 2}
+    first, second = map(json.loads, (tmp_path / "out" / "items.jsonl").read_text().splitlines())
+    assert first == {"kind": "colours", "name": "colours:1", "text": "Which colour has thing 0?"}
+    assert second["name"] == "colours:2"
+
+
+def test_a_changed_task_file_is_another_task(colours):
+    spec = EvaluateSpec(task_folder=str(colours))
+    before = task_files(spec)
+    (colours / "colours.yaml").write_text("task: other")
+    assert task_files(spec).sha256 != before.sha256
+    with pytest.raises(ConfigError, match="no task file in"):
+        task_files(EvaluateSpec(task_folder=str(colours / "nowhere")))
 
 
 # --- whole workers ------------------------------------------------------------------------------------------
