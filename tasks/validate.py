@@ -17,7 +17,7 @@ from data_contracts.records import from_json
 from data_contracts.run_spec import ContractSpec, RulesSpec
 from tasks.check_part import LIBRARIES, check_part, summaries
 from tasks.contract import Outcome, Suites, load_suites, run_suites
-from tasks.core.drift import Profile, drift, profile
+from tasks.core.drift import LENGTHS, SHARES, Profile, drift, labels, largest_label_share, profile
 from tasks.drafts import content_key, draft_folder, publish_draft
 from tasks.fingerprint import code_digest, library_versions
 from tasks.parts import Job, map_parts
@@ -64,10 +64,10 @@ def validate(
         raise AssertionError(f"{snapshot.rows_in} rows in, {len(numbers)} kept + {tally.reasons.total()} quarantined")
     with draft_folder(store, "validated") as draft:
         _join(folders, draft / "quarantine.jsonl")
-        now = _profile(numbers)
+        now = batch_profile(numbers)
         (draft / "profile.json").write_text(json.dumps(now), encoding="utf-8")
         moved = _drift(store, now, reference)
-        batch = _batch(numbers, tally.reasons.total(), moved)
+        batch = _batch(numbers, tally.reasons.total(), now, moved)
         frames = {"rows": _frame(folders, numbers, draft, suites), "batch": batch}
         outcomes = _hold_to_contract(suites, frames, contract, draft)
         key = content_key(snapshot.id, *(digest(draft / name) for name in _FILES[:3]))
@@ -138,12 +138,13 @@ def _numbers(folders: list[Path]) -> pd.DataFrame:
     return numbers
 
 
-def _profile(numbers: pd.DataFrame) -> Profile:
-    lengths = {name: numbers[name].tolist() for name in ("prompt_chars", "completion_chars")}
-    counts = {
-        name: {str(k): int(v) for k, v in numbers[name].value_counts().items()} for name in ("source", "language")
-    }
-    return profile(lengths, counts)
+def batch_profile(numbers: pd.DataFrame) -> Profile:
+    """A few kilobytes that the next batch is compared with; labels as hashes."""
+    lengths = {name: numbers[name].tolist() for name in LENGTHS}
+    counts = {name: {str(k): int(v) for k, v in numbers[name].value_counts().items()} for name in SHARES}
+    by_source = numbers[["source", "answer_hash", "completion_chars"]].groupby("source")
+    found = {str(s): labels(g["answer_hash"].to_numpy(), g["completion_chars"].to_numpy()) for s, g in by_source}
+    return profile(lengths, counts, found)
 
 
 def _drift(store: Store, now: Profile, reference: tuple[str, FileRef] | None) -> Drift:
@@ -171,19 +172,21 @@ def _frame(folders: list[Path], numbers: pd.DataFrame, draft: Path, suites: dict
     return every
 
 
-def _batch(numbers: pd.DataFrame, quarantined: int, moved: Drift) -> pd.DataFrame:
-    """One row: rates and drift of the batch as a whole."""
+def _batch(numbers: pd.DataFrame, quarantined: int, now: Profile, moved: Drift) -> pd.DataFrame:
+    """One row: rates, label balance and drift of the batch as a whole."""
     distinct = numbers["content_hash"].nunique()
     rows = len(numbers)
-    lengths = [value for name, value in moved.values.items() if name.startswith("ks_")]
-    shares = [value for name, value in moved.values.items() if name.startswith("kl_")]
+    lengths = [moved.values.get(f"ks_{name}", 0.0) for name in LENGTHS]
+    shares = [moved.values.get(f"kl_{name}", 0.0) for name in SHARES]
     return pd.DataFrame(
         {
             "rows": [rows],
             "quarantine_rate": [quarantined / max(1, rows + quarantined)],
             "duplicate_rate": [1 - distinct / rows if rows else 0.0],
-            "length_drift": [max(lengths, default=0.0)],
-            "share_drift": [max(shares, default=0.0)],
+            "largest_label_share": [largest_label_share(now)],
+            "length_drift": [max(lengths)],
+            "share_drift": [max(shares)],
+            "label_drift": [moved.values.get("kl_label", 0.0)],
         }
     )
 
