@@ -29,7 +29,7 @@ _EXAMPLES: Final = 3
 Releases = list[tuple[str, str]]  # row id and the reason a person has overruled
 
 
-class _Tally:
+class Tally:
     """The counts of all parts together."""
 
     def __init__(self, folders: list[Path]) -> None:
@@ -58,8 +58,8 @@ def validate(
     suites = load_suites(contract.suite, contract.batch_suite)
     jobs = _jobs(store, snapshot, rules, contract, released or [])
     folders = map_parts(store, "checked", check_part, jobs, engine, afresh)
-    tally = _Tally(folders)
-    numbers = _numbers(folders)
+    tally = Tally(folders)
+    numbers = kept_numbers(folders)
     if snapshot.rows_in != len(numbers) + tally.reasons.total():
         raise AssertionError(f"{snapshot.rows_in} rows in, {len(numbers)} kept + {tally.reasons.total()} quarantined")
     with draft_folder(store, "validated") as draft:
@@ -89,7 +89,7 @@ def _hold_to_contract(
 
 
 def _validated(
-    store: Store, snapshot: Snapshot, parts: list[Path], folder: Path, tally: _Tally, now: Profile, moved: Drift
+    store: Store, snapshot: Snapshot, parts: list[Path], folder: Path, tally: Tally, now: Profile, moved: Drift
 ) -> ValidatedData:
     return ValidatedData(
         snapshot_id=snapshot.id,
@@ -112,12 +112,25 @@ def _jobs(store: Store, snapshot: Snapshot, rules: RulesSpec, contract: Contract
     code = [code_digest(("tasks.check_part",)), json.dumps(library_versions(LIBRARIES))]
     if rules.function:
         code.append(digest(Path(rules.function.rpartition(":")[0])))
-    dials = {"rules": rules.model_dump(mode="json"), "max_chars": contract.max_chars, "released": sorted(released)}
+    dials = part_dials(rules, contract, released)
     text = json.dumps(dials, sort_keys=True)
     return [
         Job(content_key(part.sha256, text, *code)[:32], {**dials, "part": str(store.path(part).resolve())})
         for part in snapshot.parts
     ]
+
+
+def promised(rules: RulesSpec, contract: ContractSpec) -> dict[str, str]:
+    """What the stage depends on that its dials only name: the content of the suites and of the rule function's file."""
+    suites = load_suites(contract.suite, contract.batch_suite)
+    found = {subject: content_key(json.dumps(suite, sort_keys=True)) for subject, suite in suites.items()}
+    file = Path((rules.function or "").rpartition(":")[0])
+    return found | ({"function": digest(file)} if rules.function and file.is_file() else {})
+
+
+def part_dials(rules: RulesSpec, contract: ContractSpec, released: Releases) -> dict[str, Any]:
+    """What `check_part` needs to know beside the part."""
+    return {"rules": rules.model_dump(mode="json"), "max_chars": contract.max_chars, "released": sorted(released)}
 
 
 def _join(folders: list[Path], quarantine: Path) -> None:
@@ -130,7 +143,7 @@ def _join(folders: list[Path], quarantine: Path) -> None:
 # --- what expectations see ----------------------------------------------------------------------------------
 
 
-def _numbers(folders: list[Path]) -> pd.DataFrame:
+def kept_numbers(folders: list[Path]) -> pd.DataFrame:
     """Every kept row without its text."""
     columns = [*_NUMBERS, "content_hash"]
     frames = [pq.read_table(folder / "kept.parquet", columns=columns).to_pandas() for folder in folders]
@@ -194,7 +207,7 @@ def _batch(numbers: pd.DataFrame, quarantined: int, now: Profile, moved: Drift) 
 # --- what a failed contract says ----------------------------------------------------------------------------
 
 
-def _problems(failed: list[Outcome], tally: _Tally, quarantine: Path) -> Iterator[Problem]:
+def _problems(failed: list[Outcome], tally: Tally, quarantine: Path) -> Iterator[Problem]:
     for item in failed:
         what = f"{item.name} {'could not be evaluated: ' + item.error if item.error else f'is {item.observed}'}"
         yield Problem(f"{what} ({item.why})", f"contract.{item.suite}, {item.severity}", item.limit, _act(item))
