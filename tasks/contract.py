@@ -133,8 +133,6 @@ def _outcome(item: dict[str, Any], suite: str) -> Outcome:
     observed = result.get("observed_value")
     if observed is None and "unexpected_percent" in result:
         observed = f"{result['unexpected_count']} of {result['element_count']} rows fail"
-    if isinstance(observed, dict) and "quantiles" in observed:
-        observed = _quantiles(observed["quantiles"], observed["values"])
     return Outcome(
         f"{config['type']}({column or 'rows'})",
         config["severity"],
@@ -151,14 +149,8 @@ def _outcome(item: dict[str, Any], suite: str) -> Outcome:
 
 def _limit(kwargs: dict[str, Any]) -> str:
     """The limits of an expectation in words."""
-    bounds = [f"{key} {kwargs[key]}" for key in ("min_value", "max_value", "value_set", "mostly") if key in kwargs]
-    if ranges := kwargs.get("quantile_ranges"):
-        bounds.append(_quantiles(ranges["quantiles"], [f"{low} to {high}" for low, high in ranges["value_ranges"]]))
-    return ", ".join(bounds)
-
-
-def _quantiles(quantiles: list[float], values: list[Any]) -> str:
-    return ", ".join(f"quantile {at} {value}" for at, value in zip(quantiles, values, strict=True))
+    bounds = ("min_value", "max_value", "value_set", "mostly")
+    return ", ".join(f"{key} {kwargs[key]}" for key in bounds if key in kwargs)
 
 
 def _failing_rows(entries: list[dict[str, Any]]) -> list[str]:

@@ -108,7 +108,8 @@ def propose(sample: Sample, spec: RunSpec, suite: Path) -> Proposed:
 def _languages(rows: list[RowTuple], spec: RunSpec) -> tuple[Counter[str], list[str]]:
     """How many answers are in which language, and the languages that are allowed: those set, else those that dominate."""
     read = [Row(from_json(text), source, line) for _, source, line, _, text, _, _ in rows if text]
-    found = [(row, name) for row in read if row.messages and (name := language(row.completion))]
+    answered = [row for row in read if row.messages and row.completion.strip()]
+    found = [(row, name) for row in answered if (name := language(row.completion))]
     counts = Counter(name for _, name in found)
     if "languages" in spec.rules.model_fields_set:
         return counts, spec.rules.languages
@@ -120,7 +121,7 @@ def _languages(rows: list[RowTuple], spec: RunSpec) -> tuple[Counter[str], list[
             in_an_allowed_language(case_of(row, rules, spec.contract.max_chars, None)) is not None for row in others
         )
 
-    return counts, dominant_languages(counts, outside)
+    return counts, dominant_languages(counts, len(answered), outside)
 
 
 def _checked(rows: list[RowTuple], rules: RulesSpec, contract: ContractSpec, root: Path) -> list[Path]:
