@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import pyarrow.parquet as pq
 
 from data_contracts.records import Row, from_json
-from data_contracts.rules import Rejection
+from data_contracts.rules import Reason, Rejection
 from data_contracts.run_spec import ContractSpec, DataSpec, RulesSpec, RunSpec
 from tasks.check_part import check_part
 from tasks.contract import load_suite
@@ -88,7 +88,8 @@ def propose(sample: Sample, spec: RunSpec, suite: Path) -> Proposed:
     changed = spec.rules.model_copy(update={"languages": languages})
     with tempfile.TemporaryDirectory() as root:
         folders = _checked(sample.rows, changed, spec.contract, Path(root))
-        tally, seen = Tally(folders), _seen(sample, folders, languages, counts.total())
+        tally = Tally(folders)
+        seen = _seen(sample, folders, languages, counts.total(), tally.reasons[Reason.WRONG_LANGUAGE])
     mine = {f"contract.{name}" for name in spec.contract.model_fields_set}
     mine |= {f"rules.{name}" for name in spec.rules.model_fields_set}
     dials = [dial for dial in proposed_dials(seen) if dial.name not in mine]
@@ -138,7 +139,7 @@ def _checked(rows: list[RowTuple], rules: RulesSpec, contract: ContractSpec, roo
     return folders
 
 
-def _seen(sample: Sample, folders: list[Path], languages: list[str], told: int) -> Seen:
+def _seen(sample: Sample, folders: list[Path], languages: list[str], told: int, others: int) -> Seen:
     numbers = kept_numbers(folders)
     kept = len(numbers)
     distinct = {name: numbers[name].nunique() / max(1, kept) for name in ("row_id", "answer_hash", "content_hash")}
@@ -148,6 +149,7 @@ def _seen(sample: Sample, folders: list[Path], languages: list[str], told: int) 
         kept=kept,
         languages=languages,
         told_answers=told,
+        in_others=others,
         lengths={name: numbers[name].to_numpy() for name in LENGTHS},
         profile=batch_profile(numbers),
         most_turns=int(numbers["turns"].max()) if kept else 0,

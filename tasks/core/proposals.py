@@ -33,6 +33,7 @@ class Seen(NamedTuple):
     kept: int
     languages: list[str]  # that answers may be in; empty if no one or two hold nearly all
     told_answers: int  # answers in the sample whose language can be told
+    in_others: int  # those of them that the row rule rejects for their language
     lengths: dict[str, np.ndarray]  # characters of every kept row's prompt and completion
     profile: Profile
     most_turns: int
@@ -83,7 +84,8 @@ def proposed_dials(seen: Seen) -> list[Proposal]:
 
 def _language_dial(seen: Seen) -> Iterator[Proposal]:
     if seen.languages:
-        observed = f"at least 99 % of {seen.told_answers:,} answers whose language can be told"
+        share = 1 - seen.in_others / max(1, seen.told_answers)
+        observed = f"{share:.1%} of {seen.told_answers:,} answers whose language can be told"
         yield _proposal(seen, "rules.languages", seen.languages, observed, "one or two that hold 99 %")
 
 
