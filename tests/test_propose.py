@@ -183,7 +183,7 @@ def test_one_label_that_takes_over_warns() -> None:
     first, _ = checked(labelled(240))
     assert checked(labelled(240, first=240), first)[1] == set()
     taken_over = [{**row, "completion": "refund"} if i % 3 else row for i, row in enumerate(labelled(240, first=240))]
-    assert checked(taken_over, first)[1] == {"largest_label_share", "label_drift"}
+    assert {"largest_label_share", "label_drift"} <= checked(taken_over, first)[1]
 
 
 def test_fewer_rows_than_half_stop_the_run() -> None:
