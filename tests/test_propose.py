@@ -186,6 +186,11 @@ def test_one_label_that_takes_over_warns() -> None:
     assert {"largest_label_share", "label_drift"} <= checked(taken_over, first)[1]
 
 
+def test_a_median_between_two_kinds_of_rows_may_move_to_the_other_kind() -> None:
+    proposal([*english(101), *english(99, first=101, times=8)])
+    assert checked([*english(99), *english(101, first=99, times=8)])[1] == set()
+
+
 def test_fewer_rows_than_half_stop_the_run() -> None:
     proposal(english(60))
     with pytest.raises(DataError, match=r"expect_table_row_count_to_be_between\(rows\) is 29"):
