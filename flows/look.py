@@ -195,5 +195,6 @@ def _show_proposals(look: Look, console: "Console") -> None:
         told = f"  {reason:<20} {count:,}, first: {look.proposed.examples[reason][0]}"
         console.print(Text(told, style=style), soft_wrap=True)
     budget = look.proposed.spec.contract.max_quarantine_rate
-    told = f"contract.max_quarantine_rate={budget} lets the rest train: repair the source, or decide that this is right"
+    then = "lets the rest train" if look.rejected <= budget else "will stop the run"
+    told = f"contract.max_quarantine_rate={budget} {then}: repair the source, or decide what is right"
     console.print(Text(told, style=style), soft_wrap=True)

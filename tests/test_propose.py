@@ -209,6 +209,8 @@ def test_init_says_loudly_what_would_be_quarantined_and_leaves_the_decision_to_y
     assert "66.7% of these rows would go to quarantine" in out
     assert "empty_answer         60, first: rows.jsonl:2" in out
     assert "contract.max_quarantine_rate=0.717 lets the rest train" in out
+    assert main(["init", "strict.yaml", "--data", data, "--set", "contract.max_quarantine_rate=0.1"]) == 0
+    assert "contract.max_quarantine_rate=0.1 will stop the run" in capfd.readouterr().out
     written(english(90))
     assert main(["init", "other.yaml", "--data", data]) == 0
     assert "would go to quarantine" not in capfd.readouterr().out
