@@ -57,6 +57,10 @@ class ContractSpec(Section):
     """Kolmogorov-Smirnov distance of prompt or answer lengths to the batch before; above it a warning."""
     max_share_drift: Annotated[float, Field(ge=0.0)] = 0.5
     """Kullback-Leibler divergence (nats) of the shares of sources or languages to the batch before; then a warning."""
+    max_label_share: Fraction = 0.9
+    """Largest share of one label in a source whose answers are labels; above it a warning."""
+    max_label_drift: Annotated[float, Field(ge=0.0)] = 0.25
+    """Kullback-Leibler divergence (nats) of a source's labels to the batch before; above it a warning."""
     suite: str = "instruction_rows"
     """Great Expectations suite of the rows: a name in data_contracts/suites/ or a path to a suite's JSON file."""
     batch_suite: str = "instruction_batch"

@@ -200,7 +200,7 @@ def init(
     changes: Changes = None,
     as_json: AsJson = False,
 ) -> Outcome:
-    """Look at your data, find its format, and write a preset with every dial annotated."""
+    """Look at your data and write a preset with every dial annotated, and a data contract that fits them."""
     from flows.look import init as write_preset
     from flows.look import show_look
 

@@ -17,6 +17,7 @@ from tasks.evaluate import task_files
 from tasks.explain import write_state
 from tasks.sources import source_digests
 from tasks.stores import Store
+from tasks.validate import promised
 
 OWN_TASKS = {"domain_nll", "domain_choice"}  # the two that need nothing but the test split
 
@@ -99,7 +100,8 @@ def data_stages(run: Stages, spec: RunSpec) -> DatasetManifest:
     snapshot = run.run(stages.ingest, store, data, source_digests(data))
     released = [(row.row_id, row.reason) for row in ledger.releases(store, scope)]
     before = ledger.batch_before(store, scope, snapshot.id)
-    validated = run.run(stages.check, store, snapshot, spec.rules, spec.contract, released, before, engine)
+    promises = promised(spec.rules, spec.contract)
+    validated = run.run(stages.check, store, snapshot, spec.rules, spec.contract, promises, released, before, engine)
     further = sorted(set(spec.evaluate.tasks) - OWN_TASKS)
     wanted = further and spec.curate.decontaminate
     items = run.run(stages.benchmarks, store, further, task_files(spec.evaluate)) if wanted else None

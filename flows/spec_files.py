@@ -231,7 +231,11 @@ def _normal(key: str, value: Any) -> Any:
 
 def write_spec(path: Path, spec: RunSpec, head_comment: str) -> None:
     """Write every dial of a spec with its meaning; refuses to touch a file that is there."""
-    text = "\n".join([*_comment(head_comment, ""), *_annotated(spec)]) + "\n"
+    write_new(path, "\n".join([*_comment(head_comment, ""), *_annotated(spec)]) + "\n")
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that is not there yet."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:

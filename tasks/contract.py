@@ -133,19 +133,24 @@ def _outcome(item: dict[str, Any], suite: str) -> Outcome:
     observed = result.get("observed_value")
     if observed is None and "unexpected_percent" in result:
         observed = f"{result['unexpected_count']} of {result['element_count']} rows fail"
-    bounds = [f"{key} {config['kwargs'][key]}" for key in ("min_value", "max_value") if key in config["kwargs"]]
     return Outcome(
         f"{config['type']}({column or 'rows'})",
         config["severity"],
         bool(item["success"]) and error is None,
         observed,
-        ", ".join(bounds),
+        _limit(config["kwargs"]),
         config["meta"].get("why", ""),
         config["meta"].get("act", ""),
         error,
         suite,
         _failing_rows(result.get("unexpected_index_list") or []),
     )
+
+
+def _limit(kwargs: dict[str, Any]) -> str:
+    """The limits of an expectation in words."""
+    bounds = ("min_value", "max_value", "value_set", "mostly")
+    return ", ".join(f"{key} {kwargs[key]}" for key in bounds if key in kwargs)
 
 
 def _failing_rows(entries: list[dict[str, Any]]) -> list[str]:

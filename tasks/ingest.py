@@ -104,7 +104,7 @@ def _write(
         rows_hash, taken = hashlib.sha256(), 0
         rows = _rows(source, data, converter(formats[source.name], data.columns, data.system_prompt))
         while batch := list(islice(rows, PART_ROWS)):
-            pq.write_table(_table(batch), parts / f"{next(numbers):05}.parquet", compression="zstd")
+            pq.write_table(as_table(batch), parts / f"{next(numbers):05}.parquet", compression="zstd")
             for row_id, name, line, raw, _, reason, _ in batch:
                 rows_hash.update(f"{name}\0{line}\0{row_id}\0{reason}\0{raw}\n".encode())
             taken += len(batch)
@@ -116,21 +116,23 @@ def _write(
     return files, unreadable
 
 
-_RowTuple = tuple[str, str, int, str, str | None, str | None, str | None]
+RowTuple = tuple[str, str, int, str, str | None, str | None, str | None]
 
 
-def _rows(source: Source, data: DataSpec, convert: Converter) -> Iterator[_RowTuple]:
-    """One tuple in the order of the schema for each record."""
-    for row in read_source(source, data):
-        value = row.value if isinstance(row.value, Rejection) else convert(row.value)
-        if isinstance(value, Rejection):
-            # Without a conversation the raw text is all there is to name the row by.
-            row_id = hashlib.sha256(row.raw.encode()).hexdigest()
-            yield row_id, _name(source, row), row.line, row.raw, None, value.reason.value, value.detail
-        else:
-            messages = as_json(value)
-            row_id = hashlib.sha256(messages.encode()).hexdigest()
-            yield row_id, _name(source, row), row.line, row.raw, messages, None, None
+def _rows(source: Source, data: DataSpec, convert: Converter) -> Iterator[RowTuple]:
+    return (as_tuple(source, row, convert) for row in read_source(source, data))
+
+
+def as_tuple(source: Source, row: RawRow, convert: Converter) -> RowTuple:
+    """One record in the order of the schema."""
+    value = row.value if isinstance(row.value, Rejection) else convert(row.value)
+    if isinstance(value, Rejection):
+        # Without a conversation the raw text is all there is to name the row by.
+        row_id = hashlib.sha256(row.raw.encode()).hexdigest()
+        return row_id, _name(source, row), row.line, row.raw, None, value.reason.value, value.detail
+    messages = as_json(value)
+    row_id = hashlib.sha256(messages.encode()).hexdigest()
+    return row_id, _name(source, row), row.line, row.raw, messages, None, None
 
 
 def _name(source: Source, row: RawRow) -> str:
@@ -140,6 +142,6 @@ def _name(source: Source, row: RawRow) -> str:
     return source.name
 
 
-def _table(rows: list[_RowTuple]) -> pa.Table:
+def as_table(rows: list[RowTuple]) -> pa.Table:
     columns = zip(*rows, strict=True)
     return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA)

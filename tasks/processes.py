@@ -98,9 +98,9 @@ def free_cores() -> int:
 
 
 class Display:
-    """A worker's progress on stderr: a bar in a terminal, a line every 15 seconds elsewhere."""
+    """A worker's progress on stderr: a bar in a terminal, a line every 15 seconds elsewhere, the first `after` so many."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, after: float = _SECONDS_BETWEEN_LINES) -> None:
         self.title = title
         self.console = Console(stderr=True)
         self.bar = Progress(
@@ -109,7 +109,7 @@ class Display:
             disable=not self.console.is_terminal,
         )  # fmt: skip
         self.line = self.bar.add_task(title, total=None, note="")
-        self.last_line = time.monotonic()
+        self.last_line = time.monotonic() + after - _SECONDS_BETWEEN_LINES
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -131,10 +131,11 @@ class Display:
         elif kind == "step":
             self._advance(self.title, event["step"], event["of"], f"loss {event['loss_nats']:.3f}")
         elif kind == "progress":
-            self._advance(event["what"], event["done"], event["of"], "")
+            self._advance(event["what"], event["done"], event.get("of"), "")
 
-    def _advance(self, what: str, done: int, of: int, note: str) -> None:
+    def _advance(self, what: str, done: int, of: int | None, note: str) -> None:
         self.bar.update(self.line, description=what, completed=done, total=of, note=note)
         if not self.console.is_terminal and time.monotonic() - self.last_line > _SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
-            self.console.print(f"  {what}: {done} of {of} {note}", style="dim", markup=False, soft_wrap=True)
+            told = f"{done} of {of}" if of else f"{done}"
+            self.console.print(f"  {what}: {told} {note}", style="dim", markup=False, soft_wrap=True)

@@ -47,8 +47,8 @@ def ingest(store: Store, data: DataSpec, sources: dict[str, str]) -> Snapshot:
 
 @stage("validate")
 def check(
-    store: Store, snapshot: Snapshot, rules: RulesSpec, contract: ContractSpec, released: list[tuple[str, str]],
-    reference: tuple[str, FileRef] | None, engine: str,
+    store: Store, snapshot: Snapshot, rules: RulesSpec, contract: ContractSpec, promises: dict[str, str],
+    released: list[tuple[str, str]], reference: tuple[str, FileRef] | None, engine: str,
 ) -> ValidatedData:  # fmt: skip
     return validate.validate(store, snapshot, rules, contract, released, reference, engine, is_forced())
 

@@ -17,7 +17,7 @@ from data_contracts.records import from_json
 from data_contracts.run_spec import ContractSpec, RulesSpec
 from tasks.check_part import LIBRARIES, check_part, summaries
 from tasks.contract import Outcome, Suites, load_suites, run_suites
-from tasks.core.drift import Profile, drift, profile
+from tasks.core.drift import LENGTHS, SHARES, Profile, drift, labels, largest_label_share, profile
 from tasks.drafts import content_key, draft_folder, publish_draft
 from tasks.fingerprint import code_digest, library_versions
 from tasks.parts import Job, map_parts
@@ -29,7 +29,7 @@ _EXAMPLES: Final = 3
 Releases = list[tuple[str, str]]  # row id and the reason a person has overruled
 
 
-class _Tally:
+class Tally:
     """The counts of all parts together."""
 
     def __init__(self, folders: list[Path]) -> None:
@@ -58,16 +58,16 @@ def validate(
     suites = load_suites(contract.suite, contract.batch_suite)
     jobs = _jobs(store, snapshot, rules, contract, released or [])
     folders = map_parts(store, "checked", check_part, jobs, engine, afresh)
-    tally = _Tally(folders)
-    numbers = _numbers(folders)
+    tally = Tally(folders)
+    numbers = kept_numbers(folders)
     if snapshot.rows_in != len(numbers) + tally.reasons.total():
         raise AssertionError(f"{snapshot.rows_in} rows in, {len(numbers)} kept + {tally.reasons.total()} quarantined")
     with draft_folder(store, "validated") as draft:
         _join(folders, draft / "quarantine.jsonl")
-        now = _profile(numbers)
+        now = batch_profile(numbers)
         (draft / "profile.json").write_text(json.dumps(now), encoding="utf-8")
         moved = _drift(store, now, reference)
-        batch = _batch(numbers, tally.reasons.total(), moved)
+        batch = _batch(numbers, tally.reasons.total(), now, moved)
         frames = {"rows": _frame(folders, numbers, draft, suites), "batch": batch}
         outcomes = _hold_to_contract(suites, frames, contract, draft)
         key = content_key(snapshot.id, *(digest(draft / name) for name in _FILES[:3]))
@@ -89,7 +89,7 @@ def _hold_to_contract(
 
 
 def _validated(
-    store: Store, snapshot: Snapshot, parts: list[Path], folder: Path, tally: _Tally, now: Profile, moved: Drift
+    store: Store, snapshot: Snapshot, parts: list[Path], folder: Path, tally: Tally, now: Profile, moved: Drift
 ) -> ValidatedData:
     return ValidatedData(
         snapshot_id=snapshot.id,
@@ -112,12 +112,25 @@ def _jobs(store: Store, snapshot: Snapshot, rules: RulesSpec, contract: Contract
     code = [code_digest(("tasks.check_part",)), json.dumps(library_versions(LIBRARIES))]
     if rules.function:
         code.append(digest(Path(rules.function.rpartition(":")[0])))
-    dials = {"rules": rules.model_dump(mode="json"), "max_chars": contract.max_chars, "released": sorted(released)}
+    dials = part_dials(rules, contract, released)
     text = json.dumps(dials, sort_keys=True)
     return [
         Job(content_key(part.sha256, text, *code)[:32], {**dials, "part": str(store.path(part).resolve())})
         for part in snapshot.parts
     ]
+
+
+def promised(rules: RulesSpec, contract: ContractSpec) -> dict[str, str]:
+    """What the stage depends on that its dials only name: the content of the suites and of the rule function's file."""
+    suites = load_suites(contract.suite, contract.batch_suite)
+    found = {subject: content_key(json.dumps(suite, sort_keys=True)) for subject, suite in suites.items()}
+    file = Path((rules.function or "").rpartition(":")[0])
+    return found | ({"function": digest(file)} if rules.function and file.is_file() else {})
+
+
+def part_dials(rules: RulesSpec, contract: ContractSpec, released: Releases) -> dict[str, Any]:
+    """What `check_part` needs to know beside the part."""
+    return {"rules": rules.model_dump(mode="json"), "max_chars": contract.max_chars, "released": sorted(released)}
 
 
 def _join(folders: list[Path], quarantine: Path) -> None:
@@ -130,7 +143,7 @@ def _join(folders: list[Path], quarantine: Path) -> None:
 # --- what expectations see ----------------------------------------------------------------------------------
 
 
-def _numbers(folders: list[Path]) -> pd.DataFrame:
+def kept_numbers(folders: list[Path]) -> pd.DataFrame:
     """Every kept row without its text."""
     columns = [*_NUMBERS, "content_hash"]
     frames = [pq.read_table(folder / "kept.parquet", columns=columns).to_pandas() for folder in folders]
@@ -138,12 +151,13 @@ def _numbers(folders: list[Path]) -> pd.DataFrame:
     return numbers
 
 
-def _profile(numbers: pd.DataFrame) -> Profile:
-    lengths = {name: numbers[name].tolist() for name in ("prompt_chars", "completion_chars")}
-    counts = {
-        name: {str(k): int(v) for k, v in numbers[name].value_counts().items()} for name in ("source", "language")
-    }
-    return profile(lengths, counts)
+def batch_profile(numbers: pd.DataFrame) -> Profile:
+    """A few kilobytes that the next batch is compared with; labels as hashes."""
+    lengths = {name: numbers[name].tolist() for name in LENGTHS}
+    counts = {name: {str(k): int(v) for k, v in numbers[name].value_counts().items()} for name in SHARES}
+    by_source = numbers[["source", "answer_hash", "completion_chars"]].groupby("source")
+    found = {str(s): labels(g["answer_hash"].to_numpy(), g["completion_chars"].to_numpy()) for s, g in by_source}
+    return profile(lengths, counts, found)
 
 
 def _drift(store: Store, now: Profile, reference: tuple[str, FileRef] | None) -> Drift:
@@ -171,19 +185,21 @@ def _frame(folders: list[Path], numbers: pd.DataFrame, draft: Path, suites: dict
     return every
 
 
-def _batch(numbers: pd.DataFrame, quarantined: int, moved: Drift) -> pd.DataFrame:
-    """One row: rates and drift of the batch as a whole."""
+def _batch(numbers: pd.DataFrame, quarantined: int, now: Profile, moved: Drift) -> pd.DataFrame:
+    """One row: rates, label balance and drift of the batch as a whole."""
     distinct = numbers["content_hash"].nunique()
     rows = len(numbers)
-    lengths = [value for name, value in moved.values.items() if name.startswith("ks_")]
-    shares = [value for name, value in moved.values.items() if name.startswith("kl_")]
+    lengths = [moved.values.get(f"ks_{name}", 0.0) for name in LENGTHS]
+    shares = [moved.values.get(f"kl_{name}", 0.0) for name in SHARES]
     return pd.DataFrame(
         {
             "rows": [rows],
             "quarantine_rate": [quarantined / max(1, rows + quarantined)],
             "duplicate_rate": [1 - distinct / rows if rows else 0.0],
-            "length_drift": [max(lengths, default=0.0)],
-            "share_drift": [max(shares, default=0.0)],
+            "largest_label_share": [largest_label_share(now)],
+            "length_drift": [max(lengths)],
+            "share_drift": [max(shares)],
+            "label_drift": [moved.values.get("kl_label", 0.0)],
         }
     )
 
@@ -191,7 +207,7 @@ def _batch(numbers: pd.DataFrame, quarantined: int, moved: Drift) -> pd.DataFram
 # --- what a failed contract says ----------------------------------------------------------------------------
 
 
-def _problems(failed: list[Outcome], tally: _Tally, quarantine: Path) -> Iterator[Problem]:
+def _problems(failed: list[Outcome], tally: Tally, quarantine: Path) -> Iterator[Problem]:
     for item in failed:
         what = f"{item.name} {'could not be evaluated: ' + item.error if item.error else f'is {item.observed}'}"
         yield Problem(f"{what} ({item.why})", f"contract.{item.suite}, {item.severity}", item.limit, _act(item))

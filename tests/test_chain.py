@@ -160,6 +160,18 @@ def test_mlflow_holds_a_parent_with_comparable_children(first, place):
     assert not list(place.glob("mlruns")), "MLflow wrote outside of the store"
 
 
+def test_mlflow_holds_the_contract_with_its_failing_rows_and_its_pages(first, place):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{place / 'store' / 'mlflow.db'}")
+    folder = Path(client.download_artifacts(first["mlflow_run_id"], "contract", str(place)))
+    results = json.loads((folder / "contract.json").read_text())["results"]
+    assert len(results) > 10
+    assert all(isinstance(item["failing_rows"], list) for item in results)
+    assert (folder / "data_docs" / "index.html").is_file()
+    assert len(list((folder / "data_docs" / "validations").rglob("*.html"))) == 2
+
+
 def test_the_report_shows_the_verdict_and_escapes_what_comes_from_data(first, place):
     page = Path(first["html"]).read_text()
     assert "tunegate-smoke version 1" in page

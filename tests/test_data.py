@@ -182,8 +182,8 @@ def test_the_parts_give_the_same_whatever_works_on_them(store: Store, monkeypatc
 
 
 def test_drift_is_zero_for_the_same_batch_and_named_for_another(store: Store) -> None:
-    one = profile({"prompt_chars": [1, 2, 3], "completion_chars": [5]}, {"source": {"a": 3}, "language": {"en": 3}})
-    two = profile({"prompt_chars": [7, 8, 9], "completion_chars": [5]}, {"source": {"a": 3}, "language": {"zh": 3}})
+    one = profile({"prompt_chars": [1, 2, 3], "completion_chars": [5]}, {"source": {"a": 3}, "language": {"en": 3}}, {})
+    two = profile({"prompt_chars": [7, 8, 9], "completion_chars": [5]}, {"source": {"a": 3}, "language": {"zh": 3}}, {})
     assert set(drift(one, one).values()) == {0.0}
     moved = drift(two, one)
     assert (moved["ks_prompt_chars"], moved["ks_completion_chars"], moved["kl_source"]) == (1.0, 0.0, 0.0)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -11,6 +12,7 @@ from data_contracts.data_reports import Snapshot, ValidatedData
 from data_contracts.errors import ConfigError, DataError
 from data_contracts.run_spec import ContractSpec, DataSpec, RulesSpec
 from tasks.contract import load_suite, load_suites
+from tasks.core.drift import OTHER, labels
 from tasks.ingest import ingest
 from tasks.stores import Store
 from tasks.validate import validate
@@ -130,3 +132,83 @@ def test_a_suite_that_is_missing_broken_or_without_budgets_is_a_configuration_er
 def test_a_batch_without_any_kept_row_fails(store: Store) -> None:
     with pytest.raises(DataError, match=r"expect_table_row_count_to_be_between\(rows\) is 0"):
         check(store, snapshot(store, [EMPTY] * 30), ContractSpec(max_quarantine_rate=1.0))
+
+
+# --- labels ---------------------------------------------------------------------------------------------------
+
+LABELS = ("refund", "lost card", SECRET)
+
+
+def labelled(first: int, count: int, of: tuple[str, ...] = LABELS) -> list[dict[str, str]]:
+    return [{"prompt": f"what is case {i}?", "completion": of[i % len(of)]} for i in range(first, first + count)]
+
+
+def warnings(store: Store, result: ValidatedData) -> dict[str, Any]:
+    outcomes = json.loads(store.path(result.contract_result).read_text())["results"]
+    return {item["name"]: item["observed"] for item in outcomes if not item["success"]}
+
+
+def test_labels_are_counted_by_source_and_kept_as_hashes(store: Store) -> None:
+    result = check(store, snapshot(store, labelled(0, 60)), ContractSpec())
+    profile = json.loads(store.path(result.profile).read_text())
+    assert sorted(profile["labels"]["rows.jsonl"].values()) == [20, 20, 20]
+    assert not [file for file in store.files.glob("validated/**/*.json") if SECRET in file.read_text()]
+    free = check(store, snapshot(store, GOOD), ContractSpec())
+    assert json.loads(store.path(free.profile).read_text())["labels"] == {}
+
+
+def test_labels_in_other_shares_than_before_are_a_warning_and_so_is_one_that_is_nearly_all(store: Store) -> None:
+    first = check(store, snapshot(store, labelled(0, 300)), ContractSpec())
+    reference = (first.snapshot_id, first.profile)
+
+    def later(rows: list[dict[str, str]]) -> dict[str, Any]:
+        result = validate(store, snapshot(store, rows), RulesSpec(), ContractSpec(), reference=reference)
+        return warnings(store, result)
+
+    drift, share = (f"expect_column_max_to_be_between({name})" for name in ("label_drift", "largest_label_share"))
+    assert not {drift, share} & set(later(labelled(300, 300)))
+    found = later([*labelled(300, 280, ("refund",)), *labelled(600, 20)])
+    assert found[share] == pytest.approx(287 / 300)
+    assert found[drift] > 0.25
+    free = [{"prompt": f"what is case {i}?", "completion": f"look at page {i} of the book"} for i in range(300)]
+    assert later(free)[drift] > 0.25
+
+
+def test_labels_are_few_short_and_repeated_answers() -> None:
+    chars = np.full(1000, 10)
+    assert labels(np.arange(1000), chars) == {}
+    assert labels(np.arange(1000) % 4, chars + 100) == {}
+    assert labels(np.arange(1000) % 4, chars) == dict.fromkeys("0123", 250)
+    assert labels(np.array([7] * 95 + [1, 2, 3, 4, 5]), chars[:100]) == {"7": 95, OTHER: 5}
+    assert labels(np.array([], dtype=int), chars[:0]) == {}
+
+
+def test_a_profile_holds_two_hundred_labels_at_most() -> None:
+    many = np.repeat(np.arange(210), 20)
+    many = np.concatenate([many, np.arange(200).repeat(80)])
+    found = labels(many, np.full(len(many), 5))
+    assert len(found) == 201
+    assert (found[OTHER], sum(found.values())) == (200, len(many))
+
+
+def test_a_reference_without_labels_is_no_drift_of_labels(store: Store) -> None:
+    rows = snapshot(store, labelled(0, 60))
+    first = check(store, rows, ContractSpec())
+    old = json.loads(store.path(first.profile).read_text())
+    del old["labels"]
+    (store.files / "old.json").write_text(json.dumps(old))
+    reference = (first.snapshot_id, store.ref(store.files / "old.json"))
+    result = validate(store, rows, RulesSpec(), ContractSpec(), reference=reference)
+    assert result.drift.values["kl_label"] == 0.0
+
+
+def test_the_ids_of_all_failing_rows_are_kept(store: Store, tmp_path: Path) -> None:
+    kwargs = {"column": "prompt_chars", "max_value": 1}
+    own = suite(tmp_path, {"type": "expect_column_values_to_be_between", "kwargs": kwargs, "severity": "warning"})
+    result = check(store, snapshot(store, labelled(0, 450)), ContractSpec(suite=own))
+    (failed,) = [
+        o for o in json.loads(store.path(result.contract_result).read_text())["results"] if "prompt_chars" in o["name"]
+    ]
+    rows = {i for part in result.kept for i in pq.read_table(store.path(part))["row_id"].to_pylist()}
+    assert set(failed["failing_rows"]) == rows
+    assert len(rows) == 450
