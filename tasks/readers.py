@@ -10,8 +10,8 @@ from typing import Any, Final
 from data_contracts.errors import DataError, InfrastructureError, Problem, TransientError
 from data_contracts.rules import Reason, Rejection
 from data_contracts.run_spec import DataSpec
-from tasks.json_arrays import read_array
-from tasks.raw_rows import RawRow, decodes, json_row, undecodable
+from tasks.json_records import read_json
+from tasks.raw_rows import RawRow, decodes, undecodable
 from tasks.sources import Source
 from tasks.text_files import data_suffix, open_text, resolve_encoding
 
@@ -28,25 +28,11 @@ def read_source(source: Source, data: DataSpec) -> Iterator[RawRow]:
     encoding, _ = resolve_encoding(source.path, data.encoding)
     if suffix in (".csv", ".tsv"):
         return _read_csv(source.path, encoding, "\t" if suffix == ".tsv" else data.delimiter)
-    if suffix == ".json" and _holds_array(source.path, encoding):
-        return read_array(source.path, encoding)
-    return _read_json_lines(source.path, encoding)
+    return read_json(source.path, encoding)
 
 
 def is_text(source: Source) -> bool:
     return source.kind == "file" and data_suffix(source.path) != ".parquet"
-
-
-def _read_json_lines(path: Path, encoding: str) -> Iterator[RawRow]:
-    with open_text(path, encoding) as file:
-        for number, line in enumerate(file, start=1):
-            if raw := line.strip():
-                yield json_row(number, raw, encoding)
-
-
-def _holds_array(path: Path, encoding: str) -> bool:
-    with open_text(path, encoding) as file:
-        return file.read(4096).lstrip().startswith("[")
 
 
 def _read_csv(path: Path, encoding: str, delimiter: str) -> Iterator[RawRow]:

@@ -16,7 +16,7 @@ from data_contracts.errors import DataError, InfrastructureError
 from data_contracts.rules import Rejection
 from data_contracts.run_spec import DataSpec
 from tasks.ingest import ingest
-from tasks.raw_rows import RawRow
+from tasks.raw_rows import RawRow, printable
 from tasks.readers import read_source
 from tasks.sources import Source, find_sources, source_digests
 from tasks.stores import Store
@@ -157,6 +157,72 @@ def test_an_array_is_read_item_by_item_and_one_broken_item_is_rejected_alone(tmp
     assert [row.value["completion"] for row in read(big)] == list("01234")  # type: ignore[index]
 
 
+def test_records_that_span_lines_come_out_once_with_the_line_where_they_start(tmp_path: Path) -> None:
+    pretty = json.dumps(GOOD | {"tags": [{"a": 1}, {}]}, indent=2)
+    for name, text in {
+        "a.jsonl": f"{pretty}\n{pretty}\n\n{LINE}",
+        "a.json": f"{pretty}\n{pretty}\n\n{LINE}",
+        "glued.ndjson": f"{pretty}{pretty}\n\n\n{LINE}",
+        "by_comma.json": f"{pretty},\n{pretty},\n\n{LINE}",
+    }.items():
+        rows = read(write(tmp_path, name, text))
+        assert reasons(rows) == [None] * 3
+        start = 10 if name == "glued.ndjson" else 11
+        assert [row.line for row in rows] == [1, start, 22], name
+        assert rows[1].raw == pretty
+    one_line = write(tmp_path, "one.json", json.dumps(GOOD) * 3)
+    assert [(row.line, row.value) for row in read(one_line)] == [(1, GOOD)] * 3
+
+
+def test_the_content_tells_an_array_from_lines_whatever_the_file_is_called(tmp_path: Path) -> None:
+    pretty = json.dumps([GOOD, GOOD, 5], indent=2)
+    for text in (json.dumps([GOOD, GOOD, 5]), pretty, json.dumps([GOOD, GOOD, 5], indent=0)):
+        assert reasons(read(write(tmp_path, "a.jsonl", text))) == [None, None, "not_an_object"]
+    assert reasons(read(write(tmp_path, "two.json", pretty + pretty))) == [None, None, "not_an_object"] * 2
+    assert reasons(read(write(tmp_path, "more.json", pretty + "\nmore"))) == [None, None, "not_an_object", "unparsable"]
+    lists = write(tmp_path, "lists.json", '[{"role": "user"}, {"role": "x"}]\n[{"role": "user"}]\n')
+    assert reasons(read(lists)) == ["not_an_object"] * 2
+    assert reasons(read(write(tmp_path, "cut.jsonl", f'["cut\n{LINE}{LINE}'))) == ["unparsable", None, None]
+
+
+def test_a_broken_record_of_many_lines_is_one_row_and_the_next_record_is_read(tmp_path: Path) -> None:
+    broken = '{\n  "prompt": "a",\n  "tags": [\n    {"b": 1},\n    {"c" 2}\n  ]\n}'
+    pretty = json.dumps(GOOD, indent=2)
+    rows = read(write(tmp_path, "a.json", f"{pretty}\n{broken}\n{pretty}{broken}{pretty}"))
+    assert reasons(rows) == [None, "unparsable", None, "unparsable", None]
+    assert [rows[1].raw, rows[3].raw] == [broken, broken]
+    assert isinstance(rows[1].value, Rejection) and "line 5 of it, column 10" in rows[1].value.detail
+    headless = pretty.removeprefix("{\n")
+    rows = read(write(tmp_path, "b.json", f"{pretty}\n{headless}\n{pretty}\n"))
+    assert reasons(rows) == [None, "unparsable", None]
+    endless = pretty.removesuffix("\n}") + ","
+    rows = read(write(tmp_path, "c.json", f"{endless}\n{pretty}\n{pretty}\n"))
+    assert [row.line for row in rows if not isinstance(row.value, Rejection)] == [4, 8]
+
+
+@pytest.mark.parametrize("cut", ['{"prompt": ', '{"prompt": [', '{"prompt": "a",', '{"a": {', '{"prompt": "q', "{", "x, ["])
+def test_a_line_that_was_cut_swallows_no_good_line_below(tmp_path: Path, cut: str) -> None:
+    rows = read(write(tmp_path, "a.jsonl", LINE + cut + "\n" + LINE * 3))
+    assert reasons(rows) == [None, "unparsable", None, None, None]
+    assert rows[1].raw == cut.strip()
+
+
+def test_two_records_run_together_by_a_lost_line_end_are_told_apart(tmp_path: Path) -> None:
+    half = '{"prompt": "hi", "completion": "hel'
+    rows = read(write(tmp_path, "a.jsonl", LINE + half + LINE + LINE.strip() + LINE))
+    assert reasons(rows) == [None, "unparsable", None, None, None]
+    assert rows[1].raw == half
+    junk = LINE.strip() + ' and "more"}\n'
+    assert reasons(read(write(tmp_path, "b.jsonl", LINE + junk + LINE))) == [None, "unparsable", None]
+
+
+def test_what_a_broken_item_leaves_behind_ends_no_array(tmp_path: Path) -> None:
+    item = json.dumps({"messages": [{"role": "user"}, {"role": "assistant"}]})
+    flat = write(tmp_path, "a.json", f"[{item}, {item.replace(':', '', 1)}, {item}, {item}]")
+    assert reasons(read(flat)).count(None) >= 3
+    assert [row.raw for row in read(flat)].count(item) == 3
+
+
 def test_a_field_named_twice_is_rejected_and_not_lost(tmp_path: Path) -> None:
     twice = write(tmp_path, "a.jsonl", '{"prompt": "q", "completion": "a", "completion": "b"}\n' + LINE)
     rows = read(twice)
@@ -191,36 +257,73 @@ def damage(content: bytes, draw: random.Random) -> bytes:
     return bytes(data)
 
 
-def test_no_damage_to_a_file_loses_a_line_or_ends_in_a_traceback(tmp_path: Path) -> None:
+RECORDS = [{"prompt": f"q{i}", "completion": "x é " * i, "tags": [{"n": i}, {"n": "]}"}]} for i in range(8)]
+TEXTS = [json.dumps(record, ensure_ascii=i % 2 > 0) for i, record in enumerate(RECORDS)]
+PRETTY = [json.dumps(record, ensure_ascii=i % 2 > 0, indent=2) for i, record in enumerate(RECORDS)]
+WHOLE = {
+    "lines.jsonl": "\n".join(TEXTS) + "\n",
+    "pretty.jsonl": "\n".join(PRETTY) + "\n",
+    "glued.json": "".join(PRETTY),
+    "array.json": "[" + ",\n".join(TEXTS) + "]",
+    "flat.json": json.dumps(RECORDS),
+    "pretty.json": json.dumps(RECORDS, indent=1),
+    "a.csv": "prompt,completion\n" + '"q, 1","a"\nq2,"b ""c"""\n' * 4,
+    "b.csv": "prompt;completion\n" + '"q; 1","a, b"\nq2,3;"b ""c"""\n' * 4,
+    "a.tsv": "prompt\tcompletion\n" + '"q\t1"\ta\nq2\t"b ""c"""\n' * 4,
+}
+
+
+def bare(text: str, punctuation: str) -> str:
+    """What must not get lost: all but white space, marks, and what parts records."""
+    return "".join(text.split()).translate(dict.fromkeys(map(ord, punctuation + "\ufeff")))
+
+
+def untouched(name: str, text: str) -> list[str]:
+    """The records of a JSON file that stand in it as they were written, between whole neighbours."""
+    lines = "\n" + text + "\n"
+    if name == "lines.jsonl":
+        return [record for record in TEXTS if f"\n{record}\n" in lines]
+    if name == "pretty.jsonl":
+        return [record for record in PRETTY if f"\n{record}\n{{\n" in lines]
+    if name == "array.json" and text.startswith("[{"):
+        return [record for record in TEXTS if f",\n{record},\n{{" in text]
+    if name == "flat.json" and text.startswith("[{"):
+        return [record for record in map(json.dumps, RECORDS) if f", {record}, {{" in text]
+    return []
+
+
+def test_no_damage_to_a_file_loses_text_or_a_record_beside_it_or_ends_in_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """TUNEGATE_FUZZ_CASES=20000 for a long run."""
     draw = random.Random(int(os.environ.get("TUNEGATE_FUZZ_SEED", "11")))
-    lines = "".join(
-        json.dumps({"prompt": f"q{i}", "completion": "x é " * i}, ensure_ascii=i % 2 > 0) + "\n" for i in range(8)
-    )
-    whole = {
-        "a.jsonl": lines.encode(),
-        "a.json": ("[" + ",\n".join(lines.splitlines()) + "]").encode(),
-        "a.csv": b"prompt,completion\n" + b'"q, 1","a"\nq2,"b ""c"""\n' * 4,
-        "a.jsonl.gz": gzip.compress(lines.encode()),
-        "a.jsonl.zst": pa.Codec("zstd").compress(lines.encode(), asbytes=True),
-    }
+    whole = {name: text.encode() for name, text in WHOLE.items()}
+    whole["a.jsonl.gz"] = gzip.compress(whole["lines.jsonl"])
+    whole["a.jsonl.zst"] = pa.Codec("zstd").compress(whole["lines.jsonl"], asbytes=True)
     pq.write_table(pa.Table.from_pylist([GOOD] * 5), tmp_path / "good.parquet")
     whole["a.parquet"] = (tmp_path / "good.parquet").read_bytes()
-    read_through = 0
-    for case in range(int(os.environ.get("TUNEGATE_FUZZ_CASES", "600"))):
+    read_through = came_out = 0
+    for case in range(int(os.environ.get("TUNEGATE_FUZZ_CASES", "1200"))):
         name = list(whole)[case % len(whole)]
-        content = damage(whole[name], draw)
-        path = write(tmp_path, name, content)
+        monkeypatch.setattr("tasks.json_records._READ_CHARS", draw.choice([300, 1 << 20]))  # records cut by the window
+        path = Path(write(tmp_path / str(case), name, damage(whole[name], draw)))
         try:
-            rows = read(path)
+            rows = read(str(path))
         except DataError:
             continue
         read_through += 1
-        assert [row.line for row in rows] == sorted({row.line for row in rows})
-        if name == "a.jsonl":
-            with open_text(Path(path), resolve_encoding(Path(path), "auto")[0]) as file:
-                assert len(rows) == sum(bool(line.strip()) for line in file)
-    assert read_through > 100
+        assert [row.line for row in rows] == sorted(row.line for row in rows)
+        if path.suffix in (".json", ".jsonl"):
+            encoding = resolve_encoding(path, "auto")[0]
+            with open_text(path, encoding) as file:
+                text = file.read()
+            parted = ",[]" if text.lstrip("\ufeff \n").startswith("[") else ","
+            assert "".join(bare(row.raw, parted) for row in rows) == bare(printable(text), parted), case
+            good = {row.raw for row in rows if not isinstance(row.value, Rejection)}
+            assert not set(untouched(name, text)) - good, case
+            came_out += len(untouched(name, text))
+    assert read_through > 200
+    assert came_out > 100
 
 
 WHOLE_FILE: dict[str, tuple[str, str | bytes, dict[str, Any], list[str]]] = {
