@@ -26,9 +26,9 @@ class DataSpec(Section):
     system_prompt: str | None = None
     """System message for rows that have none; null leaves that to the model's chat template."""
     encoding: str = "auto"
-    """Text encoding of the source files (any Python codec name); `auto` looks at the first 256 KiB of each."""
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
-    """Column separator of CSV files (.tsv files always use a tab)."""
+    """Text encoding of the source files (any Python codec name); `auto` finds out, see docs/data.md."""
+    delimiter: Annotated[str, Field(pattern=r"^(auto|.)$")] = "auto"
+    """Column separator of CSV files; `auto` finds comma, semicolon, tab or bar (.tsv files always use a tab)."""
     engine: Literal["local", "ray"] = "local"
     """What works on the parts of the data: this machine's cores, or a Ray cluster that sees the store (`[ray]`)."""
     hub_split: str = "train"

@@ -9,16 +9,20 @@ from data_contracts.errors import DataError, Problem
 from data_contracts.rules import Reason, Rejection
 from data_contracts.run_spec import DataSpec
 from tasks.core.formats import check_columns, converter, detect_format
+from tasks.processes import Display
 from tasks.raw_rows import RawRow
-from tasks.readers import is_text, read_source
+from tasks.readers import find_delimiter, is_text, read_source
 from tasks.sources import Source
-from tasks.text_files import AUTO, guess_encoding, mostly_undecodable, read_sample, resolve_encoding
+from tasks.text_files import AUTO, data_suffix, guess_encoding, mostly_undecodable, read_sample, resolve_encoding
 
 _ROWS = 100
 
 
 def probe(sources: list[Source], data: DataSpec) -> tuple[dict[str, str], list[Problem]]:
-    """The format of each source by name, and the problems of all of them."""
+    """The format of each source by name, and the problems of all of them.
+
+    A delimiter that was found and is not the usual one is said aloud.
+    """
     problems = _configuration_problems(data)
     if problems:
         return {}, problems
@@ -31,7 +35,19 @@ def probe(sources: list[Source], data: DataSpec) -> tuple[dict[str, str], list[P
         except DataError as error:
             found = list(error.problems)
         problems += found
+    if not problems:
+        _tell_delimiters(sources, data)
     return formats, problems
+
+
+def _tell_delimiters(sources: list[Source], data: DataSpec) -> None:
+    files = [source for source in sources if is_text(source) and data_suffix(source.path) == ".csv"]
+    with Display("probe") as display:
+        for source in files if data.delimiter == AUTO else []:
+            delimiter = find_delimiter(source.path, resolve_encoding(source.path, data.encoding)[0], AUTO)
+            if delimiter != ",":
+                reason = "it parts the header and the first rows alike"
+                display.show({"event": "note", "text": f"{source.name}: delimiter {delimiter!r} ({reason})"})
 
 
 def _configuration_problems(data: DataSpec) -> list[Problem]:
@@ -76,13 +92,13 @@ def _nothing_readable(rows: list[RawRow], where: str) -> Problem:
     return Problem(
         f"none of the first {len(rows)} records can be read; line {first.line}: {rejection.reason} ({rejection.detail})",
         where,
-        "JSONL: one object a line; JSON: one array of objects",
-        "write one object a line, or one array in a file named .json",
+        "JSON objects, one after the other or in one array",
+        "write one object a line, or one array",
     )
 
 
 def _byte_problems(path: Path, configured: str) -> list[Problem]:
-    """Empty, packed and damaged, or hardly a line decodes: the first 256 KiB tell."""
+    """Empty, packed and damaged, or hardly a line of the first 256 KiB decodes."""
     try:
         sample = read_sample(path)
         encoding, _ = resolve_encoding(path, configured)

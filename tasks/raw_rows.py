@@ -35,7 +35,9 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-decode_json = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object).decode
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object)
+# The value that starts at a place of a text, and where it ends.
+scan_object = _DECODER.raw_decode
 
 
 def decodes(text: str) -> bool:
@@ -63,16 +65,23 @@ def json_row(line: int, raw: str, encoding: str) -> RawRow:
     if not decodes(raw):
         return undecodable(line, raw, encoding)
     try:
-        # Files that were joined keep the byte order mark of each part.
-        value = decode_json(raw.lstrip("\ufeff"))
+        value = _DECODER.decode(raw)
     except json.JSONDecodeError as error:
-        return RawRow(line, raw, Rejection(Reason.UNPARSABLE, f"{error.msg} at column {error.colno}"))
+        place = f"line {error.lineno} of it, column {error.colno}" if "\n" in raw else f"column {error.colno}"
+        return RawRow(line, raw, Rejection(Reason.UNPARSABLE, f"{error.msg} at {place}"))
     except _DuplicateKey as error:
         return RawRow(line, raw, Rejection(Reason.DUPLICATE_KEY, printable(str(error)[:_KEY_CHARS])))
     except (ValueError, RecursionError) as error:
         return RawRow(line, raw, Rejection(Reason.UNPARSABLE, str(error)[:_DETAIL_CHARS]))
     if not isinstance(value, dict):
         return RawRow(line, raw, Rejection(Reason.NOT_AN_OBJECT, type(value).__name__))
+    return object_row(line, raw, value, encoding)
+
+
+def object_row(line: int, raw: str, value: dict[str, Any], encoding: str) -> RawRow:
+    """One JSON object that was read from `raw`."""
+    if not decodes(raw):
+        return undecodable(line, raw, encoding)
     # Only an escape can smuggle half a character past the decoder.
     if "\\u" in raw and not decodes(json.dumps(value, ensure_ascii=False)):
         return RawRow(line, raw, Rejection(Reason.UNDECODABLE, "half a surrogate pair"))

@@ -1,21 +1,25 @@
 """Every record of a source comes out once, in order, parsed or with the reason why not. Nothing is skipped."""
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 from data_contracts.errors import DataError, InfrastructureError, Problem, TransientError
 from data_contracts.rules import Reason, Rejection
 from data_contracts.run_spec import DataSpec
-from tasks.json_arrays import read_array
-from tasks.raw_rows import RawRow, decodes, json_row, undecodable
+from tasks.json_records import read_json
+from tasks.raw_rows import RawRow, decodes, undecodable
 from tasks.sources import Source
-from tasks.text_files import data_suffix, open_text, resolve_encoding
+from tasks.text_files import AUTO, data_suffix, open_text, resolve_encoding
 
 _DELIMITERS: Final = (",", ";", "\t", "|")
+_SAMPLE_CHARS: Final = 1 << 18
+_SAMPLE_RECORDS: Final = 50
 
 
 def read_source(source: Source, data: DataSpec) -> Iterator[RawRow]:
@@ -27,26 +31,12 @@ def read_source(source: Source, data: DataSpec) -> Iterator[RawRow]:
         return _read_parquet(source.path)
     encoding, _ = resolve_encoding(source.path, data.encoding)
     if suffix in (".csv", ".tsv"):
-        return _read_csv(source.path, encoding, "\t" if suffix == ".tsv" else data.delimiter)
-    if suffix == ".json" and _holds_array(source.path, encoding):
-        return read_array(source.path, encoding)
-    return _read_json_lines(source.path, encoding)
+        return _read_csv(source.path, encoding, find_delimiter(source.path, encoding, data.delimiter))
+    return read_json(source.path, encoding)
 
 
 def is_text(source: Source) -> bool:
     return source.kind == "file" and data_suffix(source.path) != ".parquet"
-
-
-def _read_json_lines(path: Path, encoding: str) -> Iterator[RawRow]:
-    with open_text(path, encoding) as file:
-        for number, line in enumerate(file, start=1):
-            if raw := line.strip():
-                yield json_row(number, raw, encoding)
-
-
-def _holds_array(path: Path, encoding: str) -> bool:
-    with open_text(path, encoding) as file:
-        return file.read(4096).lstrip().startswith("[")
 
 
 def _read_csv(path: Path, encoding: str, delimiter: str) -> Iterator[RawRow]:
@@ -76,6 +66,42 @@ def _read_csv(path: Path, encoding: str, delimiter: str) -> Iterator[RawRow]:
                 yield RawRow(line, raw, Rejection(Reason.UNPARSABLE, f"{len(cells)} cells, header has {len(header)}"))
             elif cells:
                 yield RawRow(line, raw, dict(zip(header, cells, strict=True)))
+
+
+def find_delimiter(path: Path, encoding: str, configured: str) -> str:
+    """What parts the columns. `auto`: the one that gives the first records the header's number of columns.
+
+    One record in ten may be broken, and at least two columns are needed; a comma where none or several others fit.
+    """
+    if data_suffix(path) == ".tsv":
+        return "\t"
+    if configured != AUTO:
+        return configured
+    csv.field_size_limit(sys.maxsize)
+    with open_text(path, encoding, newline="") as file:
+        text = file.read(_SAMPLE_CHARS)
+    lines = list(io.StringIO(text, newline=""))
+    whole_lines = len(lines) - (len(text) == _SAMPLE_CHARS)
+    fitting = [delimiter for delimiter in _DELIMITERS if _fits(lines, whole_lines, delimiter)]
+    return fitting[0] if len(fitting) == 1 else ","
+
+
+def _fits(lines: list[str], whole_lines: int, delimiter: str) -> bool:
+    widths = [width for width in islice(_widths(lines, whole_lines, delimiter), _SAMPLE_RECORDS) if width]
+    columns = widths[0] if widths else 0
+    return columns >= 2 and sum(width == columns for width in widths) >= 0.9 * len(widths)
+
+
+def _widths(lines: list[str], whole_lines: int, delimiter: str) -> Iterator[int]:
+    """Cells of each record that ends in a whole line; 0 for an empty one, -1 for one with a broken quote."""
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    while reader.line_num < whole_lines:
+        try:
+            width = len(next(reader))
+        except csv.Error:
+            width = -1
+        if reader.line_num <= whole_lines:
+            yield width
 
 
 def _noting(lines: Iterator[str], taken: list[str]) -> Iterator[str]:

@@ -4,6 +4,7 @@ import codecs
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Final, TextIO, cast
 
@@ -16,7 +17,12 @@ AUTO: Final = "auto"
 PACKED: Final = {".gz": "gzip", ".zst": "zstd"}
 
 _BYTES: Final = 256 * 1024
+_BLOCK_BYTES: Final = 1 << 20
 _GUESS_BYTES: Final = 64 * 1024
+_SIGNS: Final = ("\n", '"', ",")
+_TELLING_BYTES: Final = 4 << 20
+_TELLING_LINES: Final = 200  # lines beyond ASCII that settle what encoding a file has
+_WRONG_LINES: Final = 20  # fewer lines that are not UTF-8 are damage, unless they are half the file
 _MARKS: Final = (  # UTF-32 first: its mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
@@ -67,25 +73,72 @@ def codec(encoding: str) -> str:
 def read_sample(path: Path) -> bytes:
     """The first 256 KiB, in whole lines: no character is cut in two."""
     with open_bytes(path) as file:
-        sample = file.read(_BYTES)
-    return sample[: sample.rfind(b"\n") + 1] or sample if len(sample) == _BYTES else sample
+        return _whole_lines(file.read(_BYTES), _BYTES - 1)
+
+
+def _whole_lines(text: bytes, size: int) -> bytes:
+    """The lines that end within `size`, or as much of the first."""
+    return text if len(text) <= size else text[: text.rfind(b"\n", 0, size) + 1] or text[:size]
 
 
 def resolve_encoding(path: Path, configured: str) -> tuple[str, str]:
-    """The encoding of a file, and why. `auto`: a byte order mark, else UTF-8 if most lines are, else a guess.
+    """The encoding of a file, and why. `auto`: a byte order mark, else what its bytes say, read on until they do.
 
     A file of which nothing fits is taken for UTF-8, so that its lines are rejected one by one.
     """
     if configured != AUTO:
         return configured, "as configured"
+    state = path.stat()
+    return _find_encoding(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _find_encoding(path: Path, size: int, modified: int) -> tuple[str, str]:
+    """Found once for each state of a file: an ASCII file is read to its end."""
     sample = read_sample(path)
     for mark, name in _MARKS:
         if sample.startswith(mark):
             return name, "its byte order mark says so"
-    if not mostly_undecodable(sample, "utf-8"):
+    if wide := _wide(sample):
+        return wide, "every ASCII character comes with a zero"
+    telling = _telling_lines(path)
+    wrong = [line for line in telling if not _reads(line, "utf-8")]
+    few = len(wrong) < _WRONG_LINES and len(wrong) <= sample.count(b"\n") / 2
+    if few or len(wrong) <= len(telling) / 2:
         return "utf-8", "most of its lines are"
-    guess = guess_encoding(sample)
-    return (guess, "hardly a line of it is utf-8; a guess, look at some rows") if guess else ("utf-8", "nothing fits")
+    guess = guess_encoding(b"\n".join(wrong))
+    reason = "most lines that are not ASCII are not utf-8; a guess, look at some rows"
+    return (guess, reason) if guess else ("utf-8", "nothing fits")
+
+
+def _wide(sample: bytes) -> str | None:
+    """UTF-16 without a mark, told by quotes, commas and line ends that come with a zero; None if it is something else."""
+    signs = sum(sample.count(sign.encode()) for sign in _SIGNS)
+    for name in ("utf-16-le", "utf-16-be") if b"\0" in sample else ():
+        text = sample.decode(name, "replace")
+        if sum(map(text.count, _SIGNS)) > signs / 2:
+            return name
+    return None
+
+
+def _telling_lines(path: Path) -> list[bytes]:
+    """The first lines that are not ASCII, wherever they stand, without their ASCII cells; a line beyond 1 MiB in pieces."""
+    telling: list[bytes] = []
+    rest, size = b"", 0
+    with open_bytes(path) as file:
+        while size < _TELLING_BYTES and len(telling) < _TELLING_LINES and (block := file.read(_BLOCK_BYTES)):
+            block = rest + block
+            # In no encoding that holds ASCII is a sign a part of another character.
+            end = max(block.rfind(sign.encode()) for sign in _SIGNS) + 1 or len(block)
+            block, rest = block[:end], block[end:]
+            if not block.isascii():
+                telling += [_foreign(line) for line in block.split(b"\n") if not line.isascii()]
+                size += len(block)
+    return telling if rest.isascii() else [*telling, _foreign(rest)]
+
+
+def _foreign(line: bytes) -> bytes:
+    return b" ".join(text for text in line.split(b'"') if not text.isascii())
 
 
 def mostly_undecodable(sample: bytes, encoding: str) -> bool:
@@ -93,8 +146,9 @@ def mostly_undecodable(sample: bytes, encoding: str) -> bool:
     wide = encoding.lower().replace("_", "-").startswith(("utf-16", "utf16", "utf-32", "utf32"))
     if not wide and sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return True
+    decoder = codecs.getincrementaldecoder(codec(encoding))("surrogateescape")
     try:
-        lines = [line for line in sample.decode(codec(encoding), "surrogateescape").split("\n") if line.strip()]
+        lines = [line for line in decoder.decode(sample).split("\n") if line.strip()]  # its end may be cut
     except UnicodeDecodeError:
         return True  # UTF-16 and UTF-32 have no byte that could be escaped
     return sum(not decodes(line) for line in lines) > len(lines) / 2
@@ -104,13 +158,18 @@ def guess_encoding(sample: bytes) -> str | None:
     """The encoding that charset_normalizer finds likeliest, if the whole sample can be read in it."""
     from charset_normalizer import from_bytes
 
-    best = from_bytes(sample[:_GUESS_BYTES]).best()
+    matches = from_bytes(_whole_lines(sample, _GUESS_BYTES))
+    best = matches.best()
     if best is None:
         return None
+    name = best.encoding
+    equals = [match for match in matches if match.chaos <= best.chaos and match.coherence >= best.coherence]
+    if any("cp1252" in match.could_be_from_charset for match in equals):
+        name = "cp1252"  # of equals the library takes the first by name, which is Central European
     # gb18030 reads everything its two subsets read.
-    if best.encoding in ("gb2312", "gbk", "hz", "big5hkscs") and _reads(sample, "gb18030"):
-        return "gb18030"
-    return best.encoding if _reads(sample, best.encoding) else None
+    if name in ("gb2312", "gbk", "hz", "big5hkscs") and _reads(sample, "gb18030"):
+        name = "gb18030"
+    return name if _reads(sample, name) else None
 
 
 def _reads(sample: bytes, encoding: str) -> bool:

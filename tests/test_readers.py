@@ -15,8 +15,9 @@ import pytest
 from data_contracts.errors import DataError, InfrastructureError
 from data_contracts.rules import Rejection
 from data_contracts.run_spec import DataSpec
+from flows.look import init
 from tasks.ingest import ingest
-from tasks.raw_rows import RawRow
+from tasks.raw_rows import RawRow, printable
 from tasks.readers import read_source
 from tasks.sources import Source, find_sources, source_digests
 from tasks.stores import Store
@@ -130,6 +131,106 @@ def test_the_encoding_of_a_file_is_found_and_its_reason_told(tmp_path: Path) -> 
     assert reasons(read(mixed)) == [None, None, None, "undecodable"]
 
 
+FOREIGN = {
+    "gb18030": {"prompt": "高血压患者能吃党参吗", "completion": "高血压病人可以口服党参的"},
+    "cp1252": {"prompt": "Où êtes-vous né ?", "completion": "L'élève a mangé des pâtes à l'école, ça va."},
+}
+
+
+@pytest.mark.parametrize("encoding", FOREIGN)
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_an_encoding_that_shows_only_after_a_long_ascii_head_is_found(
+    tmp_path: Path, encoding: str, suffix: str
+) -> None:
+    line = json.dumps(FOREIGN[encoding], ensure_ascii=False) + "\n"
+    ascii_rows = -(-300_000 // len(LINE))
+    content = (LINE * ascii_rows + line * 40 + LINE * ascii_rows).encode(encoding)
+    path = write(tmp_path, "a.jsonl" + suffix, gzip.compress(content) if suffix else content)
+    assert resolve_encoding(Path(path), "auto")[0] == encoding
+    values = [row.value for row in read(path)]
+    assert len(values) == 2 * ascii_rows + 40
+    assert values.count(FOREIGN[encoding]) == 40
+
+
+def test_an_array_on_one_line_tells_its_encoding_beyond_its_first_mebibyte(tmp_path: Path) -> None:
+    rows = [GOOD] * 40_000 + [FOREIGN["gb18030"]] * 30
+    path = write(tmp_path, "a.json", json.dumps(rows, ensure_ascii=False).encode("gbk"))
+    assert resolve_encoding(Path(path), "auto")[0] == "gb18030"
+
+
+def test_a_few_damaged_lines_do_not_change_the_encoding_of_a_file(tmp_path: Path) -> None:
+    damaged = b'{"prompt": "caf\xe9", "completion": "b"}\n'
+    rows = read(write(tmp_path, "a.jsonl", LINE.encode() * 100 + damaged * 19))
+    assert reasons(rows) == [None] * 100 + ["undecodable"] * 19
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("text", [*FOREIGN, "ascii"])
+def test_utf_16_without_a_mark_is_found(tmp_path: Path, encoding: str, text: str) -> None:
+    line = json.dumps(FOREIGN.get(text, GOOD), ensure_ascii=False) + "\n"
+    assert reasons(read(write(tmp_path, "a.jsonl", (line * 3).encode(encoding)))) == [None] * 3
+    array = json.dumps([FOREIGN.get(text, GOOD)] * 3, ensure_ascii=False)
+    assert reasons(read(write(tmp_path, "one_line.json", array.encode(encoding)))) == [None] * 3
+    table = "question,answer\n" + "高血压,党参\n" * 3
+    assert len(read(write(tmp_path, "a.csv", table.encode(encoding)))) == 3
+
+
+def test_zeros_in_a_file_do_not_make_it_utf_16(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", LINE.encode() * 3 + b"\0a\0b\0c\0d\n" + LINE.encode() + b"\0" * 512)
+    assert resolve_encoding(Path(path), "auto")[0] == "utf-8"
+    assert reasons(read(path)) == [None] * 3 + ["unparsable", None, "unparsable"]
+
+
+def test_a_long_utf_16_file_is_not_taken_for_undecodable_where_its_sample_ends(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", (LINE * 4000).encode("utf-16"))
+    assert ingest(Store(tmp_path / "store"), DataSpec(source=[path])).unreadable == 0
+
+
+# --- what parts the columns -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_the_delimiter_of_a_csv_is_found_from_its_header_and_first_rows(tmp_path: Path, delimiter: str) -> None:
+    cells = [["prompt", "completion"], ['a, b; "c" | d', "x\ny"], ["1,5", "2;5"], ["e,f", "g;h|i"], ["j", "k"]]
+    quoted = [['"' + cell.replace('"', '""') + '"' for cell in row] for row in cells]
+    path = write(tmp_path, "a.csv", "".join(delimiter.join(row) + "\n" for row in quoted))
+    rows = read(path)
+    assert [list(row.value.values()) for row in rows] == cells[1:]  # type: ignore[union-attr]
+
+
+def test_a_delimiter_in_doubt_is_a_comma_and_a_named_one_overrules(tmp_path: Path) -> None:
+    both = write(tmp_path, "both.csv", "prompt,completion;x\na,b;c\n")
+    assert read(both)[0].value == {"prompt": "a", "completion;x": "b;c"}
+    assert read(both, delimiter=";")[0].value == {"prompt,completion": "a,b", "x": "c"}
+    commas = write(tmp_path, "commas.csv", "prompt;x,completion\n" + "a;b;c,d\n" * 9 + "a;b\n")
+    assert len(read(commas)) == 10
+    assert read(commas)[0].value == {"prompt;x": "a;b;c", "completion": "d"}
+    tabs = write(tmp_path, "tabs.tsv", "prompt;x\tcompletion\na;b\tc\n")
+    assert read(tabs)[0].value == {"prompt;x": "a;b", "completion": "c"}
+
+
+def test_one_broken_record_in_ten_does_not_hide_the_delimiter(tmp_path: Path) -> None:
+    rows = read(write(tmp_path, "a.csv", "prompt;completion\n" + "a, b;c\n" * 9 + "broken\n"))
+    assert reasons(rows) == [None] * 9 + ["unparsable"]
+
+
+def test_a_delimiter_that_was_found_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    semicolons = write(tmp_path, "semi.csv", "prompt;completion\na;b\n")
+    commas = write(tmp_path, "commas.csv", "prompt,completion\na,b\n")
+    ingest(Store(tmp_path / "store"), DataSpec(source=[semicolons, commas]))
+    told = capfd.readouterr().err
+    assert "semi.csv: delimiter ';'" in told
+    assert "commas.csv" not in told
+
+
+def test_init_writes_a_preset_for_a_csv_with_semicolons(tmp_path: Path) -> None:
+    path = write(tmp_path, "semi.csv", "question;answer\nIs it a, or b?;It is b.\n")
+    look = init(tmp_path / "my.yaml", path, None, None, [])
+    assert (look.rows, look.unreadable) == ({"semi.csv": 1}, 0)
+    assert look.columns == {"prompt": "question", "completion": "answer"}
+    assert look.example["question"] == "Is it a, or b?"
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_packed_files_are_read_and_a_damaged_one_stops_the_run(tmp_path: Path, suffix: str) -> None:
     pack = gzip.compress if suffix == ".gz" else partial(pa.Codec("zstd").compress, asbytes=True)
@@ -155,6 +256,74 @@ def test_an_array_is_read_item_by_item_and_one_broken_item_is_rejected_alone(tmp
     assert reasons(read(write(tmp_path, "nested.json", nested))) == [None] * 60
     big = write(tmp_path, "big.json", json.dumps([{"prompt": "x" * 700_000, "completion": str(i)} for i in range(5)]))
     assert [row.value["completion"] for row in read(big)] == list("01234")  # type: ignore[index]
+
+
+def test_records_that_span_lines_come_out_once_with_the_line_where_they_start(tmp_path: Path) -> None:
+    pretty = json.dumps(GOOD | {"tags": [{"a": 1}, {}]}, indent=2)
+    for name, text in {
+        "a.jsonl": f"{pretty}\n{pretty}\n\n{LINE}",
+        "a.json": f"{pretty}\n{pretty}\n\n{LINE}",
+        "glued.ndjson": f"{pretty}{pretty}\n\n\n{LINE}",
+        "by_comma.json": f"{pretty},\n{pretty},\n\n{LINE}",
+    }.items():
+        rows = read(write(tmp_path, name, text))
+        assert reasons(rows) == [None] * 3
+        start = 10 if name == "glued.ndjson" else 11
+        assert [row.line for row in rows] == [1, start, 22], name
+        assert rows[1].raw == pretty
+    one_line = write(tmp_path, "one.json", json.dumps(GOOD) * 3)
+    assert [(row.line, row.value) for row in read(one_line)] == [(1, GOOD)] * 3
+
+
+def test_the_content_tells_an_array_from_lines_whatever_the_file_is_called(tmp_path: Path) -> None:
+    pretty = json.dumps([GOOD, GOOD, 5], indent=2)
+    for text in (json.dumps([GOOD, GOOD, 5]), pretty, json.dumps([GOOD, GOOD, 5], indent=0)):
+        assert reasons(read(write(tmp_path, "a.jsonl", text))) == [None, None, "not_an_object"]
+    assert reasons(read(write(tmp_path, "two.json", pretty + pretty))) == [None, None, "not_an_object"] * 2
+    assert reasons(read(write(tmp_path, "more.json", pretty + "\nmore"))) == [None, None, "not_an_object", "unparsable"]
+    lists = write(tmp_path, "lists.json", '[{"role": "user"}, {"role": "x"}]\n[{"role": "user"}]\n')
+    assert reasons(read(lists)) == ["not_an_object"] * 2
+    assert reasons(read(write(tmp_path, "cut.jsonl", f'["cut\n{LINE}{LINE}'))) == ["unparsable", None, None]
+
+
+def test_a_broken_record_of_many_lines_is_one_row_and_the_next_record_is_read(tmp_path: Path) -> None:
+    broken = '{\n  "prompt": "a",\n  "tags": [\n    {"b": 1},\n    {"c" 2}\n  ]\n}'
+    pretty = json.dumps(GOOD, indent=2)
+    rows = read(write(tmp_path, "a.json", f"{pretty}\n{broken}\n{pretty}{broken}{pretty}"))
+    assert reasons(rows) == [None, "unparsable", None, "unparsable", None]
+    assert [rows[1].raw, rows[3].raw] == [broken, broken]
+    assert isinstance(rows[1].value, Rejection) and "line 5 of it, column 10" in rows[1].value.detail
+    headless = pretty.removeprefix("{\n")
+    rows = read(write(tmp_path, "b.json", f"{pretty}\n{headless}\n{pretty}\n"))
+    assert reasons(rows) == [None, "unparsable", None]
+    endless = pretty.removesuffix("\n}") + ","
+    rows = read(write(tmp_path, "c.json", f"{endless}\n{pretty}\n{pretty}\n"))
+    assert [row.line for row in rows if not isinstance(row.value, Rejection)] == [4, 8]
+
+
+@pytest.mark.parametrize(
+    "cut", ['{"prompt": ', '{"prompt": [', '{"prompt": "a",', '{"a": {', '{"prompt": "q', "{", "x, ["]
+)
+def test_a_line_that_was_cut_swallows_no_good_line_below(tmp_path: Path, cut: str) -> None:
+    rows = read(write(tmp_path, "a.jsonl", LINE + cut + "\n" + LINE * 3))
+    assert reasons(rows) == [None, "unparsable", None, None, None]
+    assert rows[1].raw == cut.strip()
+
+
+def test_two_records_run_together_by_a_lost_line_end_are_told_apart(tmp_path: Path) -> None:
+    half = '{"prompt": "hi", "completion": "hel'
+    rows = read(write(tmp_path, "a.jsonl", LINE + half + LINE + LINE.strip() + LINE))
+    assert reasons(rows) == [None, "unparsable", None, None, None]
+    assert rows[1].raw == half
+    junk = LINE.strip() + ' and "more"}\n'
+    assert reasons(read(write(tmp_path, "b.jsonl", LINE + junk + LINE))) == [None, "unparsable", None]
+
+
+def test_what_a_broken_item_leaves_behind_ends_no_array(tmp_path: Path) -> None:
+    item = json.dumps({"messages": [{"role": "user"}, {"role": "assistant"}]})
+    flat = write(tmp_path, "a.json", f"[{item}, {item.replace(':', '', 1)}, {item}, {item}]")
+    assert reasons(read(flat)).count(None) >= 3
+    assert [row.raw for row in read(flat)].count(item) == 3
 
 
 def test_a_field_named_twice_is_rejected_and_not_lost(tmp_path: Path) -> None:
@@ -191,46 +360,92 @@ def damage(content: bytes, draw: random.Random) -> bytes:
     return bytes(data)
 
 
-def test_no_damage_to_a_file_loses_a_line_or_ends_in_a_traceback(tmp_path: Path) -> None:
+RECORDS = [{"prompt": f"q{i}", "completion": "x é " * i, "tags": [{"n": i}, {"n": "]}"}]} for i in range(8)]
+TEXTS = [json.dumps(record, ensure_ascii=i % 2 > 0) for i, record in enumerate(RECORDS)]
+PRETTY = [json.dumps(record, ensure_ascii=i % 2 > 0, indent=2) for i, record in enumerate(RECORDS)]
+WHOLE = {
+    "lines.jsonl": "\n".join(TEXTS) + "\n",
+    "pretty.jsonl": "\n".join(PRETTY) + "\n",
+    "glued.json": "".join(PRETTY),
+    "array.json": "[" + ",\n".join(TEXTS) + "]",
+    "flat.json": json.dumps(RECORDS),
+    "pretty.json": json.dumps(RECORDS, indent=1),
+    "a.csv": "prompt,completion\n" + '"q, 1","a"\nq2,"b ""c"""\n' * 4,
+    "b.csv": "prompt;completion\n" + '"q; 1","a, b"\nq2,3;"b ""c"""\n' * 4,
+    "a.tsv": "prompt\tcompletion\n" + '"q\t1"\ta\nq2\t"b ""c"""\n' * 4,
+}
+
+
+def bare(text: str, punctuation: str) -> str:
+    """What must not get lost: all but white space, marks, and what parts records."""
+    return "".join(text.split()).translate(dict.fromkeys(map(ord, punctuation + "\ufeff")))
+
+
+def untouched(name: str, text: str) -> list[str]:
+    """The records of a JSON file that stand in it as they were written, between whole neighbours."""
+    lines = "\n" + text + "\n"
+    if name == "lines.jsonl":
+        return [record for record in TEXTS if f"\n{record}\n" in lines]
+    if name == "pretty.jsonl":
+        return [record for record in PRETTY if f"\n{record}\n{{\n" in lines]
+    if name == "array.json" and text.startswith("[{"):
+        return [record for record in TEXTS if f",\n{record},\n{{" in text]
+    if name == "flat.json" and text.startswith("[{"):
+        return [record for record in map(json.dumps, RECORDS) if f", {record}, {{" in text]
+    return []
+
+
+def test_no_damage_to_a_file_loses_text_or_a_record_beside_it_or_ends_in_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """TUNEGATE_FUZZ_CASES=20000 for a long run."""
     draw = random.Random(int(os.environ.get("TUNEGATE_FUZZ_SEED", "11")))
-    lines = "".join(
-        json.dumps({"prompt": f"q{i}", "completion": "x é " * i}, ensure_ascii=i % 2 > 0) + "\n" for i in range(8)
-    )
-    whole = {
-        "a.jsonl": lines.encode(),
-        "a.json": ("[" + ",\n".join(lines.splitlines()) + "]").encode(),
-        "a.csv": b"prompt,completion\n" + b'"q, 1","a"\nq2,"b ""c"""\n' * 4,
-        "a.jsonl.gz": gzip.compress(lines.encode()),
-        "a.jsonl.zst": pa.Codec("zstd").compress(lines.encode(), asbytes=True),
-    }
+    whole = {name: text.encode() for name, text in WHOLE.items()}
+    whole["a.jsonl.gz"] = gzip.compress(whole["lines.jsonl"])
+    whole["a.jsonl.zst"] = pa.Codec("zstd").compress(whole["lines.jsonl"], asbytes=True)
     pq.write_table(pa.Table.from_pylist([GOOD] * 5), tmp_path / "good.parquet")
     whole["a.parquet"] = (tmp_path / "good.parquet").read_bytes()
-    read_through = 0
-    for case in range(int(os.environ.get("TUNEGATE_FUZZ_CASES", "600"))):
+    read_through = came_out = 0
+    for case in range(int(os.environ.get("TUNEGATE_FUZZ_CASES", "1200"))):
         name = list(whole)[case % len(whole)]
-        content = damage(whole[name], draw)
-        path = write(tmp_path, name, content)
+        monkeypatch.setattr("tasks.json_records._READ_CHARS", draw.choice([300, 1 << 20]))  # records cut by the window
+        path = Path(write(tmp_path / str(case), name, damage(whole[name], draw)))
         try:
-            rows = read(path)
+            rows = read(str(path))
         except DataError:
             continue
         read_through += 1
-        assert [row.line for row in rows] == sorted({row.line for row in rows})
-        if name == "a.jsonl":
-            with open_text(Path(path), resolve_encoding(Path(path), "auto")[0]) as file:
-                assert len(rows) == sum(bool(line.strip()) for line in file)
-    assert read_through > 100
+        assert [row.line for row in rows] == sorted(row.line for row in rows)
+        if path.suffix in (".gz", ".zst", ".parquet"):
+            continue
+        with open_text(path, resolve_encoding(path, "auto")[0]) as file:
+            text = file.read()
+        parted = ",[]" if text.lstrip("\ufeff \n").startswith("[") else ","
+        taken = "".join(bare(row.raw, parted) for row in rows)
+        everything = bare(printable(text), parted)
+        # All that is missing is a table's header.
+        assert everything.endswith(taken) if path.suffix in (".csv", ".tsv") else everything == taken, case
+        good = {row.raw for row in rows if not isinstance(row.value, Rejection)}
+        assert not set(untouched(name, text)) - good, case
+        came_out += len(untouched(name, text))
+    assert read_through > 200
+    assert came_out > 100
 
 
 WHOLE_FILE: dict[str, tuple[str, str | bytes, dict[str, Any], list[str]]] = {
     "empty": ("a.jsonl", "", {}, ["the file is empty"]),
     "only a header": ("a.csv", "prompt,completion\n", {}, ["no rows"]),
     "empty array": ("a.json", "[]", {}, ["no rows"]),
-    "one object": ("a.json", '{\n"data": []\n}', {}, ["one array of objects"]),
-    "array named jsonl": ("a.jsonl", f"[{LINE.strip()}]", {}, ["named .json"]),
-    "wrong delimiter": ("a.csv", "prompt;completion\na;b\n", {}, ["delimiter", "--set data.delimiter=';'"]),
-    "tabs in a csv": ("a.csv", "prompt\tcompletion\na\tb\n", {}, ["rename the file to .tsv"]),
+    "one object": ("a.json", '{\n"data": []\n}', {}, ["fields found: data"]),
+    "no JSON": ("a.jsonl", "once upon a time\n", {}, ["one after the other or in one array"]),
+    "wrong delimiter": (
+        "a.csv",
+        "prompt;completion\na;b\n",
+        {"delimiter": ","},
+        ["delimiter", "--set data.delimiter=';'"],
+    ),
+    "tabs in a csv": ("a.csv", "prompt\tcompletion\na\tb\n", {"delimiter": ","}, ["rename the file to .tsv"]),
+    "semicolons in a tsv": ("a.tsv", "prompt;completion\na;b\n", {}, ["rename the file to .csv"]),
     "column twice": ("a.csv", "prompt,prompt\na,b\n", {}, ["named twice: prompt"]),
     "open quote": ("a.csv", 'prompt,completion\na,"b\nc,d\ne,f\n', {}, ["line 2", "never closed"]),
     "no parquet": ("a.parquet", "PAR", {}, ["Parquet"]),
@@ -264,7 +479,7 @@ def test_a_file_that_is_wrong_as_a_whole_stops_the_run_with_the_next_act(name: s
 
 def test_all_problems_of_all_sources_are_said_together(tmp_path: Path) -> None:
     support = write(tmp_path, "support.jsonl", LINE)
-    empty, semicolons = write(tmp_path, "empty.jsonl", ""), write(tmp_path, "semi.csv", "a;b\n1;2\n")
+    empty, semicolons = write(tmp_path, "empty.jsonl", ""), write(tmp_path, "semi.tsv", "a;b\n1;2\n")
     missing = str(tmp_path / "suport.jsonl")
     nothing = str(tmp_path / "*.parquet")
     text = message(tmp_path, support, empty, semicolons, missing, nothing, "builtin:docs")

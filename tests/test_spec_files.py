@@ -150,7 +150,7 @@ def test_a_section_is_no_dial():
         ("train.activation_checkpointing=yes", "true or false"),
         ("train.methods=[lora, qlra]", "one of 'lora' or 'qlora'"),
         ("train.methods=[]", "at least 1 item"),
-        ("data.delimiter=;;", "1 character"),
+        ("data.delimiter=;;", "text that matches ^(auto|.)$"),
         ("data.columns=[a]", "a mapping, such as {prompt: question, completion: answer}"),
         ("model.name=a/b", "text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$"),
     ],
