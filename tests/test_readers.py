@@ -226,7 +226,7 @@ def test_a_delimiter_that_was_found_is_told(tmp_path: Path, capfd: pytest.Captur
 def test_init_writes_a_preset_for_a_csv_with_semicolons(tmp_path: Path) -> None:
     path = write(tmp_path, "semi.csv", "question;answer\nIs it a, or b?;It is b.\n")
     look = init(tmp_path / "my.yaml", path, None, None, [])
-    assert (look.rows, look.unreadable) == ({"semi.csv": 1}, 0)
+    assert (look.sample.counts, look.sample.unreadable) == ({"semi.csv": 1}, 0)
     assert look.columns == {"prompt": "question", "completion": "answer"}
     assert look.example["question"] == "Is it a, or b?"
 
