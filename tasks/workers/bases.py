@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from tasks.workers.device import Device
+from tasks.workers.tree_attention import NAME
 
 
 def load_base(folder: Path, method: str, device: Device) -> PreTrainedModel:
@@ -15,7 +17,7 @@ def load_base(folder: Path, method: str, device: Device) -> PreTrainedModel:
 
     Safetensors only; no code from the base is run.
     """
-    options: dict[str, Any] = {"dtype": device.dtype, "attn_implementation": "sdpa", "device_map": {"": device.device}}
+    options: dict[str, Any] = {"dtype": device.dtype, "attn_implementation": NAME, "device_map": {"": device.device}}
     if method == "qlora":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -28,6 +30,7 @@ def load_base(folder: Path, method: str, device: Device) -> PreTrainedModel:
     )
     if method == "qlora":
         _leave_the_file(model)
+        _keep_the_weights(model)
     model.config.use_cache = False
     model.requires_grad_(False)
     model.eval()
@@ -43,6 +46,17 @@ def _leave_the_file(model: torch.nn.Module) -> None:
         if not hasattr(parameter, "quant_state"):
             parameter.data = parameter.data.clone()
     gc.collect()
+
+
+def _keep_the_weights(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking weights for its bf16 kernel, which it does on CPUs with AVX512_BF16.
+
+    The first forward without gradients would change them in place: fp32 arithmetic would become bf16, and training
+    after it would have no gradient.
+    """
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def weights_bytes(model: torch.nn.Module) -> int:

@@ -22,10 +22,12 @@ from tasks.core.too_long import TooLong, fit
 from tasks.workers.bases import load_base, weights_bytes
 from tasks.workers.chat import Chat, load_chat
 from tasks.workers.device import Device, choose_device, peak_rss_bytes, reset_peak_rss
+from tasks.workers.fused_lora import fuse_lora
 from tasks.workers.harness import main, say
-from tasks.workers.scoring import Batch, scored_losses, to_tensors
+from tasks.workers.scoring import Batch, Way, choose_way, scored_losses, to_device, to_tensors
 
 _CHECKED_ROWS = 64  # decoded before training starts
+_COMPARED_ROWS = 4  # scored both ways before training starts
 
 
 def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -45,7 +47,10 @@ def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     load_peak = peak_rss_bytes()
     reset_peak_rss()
 
-    trainer = PackedTrainer(model, rows, plan, training_arguments(spec, out, device, len(plan)))
+    scoring = choose_way(model, rows[:_COMPARED_ROWS])
+    say("note", text=f"{scoring.way} forward: {scoring.reason}")
+    fuse_lora(model)
+    trainer = PackedTrainer(model, rows, plan, scoring.way, training_arguments(spec, out, device, len(plan)))
     checkpoint = last_checkpoint(out)
     trainer.train(resume_from_checkpoint=checkpoint)
     peak = peak_rss_bytes()
@@ -63,10 +68,12 @@ def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
         "peak_rss_bytes": max(load_peak, peak),
         "peak_train_bytes": torch.cuda.max_memory_allocated() if device.device == "cuda" else peak,
         "train_seconds": sum(entry["step_seconds"] for entry in history),
-        "final_validation_nll_nats": validation_loss(model, chat, spec, device),
+        "final_validation_nll_nats": validation_loss(model, chat, spec, device, scoring.way),
         "loss": [loss_point(entry) for entry in history],
         "seconds": time.monotonic() - started,
         **vars(device),
+        "scoring": scoring.way,
+        "scoring_reason": scoring.reason,
     }
 
 
@@ -146,17 +153,19 @@ def training_arguments(spec: dict[str, Any], out: Path, device: Device, steps: i
 class PackedTrainer(Trainer):
     """transformers.Trainer fed with packed rows, its loss taken over completion tokens only."""
 
-    def __init__(self, model: Any, rows: list[Scored], plan: list[list[int]], args: TrainingArguments) -> None:
+    def __init__(
+        self, model: Any, rows: list[Scored], plan: list[list[int]], way: Way, args: TrainingArguments
+    ) -> None:
         super().__init__(model=model, args=args, train_dataset=rows, callbacks=[Clock()])
         self.remove_callback(PrinterCallback)
         self.rows: Any = rows
-        self.plan = plan
+        self.plan, self.way = plan, way
         self.model_accepts_loss_kwargs = True
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """One pass over the plan: it holds all epochs, so a resumed run skips to where it was."""
         loader: DataLoader[Batch] = DataLoader(
-            self.rows, batch_sampler=self.plan, collate_fn=lambda rows: to_tensors(pack(rows))
+            self.rows, batch_sampler=self.plan, collate_fn=lambda rows: to_tensors(rows, self.way)
         )
         prepared: DataLoader[Batch] = self.accelerator.prepare(loader)
         return prepared
@@ -206,7 +215,7 @@ def loss_point(entry: dict[str, float]) -> dict[str, float]:
     }
 
 
-def validation_loss(model: Any, chat: Chat, spec: dict[str, Any], device: Device) -> float | None:
+def validation_loss(model: Any, chat: Chat, spec: dict[str, Any], device: Device, way: Way) -> float | None:
     """Mean loss per completion token of the validation rows after training; None without such rows."""
     lines = Path(spec["validation"]).read_text().splitlines()
     rows = [chat.scored(json.loads(line)["messages"]) for line in lines]
@@ -217,8 +226,7 @@ def validation_loss(model: Any, chat: Chat, spec: dict[str, Any], device: Device
     total, tokens = 0.0, 0
     with torch.inference_mode():
         for group in group_for_packing(rows, spec["batch_tokens"]):
-            batch = to_tensors(pack([rows[i] for i in group]))
-            losses = scored_losses(model, {key: value.to(device.device) for key, value in batch.items()})
+            losses = scored_losses(model, to_device(to_tensors([rows[i] for i in group], way), device.device))
             total, tokens = total + float(losses.sum()), tokens + len(losses)
     return total / tokens
 
