@@ -29,6 +29,7 @@ from transformers import (
 
 import data_contracts
 from data_contracts.errors import ConfigError
+from tasks.core.activations import block_bytes_per_token
 from tasks.core.architecture import decoder, from_json
 from tasks.core.fitting import USABLE, card, changes, needed, usable_bytes
 from tasks.core.memory import constant_bytes, predict
@@ -253,6 +254,16 @@ def test_a_step_in_bf16_under_autocast_peaks_where_planned(checkpointing):
     parts = predict(arch, settings_of(dials, "lora", 2, len(tokens.input_ids_T), scored=len(tokens.targets_N)))
     planned = parts.activations + parts.logits + parts.gradients
     assert planned == pytest.approx(live_peak(model.train(), to_tensors(tokens), autocast=True), rel=0.15)
+
+
+def test_with_checkpointing_every_blocks_input_and_one_whole_block_are_alive_at_once():
+    arch = decoder(SHAPES["llama-2-7b"])
+    asked = Settings("lora", 1024, scored=16, checkpointing=True)
+    parts = predict(arch, asked)
+    inputs = arch.layers * 1024 * arch.hidden * 2
+    block = 1024 * block_bytes_per_token(arch, asked)
+    assert parts.moment == "first block backward"
+    assert inputs + block < parts.activations < inputs + 2 * block
 
 
 def test_scores_of_every_pair_of_tokens_are_what_eager_attention_costs():
