@@ -81,13 +81,12 @@ def retrain_flow(spec: RunSpec, force: bool = False) -> Any:
         arms=arms,
         evaluations=evaluations,
         comparison=comparison,
-        gate=gates,
-        recorded=recorded,
+        gate=gates, recorded=recorded,
         model=registry.version_now(spec.store, model),
         loaded_back=answer,
         stages=run.done,
         html=page,
-    )
+    )  # fmt: skip
     store.write_report(report)
     return run.end(report)
 
