@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 
 from tasks.core.choice import TestRow, choose_distractors
-from tasks.core.packing import Scored, pack
+from tasks.core.packing import Scored
 from tasks.processes import run_worker
 from tasks.workers.bases import load_base
 from tasks.workers.chat import Chat, load_chat
@@ -66,7 +66,7 @@ def documentation_rows(out: Path) -> list[dict[str, Any]]:
 def compare_training(method: str, model: Any, chat: Chat, rows: list[dict[str, Any]], pairs: int) -> None:
     """One forward and backward pass over the same rows, padded with the library's loss against packed."""
     batch = [chat.scored(row["messages"]) for row in rows[:BATCH_ROWS]]
-    padded, packed = pad(batch, chat), to_tensors(pack(batch))
+    padded, packed = pad(batch, chat), to_tensors(batch)
     tokens = sum(len(row.ids) for row in batch)
     ways: dict[str, Callable[[], torch.Tensor]] = {
         "padded": lambda: model(**padded).loss,
@@ -105,7 +105,7 @@ def compare_scoring(model: Any, chat: Chat, rows: list[dict[str, Any]], pairs: i
         requests += [Instance("loglikelihood", {}, (question, f" {choice}"), 0) for choice in choices[row.row_id]]
     models = {
         "HFLM": HFLM(pretrained=model, tokenizer=chat.tokenizer, batch_size=HFLM_BATCH),
-        "packed": PackedLM(model, chat, batch_tokens=512, max_length=2048, name="packed"),
+        "packed": PackedLM(model, chat, batch_tokens=512, max_length=2048, name="packed", way="packed"),
     }
     answers: dict[str, list[tuple[float, bool]]] = {}
 

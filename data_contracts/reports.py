@@ -70,6 +70,8 @@ class TrainReport(Report):
     precision_reason: str
     threads: int
     threads_reason: str
+    scoring: Literal["packed", "padded"]
+    scoring_reason: str
     device: str
 
 

@@ -68,6 +68,36 @@ def run(
 
 
 @app.command()
+def plan(
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="llama-2-7b, a folder, a hub id, a built-in; or a preset. demo if left out."
+        ),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="lora, qlora or full; the preset's if left out.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="24GB", help="The card it must fit; exit code 1 if not.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", min=1, help="Tokens of a row; else train.max_tokens.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="Rows of one step; else train.batch_tokens.")
+    ] = None,
+    changes: Changes = None,
+    as_json: AsJson = False,
+) -> Outcome:
+    """How much memory training takes, part by part, which cards it fits, what to change. Needs no weights."""
+    from flows.plan import make_plan, show_plan
+
+    found = make_plan(target, changes or [], method, gpu, length, batch)
+    return Outcome(found.payload(), partial(show_plan, found), 0 if found.fits else 1)
+
+
+@app.command()
 def compare(
     run_id: Annotated[str | None, typer.Option("--run", metavar="ID", help="Run id or MLflow run id.")] = None,
     changes: StoreChanges = None,

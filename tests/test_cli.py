@@ -22,7 +22,7 @@ from flows.environment import prepare_environment
 from flows.servers import Server, port_is_free, start_all, stop_all
 from flows.tables import show_decision
 
-COMMANDS = ["run", "data", "compare", "gate", "promote", "rollback", "predict", "ui", "doctor", "init"]
+COMMANDS = ["run", "plan", "data", "compare", "gate", "promote", "rollback", "predict", "ui", "doctor", "init"]
 SLOW = {"torch", "prefect", "mlflow", "great_expectations", "pandas", "transformers", "pyarrow", "pydantic"}
 
 

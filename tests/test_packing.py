@@ -16,16 +16,39 @@ sequences = st.lists(
 )
 
 
+def attention_mask_TT(packed):
+    """True where token i may look at token j, as the segments say it."""
+    edges = np.concatenate([[0], np.cumsum(packed.tree.node_tokens)])
+    tokens = [range(edges[node], edges[node + 1]) for node in range(len(packed.tree.node_tokens))]
+    mask = np.zeros((len(packed.input_ids_T),) * 2, bool)
+    for own, ancestors in packed.tree.segments:
+        seen = [t for node in ancestors for t in tokens[node]]
+        for token in [t for node in own for t in tokens[node]]:
+            seen.append(token)
+            mask[token, seen] = True
+    return mask
+
+
+@given(sequences)
+def test_the_segments_hold_every_token_once_in_the_order_of_the_row(rows):
+    packed = pack(rows)
+    assert sum(packed.tree.node_tokens) == len(packed.input_ids_T)
+    assert [node for segment in packed.tree.segments for node in segment.own] == list(
+        range(len(packed.tree.node_tokens))
+    )
+
+
 @given(sequences)
 def test_each_scored_token_sees_exactly_its_own_sequence(rows):
     packed = pack(rows)
-    mask = packed.attention_mask_TT()
+    mask = attention_mask_TT(packed)
+    owners = [i for i, row in enumerate(rows) for _ in row.ids[row.start :]]
     seen: dict[int, list[int]] = {}
     for n, target in enumerate(packed.targets_N):
         position = packed.keep_K[packed.logit_index_N[n]]
         context = packed.input_ids_T[mask[position]].tolist()
-        row = rows[packed.sequence_N[n]]
-        done = seen.setdefault(int(packed.sequence_N[n]), [])
+        row = rows[owners[n]]
+        done = seen.setdefault(owners[n], [])
         assert context == list(row.ids[: row.start + len(done)])
         assert packed.position_ids_T[mask[position]].tolist() == list(range(len(context)))
         done.append(int(target))

@@ -89,6 +89,8 @@ def arm(method: str, weights: int) -> TrainReport:
         precision_reason="no bf16",
         threads=2,
         threads_reason="2 of 2 cores are free",
+        scoring="packed",
+        scoring_reason="losses equal the padded forward's",
         device="cpu",
     )
 

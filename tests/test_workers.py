@@ -16,15 +16,16 @@ import torch
 
 from data_contracts.errors import ConfigError, DataError
 from data_contracts.run_spec import EvaluateSpec
-from tasks.core.packing import Scored, pack
+from tasks.core.packing import Scored
 from tasks.evaluate import task_files
 from tasks.processes import run_worker
 from tasks.stores import digest
 from tasks.workers.bases import load_base, weights_bytes
 from tasks.workers.chat import load_chat
 from tasks.workers.device import Device
+from tasks.workers.fused_lora import fuse_lora
 from tasks.workers.prepare_base import prepare
-from tasks.workers.scoring import scored_losses, to_tensors
+from tasks.workers.scoring import choose_way, scored_losses, to_tensors
 from tasks.workers.train_adapter import check_batch, encode_rows
 from tests.conftest import toy_rows, write_rows
 
@@ -81,11 +82,14 @@ def test_packed_losses_and_gradients_equal_the_reference(tiny_base, step0, metho
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # at step 0 B is zero and hides errors in A's gradient
             torch.nn.init.normal_(parameter, std=0.1)
+    assert choose_way(model, rows[:4]).way == "packed"  # a forward without gradients changes no weight
     gradients = []
-    for losses in (padded_reference(model, rows), scored_losses(model, to_tensors(pack(rows)))):
+    for losses_of in (padded_reference, lambda model, rows: scored_losses(model, to_tensors(rows))):
         model.zero_grad()
+        losses = losses_of(model, rows)
         losses.mean().backward()
         gradients.append((losses.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+        assert gradients[1:] or fuse_lora(model) == 14  # seven in each of two layers, for the second way
     (expected, expected_grads), (losses, grads) = gradients
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
     assert len(grads) == len(expected_grads) > 0
@@ -103,7 +107,7 @@ def test_lm_eval_scores_are_those_of_its_own_class(tiny_base):
     model = load_base(tiny_base, "lora", CPU)
     pairs = [(f"Message {i // 4}\nTopic:", f" number {i}") for i in range(12)] + [("", "alone"), ("x " * 400, " far")]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
-    ours = PackedLM(model, chat, batch_tokens=64, max_length=256, name="test").loglikelihood(requests)
+    ours = PackedLM(model, chat, batch_tokens=64, max_length=256, name="test", way="packed").loglikelihood(requests)
     theirs = HFLM(pretrained=model, tokenizer=chat.tokenizer, batch_size=4, max_length=256).loglikelihood(requests)
     assert len(ours) == len(pairs)
     for (own, own_greedy), (other, other_greedy) in zip(ours, theirs, strict=True):
@@ -115,7 +119,7 @@ def test_evaluation_reads_the_very_tokens_that_training_saw(tiny_base):
     from tasks.workers.packed_lm import PackedLM
 
     chat = load_chat(tiny_base)
-    lm = PackedLM(load_base(tiny_base, "lora", CPU), chat, batch_tokens=64, max_length=256, name="test")
+    lm = PackedLM(load_base(tiny_base, "lora", CPU), chat, batch_tokens=64, max_length=256, name="test", way="packed")
     for row in toy_rows(5):
         scored = chat.scored(row["messages"])
         context, continuation = lm._encode_pair(*chat.split(row["messages"]))

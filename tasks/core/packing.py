@@ -7,6 +7,7 @@ Shape suffixes: T tokens in the packed row, K positions whose logits are needed,
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,27 +23,34 @@ class Scored:
     start: int
 
 
+class Segment(NamedTuple):
+    """Tokens in a row that attention is computed for together: nodes of their own, and those that all of them follow.
+
+    A token of the segment sees every token of `ancestors`, and its own nodes up to itself.
+    """
+
+    own: tuple[int, ...]
+    ancestors: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The shape of a packed row."""
+
+    node_tokens: tuple[int, ...]  # the row cut wherever the tree branches: tokens of each piece
+    segments: tuple[Segment, ...]  # in the order of the row
+
+
 @dataclass(frozen=True)
 class Pack:
     """One packed row. Arrays are int64."""
 
     input_ids_T: NDArray[np.int64]
     position_ids_T: NDArray[np.int64]
-    subtree_end_T: NDArray[np.int64]  # one past the last token that descends from this one
+    tree: Tree
     keep_K: NDArray[np.int64]  # packed positions whose logits predict a scored token
     logit_index_N: NDArray[np.int64]  # which of the K logits predicts each scored token; 0..N-1 if K equals N
     targets_N: NDArray[np.int64]  # the scored tokens, sequence after sequence
-    sequence_N: NDArray[np.int64]  # which sequence each scored token belongs to
-
-    def attention_mask_TT(self) -> NDArray[np.bool_]:
-        """True where row i may look at column j: j is i or an ancestor of i.
-
-        In depth-first order the descendants of j are the tokens j <= i < subtree_end[j].
-        """
-        i = np.arange(len(self.input_ids_T))[:, None]
-        j = np.arange(len(self.input_ids_T))[None, :]
-        mask: NDArray[np.bool_] = (j <= i) & (i < self.subtree_end_T[None, :])
-        return mask
 
 
 def shared_length(a: Ids, b: Ids) -> int:
@@ -65,43 +73,49 @@ def pack(sequences: Sequence[Scored]) -> Pack:
     ids: list[int] = []
     positions: list[int] = []
     paths: dict[int, list[int]] = {}
+    starts: list[tuple[int, list[int]]] = []  # of each segment: its first token, and the tokens that it follows
     path: list[int] = []
     previous: Ids = ()
     # Sorted, sequences with a common prefix are neighbours, and walking them is a depth-first walk of the tree.
     for index in sorted(range(len(sequences)), key=lambda i: list(sequences[i].ids[:-1])):
         inputs = sequences[index].ids[:-1]
         shared = shared_length(previous, inputs)
+        if shared < len(inputs):
+            starts.append((len(ids), path[:shared]))
         path = path[:shared] + list(range(len(ids), len(ids) + len(inputs) - shared))
         ids.extend(inputs[shared:])
         positions.extend(range(shared, len(inputs)))
         paths[index] = path
         previous = inputs
-    ends = np.arange(1, len(ids) + 1)
-    for path in paths.values():
-        np.maximum.at(ends, path, path[-1] + 1)
-    return _score(sequences, paths, np.asarray(ids), np.asarray(positions), ends)
+    return Pack(np.asarray(ids), np.asarray(positions), _tree(starts, len(ids)), *_score(sequences, paths))
+
+
+def _tree(starts: list[tuple[int, list[int]]], tokens: int) -> Tree:
+    """A node ends where a segment does or where another branches off."""
+    edges = {start for start, _ in starts} | {follows[-1] + 1 for _, follows in starts if follows} | {tokens}
+    bounds = np.array(sorted(edges))
+    firsts = bounds[:-1]
+    ends = [start for start, _ in starts[1:]] + [tokens]
+    segments = [
+        Segment(
+            own=tuple(range(*np.searchsorted(firsts, [start, end]).tolist())),
+            ancestors=tuple(np.unique(np.searchsorted(firsts, follows, side="right") - 1).tolist()),
+        )
+        for (start, follows), end in zip(starts, ends, strict=True)
+    ]
+    return Tree(tuple(np.diff(bounds).tolist()), tuple(segments))
 
 
 def _score(
-    sequences: Sequence[Scored],
-    paths: dict[int, list[int]],
-    ids: NDArray[np.int64],
-    positions: NDArray[np.int64],
-    ends: NDArray[np.int64],
-) -> Pack:
+    sequences: Sequence[Scored], paths: dict[int, list[int]]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """keep_K, logit_index_N, targets_N."""
     nodes = np.concatenate([paths[i][s.start - 1 :] for i, s in enumerate(sequences)])
     keep, logit_index = np.unique(nodes, return_inverse=True)
     if len(keep) == len(nodes):  # nothing shared: logits in the order of the targets need no second copy
         keep, logit_index = nodes, np.arange(len(nodes))
-    return Pack(
-        input_ids_T=ids,
-        position_ids_T=positions,
-        subtree_end_T=ends,
-        keep_K=keep,
-        logit_index_N=logit_index,
-        targets_N=np.concatenate([np.asarray(s.ids[s.start :]) for s in sequences]),
-        sequence_N=np.repeat(np.arange(len(sequences)), [len(s.ids) - s.start for s in sequences]),
-    )
+    targets = np.concatenate([np.asarray(s.ids[s.start :]) for s in sequences])
+    return keep, logit_index, targets
 
 
 def group_for_packing(sequences: Sequence[Scored], most_tokens: int) -> Iterator[list[int]]:

@@ -1,13 +1,23 @@
 """Load a base model in one of its two forms: as stored, or quantised to NF4 with double quantisation."""
 
-import gc
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from bitsandbytes.nn.modules import Linear4bit
+from safetensors import safe_open
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from tasks.workers.device import Device
+from tasks.workers.tree_attention import NAME
 
 
 def load_base(folder: Path, method: str, device: Device) -> PreTrainedModel:
@@ -15,34 +25,73 @@ def load_base(folder: Path, method: str, device: Device) -> PreTrainedModel:
 
     Safetensors only; no code from the base is run.
     """
-    options: dict[str, Any] = {"dtype": device.dtype, "attn_implementation": "sdpa", "device_map": {"": device.device}}
-    if method == "qlora":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=device.dtype,
-        )
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, use_safetensors=True, trust_remote_code=False, **options
-    )
-    if method == "qlora":
-        _leave_the_file(model)
+    options: dict[str, Any] = {"dtype": device.dtype, "attn_implementation": NAME, "device_map": {"": device.device}}
+    model = _quantised(folder, device, options) if method == "qlora" else _stored(folder, options)
     model.config.use_cache = False
     model.requires_grad_(False)
     model.eval()
     return model
 
 
-def _leave_the_file(model: torch.nn.Module) -> None:
-    """Copy what was not quantised, so that the memory-mapped full-precision file is let go.
+def _stored(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, use_safetensors=True, trust_remote_code=False, **options
+    )
+    return model
 
-    One tensor left in the mapping keeps all of the file's pages, that quantisation has read, in resident memory.
+
+def _quantised(folder: Path, device: Device, options: dict[str, Any]) -> PreTrainedModel:
+    """NF4, one tensor after the other: read through its own mapping of the file, which is let go at once.
+
+    transformers maps the whole file until the end, and every page that quantisation has read stays in memory.
     """
-    for parameter in model.parameters():
-        if not hasattr(parameter, "quant_state"):
-            parameter.data = parameter.data.clone()
-    gc.collect()
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=device.dtype,
+    )
+    tensors = {name: _Tensor(file, name) for file in sorted(folder.glob("*.safetensors")) for name in _names(file)}
+    if not tensors:
+        return _stored(folder, options | {"quantization_config": nf4})  # says what is missing
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model: PreTrainedModel = kind.from_pretrained(
+        None, config=config, state_dict=tensors, quantization_config=nf4, **options
+    )
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    _keep_the_weights(model)
+    return model
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor in a file, read when transformers asks for it, as it asks safetensors' own slices."""
+
+    file: Path
+    name: str
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        with safe_open(self.file, framework="pt") as stored:
+            tensor: torch.Tensor = stored.get_tensor(self.name).clone()
+        return tensor
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as stored:
+        return list(stored.keys())
+
+
+def _keep_the_weights(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking weights for its bf16 kernel, which it does on CPUs with AVX512_BF16.
+
+    The first forward without gradients would change them in place: fp32 arithmetic would become bf16, and training
+    after it would have no gradient.
+    """
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def weights_bytes(model: torch.nn.Module) -> int:

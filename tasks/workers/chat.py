@@ -56,7 +56,10 @@ class Chat:
 
     def scored(self, messages: list[dict[str, str]]) -> Scored:
         """The row's tokens with its completion to be scored. Prompt and completion are encoded apart, as in serving."""
-        prompt, completion = self.split(messages)
+        return self.sequence(*self.split(messages))
+
+    def sequence(self, prompt: str, completion: str) -> Scored:
+        """Tokens of both, encoded apart."""
         prompt_ids = self.encode(prompt)
         return Scored(ids=[*prompt_ids, *self.encode(completion)], start=len(prompt_ids))
 

@@ -86,11 +86,13 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def reset_peak_rss() -> None:
-    """Start the peak anew (Linux: man 5 proc, clear_refs); elsewhere it stays the process's peak."""
+def reset_peak_rss() -> int:
+    """The peak so far; it starts anew (Linux: man 5 proc, clear_refs; elsewhere it stays the process's peak)."""
+    peak = peak_rss_bytes()
     clear_refs = Path("/proc/self/clear_refs")
     if clear_refs.exists():
         clear_refs.write_text("5")
+    return peak
 
 
 if __name__ == "__main__":

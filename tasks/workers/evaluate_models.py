@@ -26,8 +26,11 @@ from tasks.workers.device import choose_device
 from tasks.workers.domain_tasks import DOMAIN_TASKS, Item, build_items, domain_choice, domain_nll
 from tasks.workers.harness import main, say, write_json
 from tasks.workers.packed_lm import PackedLM
+from tasks.workers.scoring import Way, choose_way
 
 Target = dict[str, Any]
+
+_COMPARED_ITEMS = 4  # scored both ways before a model is
 
 
 def evaluate_models(spec: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -43,20 +46,24 @@ def evaluate_models(spec: dict[str, Any], out: Path) -> dict[str, Any]:
             continue
         say("note", text=f"loading the base ({'NF4' if method == 'qlora' else device.precision})")
         model: Any = load_base(Path(spec["base"]), method, device)
+        way = choose_way(
+            model, [chat.sequence(item["prompt"], item["completion"]) for item in items[:_COMPARED_ITEMS]]
+        ).way
         for target in targets:
-            results[target["name"]] = score(target, model, chat, tasks, items, spec, out)
+            results[target["name"]] = score(target, model, way, chat, tasks, items, spec, out)
         del model
         gc.collect()
     return {"results": results, "items": len(items), "overlap_accuracy": overlap_accuracy(items)}
 
 
 def score(
-    target: Target, model: Any, chat: Chat, tasks: dict[str, Any], items: list[Item], spec: dict[str, Any], out: Path
-) -> dict[str, Any]:
+    target: Target, model: Any, way: Way, chat: Chat, tasks: dict[str, Any], items: list[Item], spec: dict[str, Any],
+    out: Path,
+) -> dict[str, Any]:  # fmt: skip
     """Attach the target's adapter, run every task, answer the sample questions, take the adapter off again."""
     started = time.monotonic()
     tuned = PeftModel.from_pretrained(model, target["adapter"]).eval() if target["adapter"] else model
-    lm = PackedLM(tuned, chat, spec["batch_tokens"], spec["max_tokens"], target["name"])
+    lm = PackedLM(tuned, chat, spec["batch_tokens"], spec["max_tokens"], target["name"], way)
     for task in tasks.values():
         task._instances = None  # built anew for each model: they keep the last model's answers
     limits = {name: None if name in DOMAIN_TASKS else spec["task_limit"] for name in tasks}

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from tasks.core.packing import Scored, group_for_packing, pack
+from tasks.core.packing import Scored, group_for_packing
 from tasks.workers.chat import Chat
 from tasks.workers.harness import say
-from tasks.workers.scoring import scored_logits, to_tensors
+from tasks.workers.scoring import Way, scored_logits, to_device, to_tensors
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 
@@ -20,9 +20,9 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 class PackedLM(HFLM):
     """HFLM with its own `_loglikelihood_tokens`. batch_tokens: most tokens in one forward pass."""
 
-    def __init__(self, model: Any, chat: Chat, batch_tokens: int, max_length: int, name: str) -> None:
+    def __init__(self, model: Any, chat: Chat, batch_tokens: int, max_length: int, name: str, way: Way) -> None:
         super().__init__(pretrained=model, tokenizer=chat.tokenizer, max_length=max_length, batch_size=8)
-        self.chat, self.batch_tokens, self.name = chat, batch_tokens, name
+        self.chat, self.batch_tokens, self.name, self.way = chat, batch_tokens, name, way
         # Where an answer begins: behind this text, prompt and completion are encoded apart, as in training.
         empty = chat.tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
         self.answer_header = chat.prompt([{"role": "user", "content": ""}])[len(str(empty)) :]
@@ -38,8 +38,12 @@ class PackedLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether greedy decoding would write it) for each request.
 
-        A request longer than the model's context loses its leftmost tokens, as in HFLM.
+        A request longer than the model's context loses its leftmost tokens, as in HFLM, which also scores a model that
+        cannot be packed.
         """
+        if self.way == "padded":
+            scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm=True)
+            return scores
         # The same question may be asked by several tasks: it is scored once.
         keys = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
         unique = list(dict.fromkeys(keys))
@@ -57,10 +61,10 @@ class PackedLM(HFLM):
 
     @torch.inference_mode()
     def _score(self, sequences: list[Scored]) -> list[tuple[float, bool]]:
-        packed = pack(sequences)
-        batch = {key: value.to(self.device) for key, value in to_tensors(packed).items()}
+        batch = to_device(to_tensors(sequences), self.device)
         log_probabilities = torch.log_softmax(scored_logits(self.model, batch), dim=-1)
         chosen = log_probabilities.gather(1, batch["labels"][:, None])[:, 0].cpu()
         greedy = (log_probabilities.argmax(dim=-1) == batch["labels"]).cpu()
-        owner = torch.from_numpy(packed.sequence_N)
-        return [(float(chosen[owner == i].sum()), bool(greedy[owner == i].all())) for i in range(len(sequences))]
+        lengths = [len(sequence.ids) - sequence.start for sequence in sequences]
+        pieces = zip(chosen.split(lengths), greedy.split(lengths), strict=True)
+        return [(float(scores.sum()), bool(right.all())) for scores, right in pieces]

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from data_contracts.errors import DataError, Problem
 from tasks.core.packing import Scored, group_for_packing, pack, plan_batches
@@ -22,10 +22,12 @@ from tasks.core.too_long import TooLong, fit
 from tasks.workers.bases import load_base, weights_bytes
 from tasks.workers.chat import Chat, load_chat
 from tasks.workers.device import Device, choose_device, peak_rss_bytes, reset_peak_rss
+from tasks.workers.fused_lora import fuse_lora
 from tasks.workers.harness import main, say
-from tasks.workers.scoring import Batch, scored_losses, to_tensors
+from tasks.workers.scoring import Batch, Way, choose_way, scored_losses, to_device, to_tensors
 
 _CHECKED_ROWS = 64  # decoded before training starts
+_COMPARED_ROWS = 4  # scored both ways before training starts
 
 
 def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -34,39 +36,53 @@ def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     say("device", **vars(device))
     chat = load_chat(Path(spec["base"]))
     rows = encode_rows(chat, Path(spec["train"]), spec["max_tokens"], spec["too_long"], out / "rows_too_long.jsonl")
-    plan = plan_batches([len(row.ids) for row in rows], spec["batch_tokens"], spec["epochs"], spec["seed"])
-    plan = plan[: spec["max_steps"]]
+    lengths = [len(row.ids) for row in rows]
+    plan = plan_batches(lengths, spec["batch_tokens"], spec["epochs"], spec["seed"])[: spec["max_steps"]]
 
     base = load_base(Path(spec["base"]), spec["method"], device)
     set_seed(spec["seed"])
     model = PeftModel.from_pretrained(base, spec["step0"], is_trainable=True)
     if spec["activation_checkpointing"]:
         model.enable_input_require_grads()
-    load_peak = peak_rss_bytes()
-    reset_peak_rss()
-
-    trainer = PackedTrainer(model, rows, plan, training_arguments(spec, out, device, len(plan)))
+    load_peak = reset_peak_rss()
+    scoring = choose_way(model, rows[:_COMPARED_ROWS])
+    say("note", text=f"{scoring.way} forward: {scoring.reason}")
+    fuse_lora(model)
+    trainer = PackedTrainer(model, rows, plan, scoring.way, training_arguments(spec, out, device, len(plan)))
     checkpoint = last_checkpoint(out)
     trainer.train(resume_from_checkpoint=checkpoint)
-    peak = peak_rss_bytes()
+    memory = {"peak_train_bytes": peak_train_bytes(device), "peak_rss_bytes": max(load_peak, peak_rss_bytes())}
     save_adapter(model, out / "adapter", spec["base_name"])
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "method": spec["method"],
-        "steps": trainer.state.global_step,
         "resumed_from_step": int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
         **count_work(rows, plan),
         "rows_too_long": len((out / "rows_too_long.jsonl").read_text().splitlines()),
         "too_long": {"leave_out": "left out", "truncate": "truncated", "split": "split"}[spec["too_long"]],
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "weights_bytes": weights_bytes(model),
-        "peak_rss_bytes": max(load_peak, peak),
-        "peak_train_bytes": torch.cuda.max_memory_allocated() if device.device == "cuda" else peak,
-        "train_seconds": sum(entry["step_seconds"] for entry in history),
-        "final_validation_nll_nats": validation_loss(model, chat, spec, device),
-        "loss": [loss_point(entry) for entry in history],
+        **memory,
+        **told(trainer.state),
+        "final_validation_nll_nats": validation_loss(model, chat, spec, device, scoring.way),
         "seconds": time.monotonic() - started,
         **vars(device),
+        "scoring": scoring.way,
+        "scoring_reason": scoring.reason,
+    }
+
+
+def peak_train_bytes(device: Device) -> int:
+    """Device memory on CUDA, the process's resident memory on a CPU."""
+    return torch.cuda.max_memory_allocated() if device.device == "cuda" else peak_rss_bytes()
+
+
+def told(state: TrainerState) -> dict[str, Any]:
+    """What Trainer's log says, steps before a resume included."""
+    history = [entry for entry in state.log_history if "loss" in entry]
+    return {
+        "steps": state.global_step,
+        "train_seconds": sum(entry["step_seconds"] for entry in history),
+        "loss": [loss_point(entry) for entry in history],
     }
 
 
@@ -146,17 +162,19 @@ def training_arguments(spec: dict[str, Any], out: Path, device: Device, steps: i
 class PackedTrainer(Trainer):
     """transformers.Trainer fed with packed rows, its loss taken over completion tokens only."""
 
-    def __init__(self, model: Any, rows: list[Scored], plan: list[list[int]], args: TrainingArguments) -> None:
+    def __init__(
+        self, model: Any, rows: list[Scored], plan: list[list[int]], way: Way, args: TrainingArguments
+    ) -> None:
         super().__init__(model=model, args=args, train_dataset=rows, callbacks=[Clock()])
         self.remove_callback(PrinterCallback)
         self.rows: Any = rows
-        self.plan = plan
+        self.plan, self.way = plan, way
         self.model_accepts_loss_kwargs = True
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """One pass over the plan: it holds all epochs, so a resumed run skips to where it was."""
         loader: DataLoader[Batch] = DataLoader(
-            self.rows, batch_sampler=self.plan, collate_fn=lambda rows: to_tensors(pack(rows))
+            self.rows, batch_sampler=self.plan, collate_fn=lambda rows: to_tensors(rows, self.way)
         )
         prepared: DataLoader[Batch] = self.accelerator.prepare(loader)
         return prepared
@@ -206,7 +224,7 @@ def loss_point(entry: dict[str, float]) -> dict[str, float]:
     }
 
 
-def validation_loss(model: Any, chat: Chat, spec: dict[str, Any], device: Device) -> float | None:
+def validation_loss(model: Any, chat: Chat, spec: dict[str, Any], device: Device, way: Way) -> float | None:
     """Mean loss per completion token of the validation rows after training; None without such rows."""
     lines = Path(spec["validation"]).read_text().splitlines()
     rows = [chat.scored(json.loads(line)["messages"]) for line in lines]
@@ -217,8 +235,7 @@ def validation_loss(model: Any, chat: Chat, spec: dict[str, Any], device: Device
     total, tokens = 0.0, 0
     with torch.inference_mode():
         for group in group_for_packing(rows, spec["batch_tokens"]):
-            batch = to_tensors(pack([rows[i] for i in group]))
-            losses = scored_losses(model, {key: value.to(device.device) for key, value in batch.items()})
+            losses = scored_losses(model, to_device(to_tensors([rows[i] for i in group], way), device.device))
             total, tokens = total + float(losses.sum()), tokens + len(losses)
     return total / tokens
 

@@ -1,0 +1,40 @@
+"""Losses of scored tokens from their hidden states, through a frozen vocabulary projection, in chunks.
+
+The logits of a chunk live only until its losses and its gradient are known, so memory does not grow with the tokens
+scored (the idea is Liger's, arXiv 2410.10989). Shapes: N scored tokens, D hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+
+_CHUNK_LOGITS = 16 * 2**20  # 64 MiB in fp32
+
+
+class HeadLoss(torch.autograd.Function):
+    """[N] losses in nats of `targets_N`, given hidden_ND and weight_VD, which gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        rows = max(1, _CHUNK_LOGITS // len(weight_VD))
+        needs_gradient = ctx.needs_input_grad[0]
+        losses = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
+        gradient_ND = torch.empty_like(hidden_ND) if needs_gradient else None
+        for start in range(0, len(targets_N), rows):
+            chunk = slice(start, start + rows)
+            logits = (hidden_ND[chunk] @ weight_VD.T).float()
+            targets = targets_N[chunk, None]
+            total = logits.logsumexp(dim=-1, keepdim=True)
+            losses[chunk] = (total - logits.gather(1, targets))[:, 0]
+            if gradient_ND is not None:
+                # d loss / d logits = softmax - one-hot
+                probabilities = logits.sub_(total).exp_()
+                probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float32))
+                gradient_ND[chunk] = probabilities.to(weight_VD.dtype) @ weight_VD
+        ctx.save_for_backward(gradient_ND)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient_ND,) = ctx.saved_tensors
+        return gradient_ND * outer[0][:, None].to(gradient_ND.dtype), None, None

@@ -1,0 +1,136 @@
+"""The fast way gives the losses and gradients of the plain Hugging Face forward. Run: pytest tests/test_exact.py"""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tasks.core.packing import Scored
+from tasks.workers.fused_lora import fuse_lora
+from tasks.workers.head_loss import HeadLoss
+from tasks.workers.scoring import Scoring, choose_way, scored_logits, scored_losses, to_tensors
+from tasks.workers.tree_attention import NAME
+
+SMALL = {
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+# Architecture -> what is odd about it, linear layers with a fused adapter.
+COVERED = {
+    "llama": 14, "mistral": 14, "qwen2": 14, "qwen3": 14, "gemma": 14, "gemma3_text": 14, "phi": 12, "phi3": 8,
+    "gpt_neox": 8, "granite": 14, "olmo2": 14,
+}  # fmt: skip
+
+
+def tiny(kind: str, **changes):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SMALL | changes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+    return model.requires_grad_(False).eval()
+
+
+def some_sequences() -> list[Scored]:
+    """A common beginning, one question with two answers, and an answer that begins like another."""
+    draw = torch.Generator().manual_seed(1)
+
+    def tokens(count):
+        return torch.randint(3, 300, (count,), generator=draw).tolist()
+
+    start = tokens(7)
+    rows = [Scored([*start, *tokens(3 + i), *tokens(4 + 2 * i)], 10 + i) for i in range(5)]
+    rows.append(Scored([*rows[0].ids[: rows[0].start], 5, 6, 7], rows[0].start))
+    rows.append(Scored([*rows[1].ids[: rows[1].start + 2], 9], rows[1].start))
+    return rows
+
+
+def with_lora(model, dropout: float = 0.0):
+    torch.manual_seed(2)
+    adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, lora_dropout=dropout)
+    return get_peft_model(model, adapter)
+
+
+def gradients(model, way: str) -> tuple[torch.Tensor, torch.Tensor]:
+    model.zero_grad()
+    losses = scored_losses(model, to_tensors(some_sequences(), way))
+    losses.mean().backward()
+    found = [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+    return losses.detach(), torch.cat(found)
+
+
+@pytest.mark.parametrize(("kind", "fused"), COVERED.items())
+def test_losses_and_gradients_equal_the_padded_forward(kind, fused):
+    model = tiny(kind)
+    assert choose_way(model, some_sequences()).way == "packed"
+    tuned = with_lora(model)
+    expected, wanted = gradients(tuned, "padded")
+    assert fuse_lora(tuned) == fused
+    losses, found = gradients(tuned, "packed")
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
+def test_attention_that_the_tree_does_not_compute_is_padded_and_says_why(kind):
+    model = tiny(kind)
+    scoring = choose_way(model, some_sequences())
+    assert scoring.way == "padded"
+    assert "softcap or sinks" in scoring.reason
+    gradients(with_lora(model), "padded")
+    with pytest.raises(NotImplementedError):
+        scored_losses(model, to_tensors(some_sequences()))
+
+
+def test_a_window_shorter_than_a_path_is_padded():
+    assert "window of 8" in choose_way(tiny("mistral", sliding_window=8), some_sequences()).reason
+
+
+def test_a_forward_that_differs_is_noticed(monkeypatch):
+    model = tiny("llama")
+    monkeypatch.setattr("tasks.workers.tree_attention._attend", lambda query, *_: query)
+    scoring = choose_way(model, some_sequences())
+    assert scoring == Scoring("padded", scoring.reason)
+    assert "differ" in scoring.reason
+
+
+def test_a_model_that_changes_its_logits_is_scored_from_its_logits():
+    model = tiny("granite", logits_scaling=8.0)
+    batch = to_tensors(some_sequences())
+    expected = torch.nn.functional.cross_entropy(scored_logits(model, batch), batch["labels"], reduction="none")
+    torch.testing.assert_close(scored_losses(model, batch), expected)
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    tuned = with_lora(tiny("llama"))
+    fuse_lora(tuned)
+    _, wanted = gradients(tuned, "packed")
+    tuned.enable_input_require_grads()
+    tuned.activation_checkpointing_enable({"use_reentrant": False})
+    tuned.train()
+    _, found = gradients(tuned, "packed")
+    torch.testing.assert_close(found, wanted)
+
+
+def test_dropout_works_in_training_and_only_there():
+    tuned, batch = with_lora(tiny("llama"), dropout=0.5), to_tensors(some_sequences())
+    expected = scored_losses(tuned.eval(), batch)
+    assert fuse_lora(tuned) == 14
+    torch.testing.assert_close(scored_losses(tuned, batch), expected)
+    dropped = scored_losses(tuned.train(), batch)
+    assert (dropped - expected).abs().max() > 1e-3
+
+
+def test_losses_in_chunks_are_those_of_all_logits_at_once(monkeypatch):
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(50, 8), torch.randn(30, 8), torch.randint(30, (50,))
+    results = []
+    for chunk in (30 * 7, 30 * 1000):
+        monkeypatch.setattr("tasks.workers.head_loss._CHUNK_LOGITS", chunk)
+        own = hidden.clone().requires_grad_()
+        (HeadLoss.apply(own, weight, targets) * torch.arange(50)).sum().backward()
+        results.append(own.grad)
+    plain = hidden.clone().requires_grad_()
+    losses = torch.nn.functional.cross_entropy(plain @ weight.T, targets, reduction="none")
+    (losses * torch.arange(50)).sum().backward()
+    for found in results:
+        torch.testing.assert_close(found, plain.grad, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,269 @@
+"""The memory formulas against real tensors: small models, quantised, adapted and trained on this CPU.
+
+Run: pytest tests/test_memory.py
+"""
+
+import dataclasses
+import json
+import weakref
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import (
+    Adafactor,
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
+
+import data_contracts
+from tasks.core.activations import block_bytes_per_token
+from tasks.core.architecture import decoder
+from tasks.core.memory import constant_bytes, predict
+from tasks.core.optimisers import NAMES, state_bytes
+from tasks.core.packing import Scored, pack
+from tasks.core.settings import Settings, Stack, settings_of
+from tasks.workers.bases import load_base
+from tasks.workers.describe_base import architecture_of
+from tasks.workers.device import Device
+from tasks.workers.scoring import scored_losses, to_tensors
+
+CPU = Device("cpu", "fp32", "test", 1, "test")
+SHAPES = json.loads((Path(data_contracts.__file__).parent / "architectures.json").read_text())
+SMALL = {
+    "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "vocab_size": 1000,
+}  # fmt: skip
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "gemma": GemmaConfig, "qwen2": Qwen2Config}
+DIALS = {
+    "rank": 8,
+    "target_modules": "all-linear",
+    "dropout": 0.0,
+    "optimizer": "adamw_torch",
+    "activation_checkpointing": False,
+}
+
+
+def small_config(name: str):
+    head_dim = {"head_dim": 32} if name == "gemma" else {}
+    return CONFIGS[name](**SMALL, **head_dim, use_cache=False)
+
+
+def settings(method: str, length: int = 64, **dials) -> Settings:
+    return settings_of(DIALS | dials, method, 4, length)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def base(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(small_config(request.param)).save_pretrained(folder)
+    return folder
+
+
+# --- static -------------------------------------------------------------------------------------------------
+
+
+def tensor_bytes(model: torch.nn.Module) -> tuple[int, int]:
+    """(weights, quantisation constants) as they lie in memory."""
+    weights, constants = {}, {}
+    for parameter in model.parameters():
+        weights[parameter.data_ptr()] = parameter.numel() * parameter.element_size()
+        if state := getattr(parameter, "quant_state", None):
+            kept = [state.absmax, state.code]
+            kept += [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+            constants |= {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in kept}
+    return sum(weights.values()), sum(constants.values())
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_base_takes_the_planned_bytes(base, method):
+    model = load_base(base, method, CPU)
+    parts = predict(architecture_of(model), settings(method))
+    weights, constants = tensor_bytes(model)
+    assert parts.weights == pytest.approx(weights, rel=0.001)
+    # bitsandbytes shares code books between tensors, or not, by version: 1 % of the whole.
+    assert parts.weights + parts.constants == pytest.approx(weights + constants, rel=0.01)
+
+
+def test_a_quantised_model_describes_itself_as_its_configuration_does(base):
+    config = load_base(base, "lora", CPU).config
+    with torch.device("meta"):
+        unloaded = AutoModelForCausalLM.from_config(config)
+    assert architecture_of(load_base(base, "qlora", CPU)) == architecture_of(unloaded)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shape", [(256, 704), (100, 100), (1024, 1024)])
+def test_constants_of_one_tensor_are_those_of_bitsandbytes(shape, double_quant):
+    packed, state = bnb.functional.quantize_4bit(
+        torch.randn(shape), blocksize=64, compress_statistics=double_quant, quant_type="nf4"
+    )
+    kept = [state.absmax, state.code]
+    kept += [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    assert constant_bytes(shape[0] * shape[1], double_quant) == sum(t.numel() * t.element_size() for t in kept)
+    assert packed.numel() == -(-shape[0] * shape[1] // 2)
+
+
+def test_double_quantisation_takes_an_eighth_of_a_bit_for_each_weight():
+    weights = 4096 * 4096
+    assert 8 * constant_bytes(weights, double_quant=False) / weights == pytest.approx(0.5, abs=0.001)
+    assert 8 * constant_bytes(weights, double_quant=True) / weights == pytest.approx(0.127, abs=0.001)
+
+
+def test_llama_2_7b_takes_what_was_measured():
+    """3.60 GiB as NF4 with double quantisation, 4.24 after the upcast and rank-16 adapters (facts: Manning, 8.4)."""
+    arch = decoder(SHAPES["llama-2-7b"])
+    plain = predict(arch, Settings("qlora", 512))
+    upcast = predict(arch, Settings("qlora", 512, stack=Stack(kbit_upcast=True)))
+    assert (plain.weights + plain.constants) / 2**30 == pytest.approx(3.60, abs=0.01)
+    assert (upcast.weights + upcast.constants + upcast.adapters) / 2**30 == pytest.approx(4.24, abs=0.01)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+def test_adapters_have_the_planned_parameters(base, targets):
+    model = load_base(base, "lora", CPU)
+    arch = architecture_of(model)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=targets))
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    planned = predict(arch, settings("lora", target_modules=targets))
+    assert planned.adapters == sum(p.numel() * p.element_size() for p in trained) > 0
+
+
+OPTIMISERS = {
+    "adamw_torch": torch.optim.AdamW,
+    "adamw_8bit": bnb.optim.AdamW8bit,
+    "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+    "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
+    "lion_8bit": bnb.optim.Lion8bit,
+    "adafactor": lambda params: Adafactor(params, lr=1e-3, relative_step=False, scale_parameter=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_optimiser_states_take_the_planned_bytes(name):
+    shapes = [(8, 2048), (2048, 8), (8, 100), (512, 512)]
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    optimiser = OPTIMISERS[name](params)
+    for parameter in params:
+        parameter.grad = torch.randn_like(parameter)
+    optimiser.step()
+    kept = {
+        tensor.data_ptr(): tensor.numel() * tensor.element_size()
+        for state in optimiser.state.values()
+        for tensor in state.values()
+        if isinstance(tensor, torch.Tensor) and tensor.numel() > 1
+    }
+    assert state_bytes(name, shapes, parameter_bytes=4)[0] == sum(kept.values())
+
+
+def test_only_large_states_of_paged_optimisers_may_leave_the_card():
+    assert state_bytes("paged_adamw_32bit", [(8, 1000)], 4)[1] == 0
+    assert state_bytes("paged_adamw_32bit", [(512, 512)], 4)[1] == 2 * 4 * 512 * 512
+    assert state_bytes("adamw_8bit", [(512, 512)], 4)[1] == 0
+    assert all(state_bytes(name, [(8, 64)], 4)[0] >= 0 for name in NAMES)
+
+
+# --- activations --------------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make and that are still alive, and their peak."""
+
+    def __init__(self, known) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.sizes: dict[int, int] = {}
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        return out
+
+    def _see(self, storage) -> None:
+        key = storage._cdata
+        if key not in self.sizes and key not in self.known:
+            self.sizes[key] = storage.nbytes()
+            self.live += self.sizes[key]
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self.live -= self.sizes.pop(key, 0)
+
+
+def adapted_model(base: Path, method: str, checkpointing: bool):
+    model = load_base(base, method, CPU)
+    arch = architecture_of(model)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"))
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train(), arch
+
+
+def live_peak(model, batch: dict, autocast: bool) -> int:
+    with LiveBytes([*model.parameters(), *model.buffers(), *batch.values()]) as counter:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses = scored_losses(model, batch)
+        losses.sum().backward()
+    return counter.peak
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_packed_training_step_peaks_where_planned(base, method, checkpointing):
+    model, arch = adapted_model(base, method, checkpointing)
+    tokens = pack([Scored(list(range(i, i + 400)), 250) for i in (0, 500)])
+    batch = to_tensors(tokens)
+    asked = settings(method, activation_checkpointing=checkpointing)
+    asked = dataclasses.replace(asked, length=len(tokens.input_ids_T), scored=len(tokens.targets_N))
+    parts = predict(arch, asked)
+    planned = parts.activations + parts.logits + parts.gradients
+    assert planned == pytest.approx(live_peak(model, batch, autocast=False), rel=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_in_bf16_under_autocast_peaks_where_planned(checkpointing):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config("llama"), dtype=torch.bfloat16).requires_grad_(False)
+    arch = architecture_of(model)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"))
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    tokens = pack([Scored(list(range(i, i + 400)), 250) for i in (0, 500)])
+    dials = DIALS | {"activation_checkpointing": checkpointing}
+    parts = predict(arch, settings_of(dials, "lora", 2, len(tokens.input_ids_T), scored=len(tokens.targets_N)))
+    planned = parts.activations + parts.logits + parts.gradients
+    assert planned == pytest.approx(live_peak(model.train(), to_tensors(tokens), autocast=True), rel=0.15)
+
+
+def test_with_checkpointing_every_blocks_input_and_one_whole_block_are_alive_at_once():
+    arch = decoder(SHAPES["llama-2-7b"])
+    asked = Settings("lora", 1024, scored=16, checkpointing=True)
+    parts = predict(arch, asked)
+    inputs = arch.layers * 1024 * arch.hidden * 2
+    block = 1024 * block_bytes_per_token(arch, asked)
+    assert parts.moment == "first block backward"
+    assert inputs + block < parts.activations < inputs + 2 * block
+
+
+def test_scores_of_every_pair_of_tokens_are_what_eager_attention_costs():
+    arch = decoder(SHAPES["llama-2-7b"])
+    flash, eager = (
+        predict(arch, Settings("lora", 4096, stack=Stack(eager_attention=eager))) for eager in (False, True)
+    )
+    scores = arch.layers * arch.heads * 4096 * 4096 * (4 + 2)
+    assert eager.activations - flash.activations == scores
