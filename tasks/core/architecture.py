@@ -25,7 +25,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Widths in elements. `norms` counts norms of one block with an input of their own, `qk_norm` those per head."""
+    """Widths in elements. `norms` counts norms of one block with an input of their own, `qk_norm` those per head.
+
+    `softcap`: attention squashes its scores (Gemma 2), so that its rows cannot be packed.
+    """
 
     hidden: int
     layers: int
@@ -40,6 +43,7 @@ class Architecture:
     rms_norm: bool = True
     qk_norm: bool = False
     head_bias: bool = False
+    softcap: bool = False
 
     @cached_property
     def linear_parameters(self) -> int:

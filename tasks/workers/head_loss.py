@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_CHUNK_LOGITS = 16 * 2**20  # 64 MiB in fp32
+from tasks.core.activations import CHUNK_LOGITS
 
 
 class HeadLoss(torch.autograd.Function):
@@ -16,7 +16,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        rows = max(1, _CHUNK_LOGITS // len(weight_VD))
+        rows = max(1, CHUNK_LOGITS // len(weight_VD))
         needs_gradient = ctx.needs_input_grad[0]
         losses = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
         gradient_ND = torch.empty_like(hidden_ND) if needs_gradient else None
