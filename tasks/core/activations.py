@@ -98,7 +98,7 @@ def attention_bytes(arch: Architecture, settings: Settings) -> int:
         kept += size * tokens * (2 * queries + settings.length)
     else:
         kept += size * tokens * 2 * keys
-    if arch.fused_qkv:  # values are a view into the joint projection, which stays whole
+    if arch.fused_qkv and stack.mask != "segments":  # values are a view into the joint projection, which stays whole
         kept += tokens * size * (queries + keys)
     if stack.eager_attention:
         kept += tokens * (FP32 + size) * arch.heads * settings.length
@@ -121,7 +121,7 @@ def input_bytes(arch: Architecture, settings: Settings) -> int:
     kept = size * sum(widths.values()) + settings.rank * size * len(own)
     if is_copied:
         copy = size if stack.autocast else stack.adapter_bytes
-        kept += sum((copy + (1 if settings.dropout > 0 else 0)) * linear.inputs for linear in own)
+        kept += sum((copy + (stack.noise_bytes if settings.dropout > 0 else 0)) * linear.inputs for linear in own)
     if stack.adapter_outputs:
         kept += size * (arch.heads + arch.kv_heads) * arch.head_dim
     return kept

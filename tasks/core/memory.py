@@ -73,8 +73,10 @@ def predict(arch: Architecture, settings: Settings, device: Device = "cuda") -> 
     states, paged = state_bytes(settings.optimiser, trainable, trained_bytes)
     gradients = count * trained_bytes
     held = gradients if settings.accumulation else 0
+    # The peak is in the feed-forward part, where the last block's own gradients are still to come.
+    last = gradients - gradients // arch.layers if settings.is_fused else gradients
     moments: list[tuple[Moment, int, int, int]] = [
-        (moment, gradients if moment == "last block backward" else held, *made)
+        (moment, max(held, last) if moment == "last block backward" else held, *made)
         for moment, made in alive(arch, settings).items()
     ]
     moment, gradients, activations, logits = max(moments, key=lambda parts: sum(parts[1:]))

@@ -33,6 +33,8 @@ class Stack:
     one cross-entropy in that format; chunked: torchtune's compiled one, in eight chunks. Padded: logits of all tokens."""
     loss_copies: float = 0.0
     """Further copies of the logits in the loss's format that outlive it, as outputs that the caller holds."""
+    noise_bytes: int = 1
+    """Of dropout's mask, an element: CUDA keeps a byte, a CPU fp32 noise."""
     quantised_inputs: bool = False
     """bitsandbytes before 0.43 kept the input of every quantised layer, although a frozen one needs none."""
     adapter_outputs: bool = False

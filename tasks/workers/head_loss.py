@@ -22,15 +22,9 @@ class HeadLoss(torch.autograd.Function):
         gradient_ND = torch.empty_like(hidden_ND) if needs_gradient else None
         for start in range(0, len(targets_N), rows):
             chunk = slice(start, start + rows)
-            logits = (hidden_ND[chunk] @ weight_VD.T).float()
-            targets = targets_N[chunk, None]
-            total = logits.logsumexp(dim=-1, keepdim=True)
-            losses[chunk] = (total - logits.gather(1, targets))[:, 0]
+            losses[chunk], found = _chunk(hidden_ND[chunk], weight_VD, targets_N[chunk, None], needs_gradient)
             if gradient_ND is not None:
-                # d loss / d logits = softmax - one-hot
-                probabilities = logits.sub_(total).exp_()
-                probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float32))
-                gradient_ND[chunk] = probabilities.to(weight_VD.dtype) @ weight_VD
+                gradient_ND[chunk] = found
         ctx.save_for_backward(gradient_ND)
         return losses
 
@@ -38,3 +32,18 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient_ND,) = ctx.saved_tensors
         return gradient_ND * outer[0][:, None].to(gradient_ND.dtype), None, None
+
+
+def _chunk(
+    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, targets_C1: torch.Tensor, needs_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Losses [C] and the gradient [C, D] of their sum. In a function, so that one chunk's logits are gone at the next."""
+    logits = (hidden_CD @ weight_VD.T).float()
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    losses = (total - logits.gather(1, targets_C1))[:, 0]
+    if not needs_gradient:
+        return losses, None
+    # d loss / d logits = softmax - one-hot
+    probabilities = logits.sub_(total).exp_()
+    probabilities.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1, dtype=torch.float32))
+    return losses, probabilities.to(weight_VD.dtype) @ weight_VD
