@@ -101,7 +101,8 @@ def attention_bytes(arch: Architecture, settings: Settings) -> int:
     if arch.fused_qkv and stack.mask != "segments":  # values are a view into the joint projection, which stays whole
         kept += tokens * size * (queries + keys)
     if stack.eager_attention:
-        kept += tokens * (FP32 + size) * arch.heads * settings.length
+        scores = FP32 + (size if size != FP32 else 0) + (size if arch.softcap else 0)
+        kept += tokens * scores * arch.heads * settings.length
     return kept
 
 
@@ -170,7 +171,8 @@ def logit_bytes(arch: Architecture, settings: Settings) -> int:
     size, loss = settings.compute_bytes, settings.stack.loss
     scored = settings.tokens if settings.scored is None else settings.scored
     count = scored * arch.vocab
-    if loss == "frozen head" and settings.method != "full" and not arch.head_bias:
+    is_plain = settings.method != "full" and not arch.head_bias and not arch.logits_changed
+    if loss == "frozen head" and is_plain:
         chunk = min(scored, max(1, CHUNK_LOGITS // arch.vocab)) * arch.vocab
         return 2 * FP32 * chunk + 2 * size * scored * arch.hidden
     if loss == "chunked":

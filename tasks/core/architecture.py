@@ -27,7 +27,8 @@ class Linear:
 class Architecture:
     """Widths in elements. `norms` counts norms of one block with an input of their own, `qk_norm` those per head.
 
-    `softcap`: attention squashes its scores (Gemma 2), so that its rows cannot be packed.
+    `logits_changed`: they are scaled or squashed, so that the loss needs them whole (Granite, Cohere). `softcap`: attention
+    squashes its scores (Gemma 2), so that its rows cannot be packed.
     """
 
     hidden: int
@@ -43,6 +44,7 @@ class Architecture:
     rms_norm: bool = True
     qk_norm: bool = False
     head_bias: bool = False
+    logits_changed: bool = False
     softcap: bool = False
 
     @cached_property

@@ -25,7 +25,7 @@ class Stack:
     """What attention gets. Segments of a prefix tree: keys and values of every head for each segment, and a mask for
     those that follow others. Padded: a mask kept by every layer, keys and values for every head. None: FlashAttention."""
     eager_attention: bool = False
-    """Attention that keeps the scores of every pair of tokens."""
+    """Attention that keeps the scores of every pair of tokens: in fp32, in the compute format, and before a softcap."""
     norm_bytes: int = FP32
     """transformers' RMSNorm keeps its input in fp32; compiled and fused ones keep it in the compute format."""
     loss: Literal["frozen head", "fp32", "compute", "chunked", "padded"] = "frozen head"

@@ -17,14 +17,12 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         rows = max(1, CHUNK_LOGITS // len(weight_VD))
-        needs_gradient = ctx.needs_input_grad[0]
         losses = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
-        gradient_ND = torch.empty_like(hidden_ND) if needs_gradient else None
+        gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets_N), rows):
             chunk = slice(start, start + rows)
-            losses[chunk], found = _chunk(hidden_ND[chunk], weight_VD, targets_N[chunk, None], needs_gradient)
-            if gradient_ND is not None:
-                gradient_ND[chunk] = found
+            gradient_CD = None if gradient_ND is None else gradient_ND[chunk]
+            losses[chunk] = _chunk(hidden_ND[chunk], weight_VD, targets_N[chunk, None], gradient_CD)
         ctx.save_for_backward(gradient_ND)
         return losses
 
@@ -35,15 +33,15 @@ class HeadLoss(torch.autograd.Function):
 
 
 def _chunk(
-    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, targets_C1: torch.Tensor, needs_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Losses [C] and the gradient [C, D] of their sum. In a function, so that one chunk's logits are gone at the next."""
+    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, targets_C1: torch.Tensor, gradient_CD: torch.Tensor | None
+) -> torch.Tensor:
+    """Losses [C]; their gradient is written to `gradient_CD`. A function, so that its logits are gone at the next chunk."""
     logits = (hidden_CD @ weight_VD.T).float()
     total = logits.logsumexp(dim=-1, keepdim=True)
     losses = (total - logits.gather(1, targets_C1))[:, 0]
-    if not needs_gradient:
-        return losses, None
-    # d loss / d logits = softmax - one-hot
-    probabilities = logits.sub_(total).exp_()
-    probabilities.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1, dtype=torch.float32))
-    return losses, probabilities.to(weight_VD.dtype) @ weight_VD
+    if gradient_CD is not None:
+        # d loss / d logits = softmax - one-hot
+        probabilities = logits.sub_(total).exp_()
+        probabilities.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1, dtype=torch.float32))
+        gradient_CD.copy_(probabilities.to(weight_VD.dtype) @ weight_VD)
+    return losses
