@@ -44,7 +44,7 @@ class LossPoint(Report):
 
 class TrainReport(Report):
     """One trained arm. Memory in bytes: the base's weights as stored, the peak of the worker process from its start, and
-    the peak while it trained (device memory on CUDA, resident memory on a CPU)."""
+    the peak while it trained (device memory on CUDA, resident memory on a CPU), measured and as planned."""
 
     method: Literal["lora", "qlora"]
     seed: int
@@ -61,6 +61,7 @@ class TrainReport(Report):
     weights_bytes: int
     peak_rss_bytes: int
     peak_train_bytes: int
+    predicted_train_bytes: int | None  # None for a base that the planner has no formulas for
     seconds: float
     train_seconds: float
     useful_tokens_per_s: float

@@ -90,6 +90,11 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
+def _peak(arm: TrainReport) -> str:
+    planned = arm.predicted_train_bytes
+    return _size(arm.peak_train_bytes) + ("" if planned is None else f" (planned {_size(planned)})")
+
+
 _SCORES: list[tuple[str, Callable[[EvalReport], str]]] = [
     ("held-out loss, nats/token", lambda e: _number(e.nll_nats)),
     ("held-out perplexity", lambda e: _number(e.perplexity, ".1f")),
@@ -101,7 +106,7 @@ _COSTS: list[tuple[str, Callable[[TrainReport], str]]] = [
     ("training rows too long", lambda a: f"{a.rows_too_long:,} {a.too_long}" if a.rows_too_long else "0"),
     ("trainable parameters", lambda a: f"{a.trainable_parameters:,}"),
     ("base weights in memory", lambda a: _size(a.weights_bytes)),
-    ("peak memory while training", lambda a: _size(a.peak_train_bytes)),
+    ("peak memory while training", _peak),
     ("tokens/s, prompts included", lambda a: f"{a.useful_tokens_per_s:,.0f}"),
     ("training minutes", lambda a: f"{a.train_seconds / 60:.1f}"),
     ("precision, device, threads", lambda a: f"{a.precision}, {a.device}, {a.threads}"),

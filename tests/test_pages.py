@@ -80,6 +80,7 @@ def arm(method: str, weights: int) -> TrainReport:
         weights_bytes=weights,
         peak_rss_bytes=1_500_000_000,
         peak_train_bytes=1_400_000_000,
+        predicted_train_bytes=1_500_000_000 if method == "lora" else None,
         seconds=130.0,
         train_seconds=120.0,
         useful_tokens_per_s=16.7,

@@ -34,7 +34,7 @@ DIALS = {
     "base_name": "tiny", "precision": "fp32", "threads": 1, "max_tokens": 256, "too_long": "leave_out",
     "batch_tokens": 256, "epochs": 2, "seed": 5, "max_steps": None, "learning_rate": 1e-2, "warmup_ratio": 0.1, "weight_decay": 0.0,
     "max_grad_norm": 1.0, "optimizer": "adamw_torch", "activation_checkpointing": False, "checkpoint_steps": 3,
-    "dropout": 0.1,
+    "rank": 4, "target_modules": "all-linear", "dropout": 0.1,
 }  # fmt: skip
 
 

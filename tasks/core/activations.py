@@ -1,67 +1,113 @@
-"""Activations and logits at the peak of a training step, from what PyTorch's autograd keeps for each operation.
+"""Activations and logits at the moments that can be the peak of a training step, from what PyTorch's autograd keeps.
 
 A frozen linear layer keeps nothing, an adapter keeps its input, a norm keeps its input in fp32, attention keeps q, k, v
 and its output, a gated feed-forward part keeps three tensors of its inner width. Bytes everywhere.
 """
 
+from typing import Literal
+
 from tasks.core.architecture import Architecture
 from tasks.core.settings import FP32, Settings
 
+Moment = Literal["loss", "final norm backward", "first block backward", "last block backward"]
+Alive = dict[Moment, tuple[int, int]]
+"""(activations, logits) at each moment."""
 
-def activation_bytes(arch: Architecture, settings: Settings) -> tuple[int, int, int]:
-    """(kept through the forward pass, on top while a block goes backward, left when the last one does).
+CHUNK_LOGITS = 16 * 2**20
+"""Logits that tasks/workers/head_loss.py has at a time: 64 MiB in fp32."""
+NORM_BACKWARD = 5
+"""fp32 tensors of its input's size that an RMSNorm makes while it goes backward."""
 
-    With checkpointing a block keeps only its input, and is run again when its turn comes.
-    """
-    block = settings.tokens * block_bytes_per_token(arch, settings)
-    boundary = settings.tokens * arch.hidden * settings.compute_bytes
-    final_norm = (
-        settings.tokens * arch.hidden * (settings.stack.norm_bytes if arch.rms_norm else settings.compute_bytes)
-    )
-    gradients = settings.tokens * gradient_bytes_per_token(arch, settings) + dequantised_bytes(arch, settings)
-    shared = boundary + cast_adapter_bytes(arch, settings)
+
+def alive(arch: Architecture, settings: Settings) -> Alive:
+    """What is alive at each moment. With checkpointing a block keeps only its input, and is run again at its turn."""
+    return _alive_fused(arch, settings) if settings.is_fused else _alive(arch, settings)
+
+
+def _alive_fused(arch: Architecture, settings: Settings) -> Alive:
+    """Tunegate's step, counted to the tensor: the embedding needs no gradient, and the final norm's input goes first."""
+    size, tokens = settings.compute_bytes, settings.tokens
+    block, residual = block_bytes(arch, settings), tokens * arch.hidden * size
+    norm_input = tokens * arch.hidden * norm_format(arch, settings)
+    rotary = 2 * tokens * arch.head_dim * size
+    casts = cast_adapter_bytes(arch, settings)
+    going = residual + gradient_bytes(arch, settings) + casts // arch.layers
     if settings.checkpointing:
-        kept = shared + (arch.layers - 1) * boundary + final_norm
-        return kept, block + gradients, shared + block + gradients
-    return shared + arch.layers * block + final_norm, gradients, shared + block + gradients
+        inputs = rotary + arch.layers * residual
+        again = block - (norm_input if norm_format(arch, settings) == size else 0)  # else the first norm keeps a copy
+        kept, first, last = inputs + norm_input, inputs + again + going, rotary + residual + again + going
+    else:
+        blocks = arch.layers * block - norm_input  # the first one's norm keeps nothing
+        kept = rotary + blocks + casts + norm_input
+        first, last = kept - norm_input + going, rotary + block - norm_input + going
+    norm_backward = NORM_BACKWARD * tokens * arch.hidden * FP32 if arch.rms_norm else 2 * residual
+    return {
+        "loss": (kept, logit_bytes(arch, settings)), "final norm backward": (kept + norm_backward, 0),
+        "first block backward": (first, 0), "last block backward": (last, 0),
+    }  # fmt: skip
 
 
-def block_bytes_per_token(arch: Architecture, settings: Settings) -> int:
-    """What one block keeps for the backward pass, a token."""
-    return (
-        norm_bytes(arch, settings)
-        + attention_bytes(arch, settings)
-        + settings.compute_bytes * arch.inner * (3 if arch.gated else 1)
-        + input_bytes(arch, settings)
-    )
+def _alive(arch: Architecture, settings: Settings) -> Alive:
+    """Other programs, and adapters with dropout: ends of the model counted through the whole backward pass."""
+    block = block_bytes(arch, settings)
+    boundary = settings.tokens * arch.hidden * settings.compute_bytes
+    final_norm = settings.tokens * arch.hidden * norm_format(arch, settings)
+    gradients = gradient_bytes(arch, settings) + 2 * boundary
+    shared = boundary + cast_adapter_bytes(arch, settings)
+    through = (arch.layers - 1) * boundary if settings.checkpointing else arch.layers * block
+    kept = shared + through + final_norm
+    first = kept + gradients + (block if settings.checkpointing else 0)
+    return {
+        "loss": (kept, logit_bytes(arch, settings)), "first block backward": (first, 0),
+        "last block backward": (shared + block + gradients, 0),
+    }  # fmt: skip
+
+
+# --- one block ----------------------------------------------------------------------------------------------
+
+
+def block_bytes(arch: Architecture, settings: Settings) -> int:
+    """What one block keeps for the backward pass."""
+    inner = settings.compute_bytes * arch.inner * (3 if arch.gated else 1)
+    each = norm_bytes(arch, settings) + inner + input_bytes(arch, settings)
+    return settings.tokens * each + attention_bytes(arch, settings)
+
+
+def norm_format(arch: Architecture, settings: Settings) -> int:
+    """RMSNorm (LlamaRMSNorm) squares an fp32 copy of its input and keeps it; LayerNorm keeps its input."""
+    return settings.stack.norm_bytes if arch.rms_norm else settings.compute_bytes
 
 
 def norm_bytes(arch: Architecture, settings: Settings) -> int:
-    """RMSNorm (LlamaRMSNorm) squares an fp32 copy of its input and keeps it; LayerNorm keeps its input."""
+    """Inputs of a block's norms, a token."""
     width = arch.norms * arch.hidden
     if arch.qk_norm:
         width += (arch.heads + arch.kv_heads) * arch.head_dim
-    kept = settings.stack.norm_bytes if arch.rms_norm else settings.compute_bytes
-    kept += settings.compute_bytes if settings.method == "full" and arch.rms_norm else 0
-    return width * kept
+    trained = settings.compute_bytes if settings.method == "full" and arch.rms_norm else 0
+    return width * (norm_format(arch, settings) + trained)
 
 
 def attention_bytes(arch: Architecture, settings: Settings) -> int:
-    """q, k, v, output, one fp32 log-sum a head (arXiv 2205.14135); with a mask also its row, in the compute format."""
-    size, stack = settings.compute_bytes, settings.stack
+    """q, k, v, output, one fp32 log-sum a head (arXiv 2205.14135); with a mask also that, in the compute format."""
+    size, stack, tokens = settings.compute_bytes, settings.stack, settings.tokens
     queries, keys = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    kept = size * (2 * queries + 2 * (keys if stack.mask == "none" else queries)) + FP32 * arch.heads
-    if arch.fused_qkv:  # values are a view into the joint projection, which stays whole
-        kept += size * (queries + keys)
-    if stack.mask != "none":
-        kept += size * (settings.tokens if stack.mask == "packed" else settings.length)
+    kept = tokens * (2 * size * queries + FP32 * arch.heads)
+    if stack.mask == "segments":
+        kept += size * (2 * queries * settings.attended + settings.mask_cells)
+    elif stack.mask == "padded":
+        kept += size * tokens * (2 * queries + settings.length)
+    else:
+        kept += size * tokens * 2 * keys
+    if arch.fused_qkv and stack.mask != "segments":  # values are a view into the joint projection, which stays whole
+        kept += tokens * size * (queries + keys)
     if stack.eager_attention:
-        kept += (FP32 + size) * arch.heads * settings.length
+        scores = FP32 + (size if size != FP32 else 0) + (size if arch.softcap else 0)
+        kept += tokens * scores * arch.heads * settings.length
     return kept
 
 
 def input_bytes(arch: Architecture, settings: Settings) -> int:
-    """Inputs that linear layers keep: shared ones once, those cast for an adapter or dropped out once each."""
+    """Inputs that linear layers keep, a token: shared ones once, those cast for an adapter or dropped out once each."""
     size, stack = settings.compute_bytes, settings.stack
     own = settings.adapted(arch)
     trained = arch.linears if settings.method == "full" else own
@@ -69,24 +115,31 @@ def input_bytes(arch: Architecture, settings: Settings) -> int:
     shared = trained if not is_copied else []
     if settings.is_quantised and stack.quantised_inputs:
         shared = arch.linears
-    # Attention keeps its output anyway.
-    widths = {linear.reads: linear.inputs for linear in shared if linear.reads != "attention_out"}
+    # Attention keeps its output anyway; of segments the output is put together, and that copy is the next one's input.
+    widths = {linear.reads: linear.inputs for linear in shared}
+    if stack.mask != "segments":
+        widths.pop("attention_out", None)
     kept = size * sum(widths.values()) + settings.rank * size * len(own)
     if is_copied:
         copy = size if stack.autocast else stack.adapter_bytes
-        kept += sum((copy + (1 if settings.dropout > 0 else 0)) * linear.inputs for linear in own)
+        kept += sum((copy + (stack.noise_bytes if settings.dropout > 0 else 0)) * linear.inputs for linear in own)
     if stack.adapter_outputs:
         kept += size * (arch.heads + arch.kv_heads) * arch.head_dim
     return kept
 
 
-def gradient_bytes_per_token(arch: Architecture, settings: Settings) -> int:
-    """Gradients alive at once while a feed-forward part goes backward: inner widths, and two of the block's.
+def gradient_bytes(arch: Architecture, settings: Settings) -> int:
+    """What a feed-forward part makes while it goes backward, beside the gradient that runs along the blocks.
 
-    A gated part makes two of the inner width beside what it keeps; an adapter whose input was cast makes one more.
+    Gated: two of the inner width beside what it keeps; an adapter whose input was cast makes one more. Fused adapters
+    let their input go before that, and a quantised layer's weights are gone by then.
     """
-    widths = (2 if arch.gated else 1) + (1 if settings.casts else 0)
-    return settings.compute_bytes * (widths * arch.inner + 2 * arch.hidden)
+    inner = settings.tokens * settings.compute_bytes * arch.inner
+    whole = dequantised_bytes(arch, settings)
+    if not settings.is_fused:
+        return ((2 if arch.gated else 1) + (1 if settings.casts else 0)) * inner + whole
+    freed = any(linear.reads == "mlp_out" for linear in settings.adapted(arch))
+    return max((3 if arch.gated else 2) * inner - (inner if freed else 0), inner + whole)
 
 
 def dequantised_bytes(arch: Architecture, settings: Settings) -> int:
@@ -97,25 +150,32 @@ def dequantised_bytes(arch: Architecture, settings: Settings) -> int:
 
 
 def cast_adapter_bytes(arch: Architecture, settings: Settings) -> int:
-    """Autocast's 16-bit copies of fp32 adapters: it keeps them until the forward pass ends, autograd longer."""
+    """16-bit copies of fp32 adapters, of all blocks: autocast keeps them until the forward pass ends, autograd longer."""
     stack = settings.stack
-    if settings.method == "full" or not stack.autocast or stack.adapter_bytes == settings.compute_bytes:
+    makes_copies = settings.is_fused or stack.autocast
+    if settings.method == "full" or not makes_copies or stack.adapter_bytes == settings.compute_bytes:
         return 0
     return settings.compute_bytes * sum(rows * columns for rows, columns in settings.trainable(arch))
 
 
-def logit_bytes(arch: Architecture, settings: Settings) -> int:
-    """Vocabulary-wide tensors when the backward pass begins.
+# --- the vocabulary -----------------------------------------------------------------------------------------
 
-    Cross-entropy keeps the log-probabilities; their gradient and the logits' gradient are made beside them: three
-    tensors. Chunked and compiled: the logits in the compute format, and for an eighth of the tokens their gradient.
+
+def logit_bytes(arch: Architecture, settings: Settings) -> int:
+    """Vocabulary-wide tensors when the loss is taken.
+
+    A frozen head: a chunk's logits in fp32, and a copy while their exponentials are summed; scored hidden states and
+    their gradient. Cross-entropy keeps the log-probabilities; their gradient and the logits' gradient are made beside
+    them: three tensors. Chunked and compiled: the logits in the compute format, and for an eighth of the tokens their gradient.
     """
-    size = settings.compute_bytes
+    size, loss = settings.compute_bytes, settings.stack.loss
     scored = settings.tokens if settings.scored is None else settings.scored
-    if settings.stack.loss == "chunked":
-        each = size * (1 + 1 / 8)
-    elif settings.stack.loss == "fp32":
-        each = (3 + settings.stack.loss_copies) * FP32
-    else:
-        each = (3 + settings.stack.loss_copies) * size
-    return int(scored * arch.vocab * each)
+    count = scored * arch.vocab
+    is_plain = settings.method != "full" and not arch.head_bias and not arch.logits_changed
+    if loss == "frozen head" and is_plain:
+        chunk = min(scored, max(1, CHUNK_LOGITS // arch.vocab)) * arch.vocab
+        return 2 * FP32 * chunk + 2 * size * scored * arch.hidden
+    if loss == "chunked":
+        return int(count * size * (1 + 1 / 8))
+    copies = 3 + settings.stack.loss_copies
+    return int(count * copies * (size if loss == "compute" else FP32))

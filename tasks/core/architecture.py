@@ -25,7 +25,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Widths in elements. `norms` counts norms of one block with an input of their own, `qk_norm` those per head."""
+    """Widths in elements. `norms` counts norms of one block with an input of their own, `qk_norm` those per head.
+
+    `logits_changed`: they are scaled or squashed, so that the loss needs them whole (Granite, Cohere). `softcap`: attention
+    squashes its scores (Gemma 2), so that its rows cannot be packed.
+    """
 
     hidden: int
     layers: int
@@ -40,6 +44,8 @@ class Architecture:
     rms_norm: bool = True
     qk_norm: bool = False
     head_bias: bool = False
+    logits_changed: bool = False
+    softcap: bool = False
 
     @cached_property
     def linear_parameters(self) -> int:

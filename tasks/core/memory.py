@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from tasks.core.activations import activation_bytes, logit_bytes
+from tasks.core.activations import Moment, alive
 from tasks.core.architecture import Architecture
 from tasks.core.optimisers import state_bytes
 from tasks.core.settings import FP32, Settings
-
-Moment = Literal["loss", "first block backward", "last block backward"]
 
 NF4_BLOCK, CONSTANTS_BLOCK = 64, 256
 # Code books kept with each quantised tensor: 16 NF4 levels; with double quantisation 256 levels and one offset, fp32.
@@ -65,8 +63,8 @@ class Parts:
 def predict(arch: Architecture, settings: Settings, device: Device = "cuda") -> Parts:
     """Every part at the peak of one training step.
 
-    Three moments can be the peak: the loss (all activations, the logits), the first block going backward, the last
-    one (its activations, all gradients). Gradients are freed after each step, unless they are summed over several.
+    The peak can be the loss (all activations, the logits), the final norm or the first block going backward, or the last
+    block (its activations, all gradients). Gradients are freed after each step, unless they are summed over several.
     """
     trainable = settings.trainable(arch)
     count = sum(rows * columns for rows, columns in trainable)
@@ -75,11 +73,12 @@ def predict(arch: Architecture, settings: Settings, device: Device = "cuda") -> 
     states, paged = state_bytes(settings.optimiser, trainable, trained_bytes)
     gradients = count * trained_bytes
     held = gradients if settings.accumulation else 0
-    kept, backward, last = activation_bytes(arch, settings)
-    logits = logit_bytes(arch, settings)
+    # The peak is in the feed-forward part, where the last block's own gradients are still to come.
+    last = gradients - gradients // arch.layers if settings.is_fused else gradients
     moments: list[tuple[Moment, int, int, int]] = [
-        ("loss", held, kept, logits), ("first block backward", held, kept + backward, 0), ("last block backward", gradients, last, 0),
-    ]  # fmt: skip
+        (moment, max(held, last) if moment == "last block backward" else held, *made)
+        for moment, made in alive(arch, settings).items()
+    ]
     moment, gradients, activations, logits = max(moments, key=lambda parts: sum(parts[1:]))
     return Parts(
         moment=moment,

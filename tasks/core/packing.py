@@ -40,6 +40,15 @@ class Tree:
     node_tokens: tuple[int, ...]  # the row cut wherever the tree branches: tokens of each piece
     segments: tuple[Segment, ...]  # in the order of the row
 
+    @property
+    def seen(self) -> tuple[tuple[int, int], ...]:
+        """Of each segment: its own tokens, and all that its last token sees."""
+        counts = [(self._count(own), self._count(ancestors)) for own, ancestors in self.segments]
+        return tuple((own, own + followed) for own, followed in counts)
+
+    def _count(self, nodes: tuple[int, ...]) -> int:
+        return sum(self.node_tokens[node] for node in nodes)
+
 
 @dataclass(frozen=True)
 class Pack:

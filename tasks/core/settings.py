@@ -12,23 +12,29 @@ FP32, FP16 = 4, 2
 
 @dataclass(frozen=True)
 class Stack:
-    """How the training software keeps things. The defaults are Tunegate's: transformers, PEFT, Trainer."""
+    """How the training software keeps things. The defaults are Tunegate's own packed step (tasks/workers/scoring.py)."""
 
     adapter_bytes: int = FP32
     """PEFT keeps adapters in fp32 (`autocast_adapter_dtype`); torchtune, litgpt and fsdp_qlora in the base's format."""
     autocast: bool = True
     """Trainer's `bf16=True`: fp32 adapters and their inputs are cast to 16 bit for each product."""
-    mask: Literal["packed", "padded", "none"] = "packed"
-    """A mask tensor (one for all rows of a packed step, or one a row) is kept by every layer, and makes transformers
-    repeat keys and values for every head."""
+    fused_adapters: bool = True
+    """A LoRA layer is one node, which keeps its input and the low-rank product (tasks/workers/fused_lora.py); not while
+    dropout is at work. What is alive at the model's ends (embedding, final norm) is then counted to the tensor."""
+    mask: Literal["segments", "padded", "none"] = "segments"
+    """What attention gets. Segments of a prefix tree: keys and values of every head for each segment, and a mask for
+    those that follow others. Padded: a mask kept by every layer, keys and values for every head. None: FlashAttention."""
     eager_attention: bool = False
-    """Attention that keeps the scores of every pair of tokens."""
+    """Attention that keeps the scores of every pair of tokens: in fp32, in the compute format, and before a softcap."""
     norm_bytes: int = FP32
     """transformers' RMSNorm keeps its input in fp32; compiled and fused ones keep it in the compute format."""
-    loss: Literal["fp32", "compute", "chunked"] = "fp32"
-    """Format of the cross-entropy over the vocabulary; `chunked` is torchtune's compiled one, in eight chunks."""
+    loss: Literal["frozen head", "fp32", "compute", "chunked", "padded"] = "frozen head"
+    """The loss over the vocabulary. Frozen head: 64 MiB of logits at a time (tasks/workers/head_loss.py). fp32, compute:
+    one cross-entropy in that format; chunked: torchtune's compiled one, in eight chunks. Padded: logits of all tokens."""
     loss_copies: float = 0.0
     """Further copies of the logits in the loss's format that outlive it, as outputs that the caller holds."""
+    noise_bytes: int = 1
+    """Of dropout's mask, an element: CUDA keeps a byte, a CPU fp32 noise."""
     quantised_inputs: bool = False
     """bitsandbytes before 0.43 kept the input of every quantised layer, although a frozen one needs none."""
     adapter_outputs: bool = False
@@ -37,9 +43,19 @@ class Stack:
     """PEFT's `prepare_model_for_kbit_training`: everything that is not quantised becomes fp32. Tunegate leaves it out."""
 
 
+PADDED = Stack(mask="padded", loss="padded", eager_attention=True)
+"""Tunegate's step for a base that cannot be packed."""
+
+Segments = tuple[tuple[int, int], ...]
+"""Of each segment of a packed row: its own tokens, and those it sees: its own and all that it follows."""
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What is trained, and how. `tokens` in one forward pass, in rows of `length`; `scored` of them have a loss."""
+    """What is trained, and how. `tokens` in one forward pass, in rows of `length`; `scored` of them have a loss.
+
+    segments: those of a real packed row of `length` tokens; None where only rows are known.
+    """
 
     method: Method
     length: int
@@ -54,10 +70,23 @@ class Settings:
     checkpointing: bool = False
     accumulation: bool = False
     stack: Stack = Stack()
+    segments: Segments | None = None
 
     @property
     def tokens(self) -> int:
         return self.batch * self.length
+
+    @property
+    def attended(self) -> int:
+        """Tokens whose keys and values a packed row keeps: shared ones again for each segment that follows them."""
+        return self.tokens if self.segments is None else sum(seen for _, seen in self.segments)
+
+    @property
+    def mask_cells(self) -> int:
+        """Elements of a packed row's masks. Rows start alike (one chat template): all but the first follow others."""
+        if self.segments is None:
+            return (self.batch - 1) * self.length**2
+        return sum(own * seen for own, seen in self.segments if own < seen)
 
     @property
     def is_quantised(self) -> bool:
@@ -84,17 +113,29 @@ class Settings:
         return pairs * arch.layers
 
     @property
+    def is_fused(self) -> bool:
+        return self.method != "full" and self.stack.fused_adapters and self.dropout == 0
+
+    @property
     def casts(self) -> bool:
         """Adapters have another format than the base's arithmetic, so their inputs are copied."""
-        return self.method != "full" and self.stack.adapter_bytes != self.compute_bytes
+        return self.method != "full" and not self.is_fused and self.stack.adapter_bytes != self.compute_bytes
 
 
 def settings_of(
-    dials: Mapping[str, Any], method: Method, compute_bytes: int, length: int, batch: int = 1, scored: int | None = None
+    dials: Mapping[str, Any],
+    method: Method,
+    compute_bytes: int,
+    length: int,
+    batch: int = 1,
+    scored: int | None = None,
+    segments: Segments | None = None,
+    way: Literal["packed", "padded"] = "packed",
 ) -> Settings:
     """Tunegate's own training step. dials: those of a TrainSpec, by name. scored: None plans for a loss on all tokens.
 
-    For one packed row of T tokens, as the training worker has at hand: length T, batch 1, scored its completion tokens.
+    For one packed row of T tokens, as the training worker has at hand: length T, batch 1, its completion tokens and its
+    segments.
     """
     return Settings(
         method=method,
@@ -107,4 +148,6 @@ def settings_of(
         compute_bytes=compute_bytes,
         optimiser=dials["optimizer"],
         checkpointing=dials["activation_checkpointing"],
+        stack=Stack() if way == "packed" else PADDED,
+        segments=segments,
     )

@@ -16,13 +16,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from data_contracts.errors import ConfigError, Problem
 from tasks.core.architecture import Architecture, Linear, Reads
 from tasks.workers.harness import main
+from tasks.workers.scoring import LOGIT_CHANGES
 
 _ATTENTION_OUT = {"o_proj", "out_proj", "dense", "c_proj", "wo"}
 _BLOCK = re.compile(r"\.(\d+)\.")
 
 
 def describe(spec: dict[str, Any], out: Path) -> dict[str, Any]:
-    base, revision = spec["base"], spec["revision"]
+    return dataclasses.asdict(architecture_at(spec["base"], spec["revision"]))
+
+
+def architecture_at(base: str, revision: str | None) -> Architecture:
+    """Raises ConfigError where no configuration can be read, and as `architecture_of` does."""
     try:
         config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -31,15 +36,17 @@ def describe(spec: dict[str, Any], out: Path) -> dict[str, Any]:
         raise ConfigError(Problem(what, base, "a model of transformers that runs no code of its own", act)) from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return dataclasses.asdict(architecture_of(model))
+    return architecture_of(model)
 
 
 def architecture_of(model: Any) -> Architecture:
     """Read a decoder's widths off its modules, on the meta device or loaded, quantised or not.
 
-    Raises ConfigError for what the planner has no formulas for: mixtures of experts, blocks that differ.
+    Raises ConfigError for what the planner has no formulas for: no attention, mixtures of experts, blocks that differ.
     """
     config = model.config.get_text_config()
+    if not hasattr(config, "num_attention_heads"):
+        raise _refusal(model, "it has no attention heads")
     layers, hidden, vocab = config.num_hidden_layers, config.hidden_size, config.vocab_size
     named = [(name, module) for name, module in model.named_modules() if hasattr(module, "in_features")]
     blocks: dict[str, list[Linear]] = {}
@@ -64,6 +71,8 @@ def architecture_of(model: Any) -> Architecture:
         rms_norm=not any(isinstance(module, torch.nn.LayerNorm) for module in model.modules()),
         qk_norm=any(_is_head_norm(name) for name in norms),
         head_bias=getattr(head, "bias", None) is not None,
+        logits_changed=any(getattr(config, name, None) for name in LOGIT_CHANGES),
+        softcap=bool(getattr(config, "attn_logit_softcapping", None)),
     )
     _check(model, arch, blocks.values())
     return arch
@@ -100,9 +109,12 @@ def _check(model: Any, arch: Architecture, blocks: Iterable[list[Linear]]) -> No
     if alike and len(reads) == 4 and counted == arch.parameters:
         return
     what = f"the planner counts {arch.parameters:,} parameters, the model has {counted:,}"
-    what = what if alike else "its blocks differ, or hold no linear layers"
+    raise _refusal(model, what if alike else "its blocks differ, or hold no linear layers")
+
+
+def _refusal(model: Any, what: str) -> ConfigError:
     limit = "decoders whose blocks are alike: attention and one feed-forward part (no experts, no image or state parts)"
-    raise ConfigError(Problem(what, type(model).__name__, limit, "plan a base of that form"))
+    return ConfigError(Problem(what, type(model).__name__, limit, "plan a base of that form"))
 
 
 def _elements(parameter: Any) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_CHUNK_LOGITS = 16 * 2**20  # 64 MiB in fp32
+from tasks.core.activations import CHUNK_LOGITS
 
 
 class HeadLoss(torch.autograd.Function):
@@ -16,21 +16,13 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        rows = max(1, _CHUNK_LOGITS // len(weight_VD))
-        needs_gradient = ctx.needs_input_grad[0]
+        rows = max(1, CHUNK_LOGITS // len(weight_VD))
         losses = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
-        gradient_ND = torch.empty_like(hidden_ND) if needs_gradient else None
+        gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets_N), rows):
             chunk = slice(start, start + rows)
-            logits = (hidden_ND[chunk] @ weight_VD.T).float()
-            targets = targets_N[chunk, None]
-            total = logits.logsumexp(dim=-1, keepdim=True)
-            losses[chunk] = (total - logits.gather(1, targets))[:, 0]
-            if gradient_ND is not None:
-                # d loss / d logits = softmax - one-hot
-                probabilities = logits.sub_(total).exp_()
-                probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float32))
-                gradient_ND[chunk] = probabilities.to(weight_VD.dtype) @ weight_VD
+            gradient_CD = None if gradient_ND is None else gradient_ND[chunk]
+            losses[chunk] = _chunk(hidden_ND[chunk], weight_VD, targets_N[chunk, None], gradient_CD)
         ctx.save_for_backward(gradient_ND)
         return losses
 
@@ -38,3 +30,18 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient_ND,) = ctx.saved_tensors
         return gradient_ND * outer[0][:, None].to(gradient_ND.dtype), None, None
+
+
+def _chunk(
+    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, targets_C1: torch.Tensor, gradient_CD: torch.Tensor | None
+) -> torch.Tensor:
+    """Losses [C]; their gradient is written to `gradient_CD`. A function, so that its logits are gone at the next chunk."""
+    logits = (hidden_CD @ weight_VD.T).float()
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    losses = (total - logits.gather(1, targets_C1))[:, 0]
+    if gradient_CD is not None:
+        # d loss / d logits = softmax - one-hot
+        probabilities = logits.sub_(total).exp_()
+        probabilities.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1, dtype=torch.float32))
+        gradient_CD.copy_(probabilities.to(weight_VD.dtype) @ weight_VD)
+    return losses

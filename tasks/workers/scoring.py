@@ -16,6 +16,9 @@ from tasks.core.packing import Pack, Scored, pack
 from tasks.workers.head_loss import HeadLoss
 from tasks.workers.tree_attention import NAME
 
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Settings of a base whose logits are not plainly hidden states times the vocabulary projection."""
+
 Batch = dict[str, Any]
 Way = Literal["packed", "padded"]
 # Largest difference of a token's loss, in nats, at which the two ways are the same arithmetic in another order.
@@ -134,5 +137,4 @@ def _frozen_head(model: Any) -> torch.Tensor | None:
     head = _causal(model).get_output_embeddings()
     if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
         return None
-    changes = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    return None if any(getattr(model.config, name, None) for name in changes) else head.weight
+    return None if any(getattr(model.config, name, None) for name in LOGIT_CHANGES) else head.weight

@@ -24,6 +24,7 @@ from tasks.workers.chat import Chat, load_chat
 from tasks.workers.device import Device, choose_device, peak_rss_bytes, reset_peak_rss
 from tasks.workers.fused_lora import fuse_lora
 from tasks.workers.harness import main, say
+from tasks.workers.planned import predicted_train_bytes
 from tasks.workers.scoring import Batch, Way, choose_way, scored_losses, to_device, to_tensors
 
 _CHECKED_ROWS = 64  # decoded before training starts
@@ -62,6 +63,7 @@ def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "weights_bytes": weights_bytes(model),
         **memory,
+        "predicted_train_bytes": predicted_train_bytes(spec, rows, plan, device, scoring.way),
         **told(trainer.state),
         "final_validation_nll_nats": validation_loss(model, chat, spec, device, scoring.way),
         "seconds": time.monotonic() - started,

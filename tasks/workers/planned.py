@@ -1,0 +1,60 @@
+"""What training should take by the formulas of `tunegate plan`, to be held against what it took."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from data_contracts.errors import ConfigError, Problem
+from tasks.core.memory import predict
+from tasks.core.optimisers import NAMES
+from tasks.core.packing import Scored, pack
+from tasks.core.settings import FP32, Settings, settings_of
+from tasks.workers.describe_base import architecture_at
+from tasks.workers.device import Device
+from tasks.workers.harness import say
+from tasks.workers.scoring import Way
+
+_LARGEST = 16  # steps that are packed to find the largest
+
+
+def predicted_train_bytes(
+    spec: dict[str, Any], rows: Sequence[Scored], plan: Sequence[Sequence[int]], device: Device, way: Way
+) -> int | None:
+    """The peak of the plan's largest step: device memory on CUDA, resident memory on a CPU.
+
+    None, with a note, for a base or an optimiser that the planner has no formulas for: it must not stop training.
+    """
+    try:
+        if spec["optimizer"] not in NAMES:
+            raise ConfigError(Problem("its states are not known here", spec["optimizer"], f"one of {', '.join(NAMES)}"))
+        arch = architecture_at(spec["base"], None)
+    except ConfigError as error:
+        say("note", text=f"memory of training is not planned: {error.problems[0].what}")
+        return None
+    steps = _largest_steps(spec, rows, plan, device, way)
+    if device.device == "cuda":
+        return max(predict(arch, settings, "cuda").allocated for settings in steps)
+    return max(predict(arch, settings, "cpu").total for settings in steps)
+
+
+def _largest_steps(
+    spec: dict[str, Any], rows: Sequence[Scored], plan: Sequence[Sequence[int]], device: Device, way: Way
+) -> Iterator[Settings]:
+    steps = [[rows[index] for index in batch] for batch in plan]
+    for step in sorted(steps, key=lambda step: _tokens(step, way), reverse=True)[:_LARGEST]:
+        shape: dict[str, Any] = {"length": _longest(step), "batch": len(step), "way": way}
+        shape["scored"] = sum(len(row.ids) - row.start for row in step)
+        if way == "packed":
+            packed = pack(step)
+            shape |= {"length": len(packed.input_ids_T), "batch": 1, "segments": packed.tree.seen}
+        settings = settings_of(spec, spec["method"], device.dtype.itemsize, **shape)
+        noise_bytes = settings.stack.noise_bytes if device.device == "cuda" else FP32
+        yield replace(settings, stack=replace(settings.stack, noise_bytes=noise_bytes))
+
+
+def _tokens(step: Sequence[Scored], way: Way) -> int:
+    return sum(len(row.ids) for row in step) if way == "packed" else len(step) * _longest(step)
+
+
+def _longest(step: Sequence[Scored]) -> int:
+    return max(len(row.ids) for row in step) - 1
