@@ -34,7 +34,7 @@ DIALS = {
     "base_name": "tiny", "precision": "fp32", "threads": 1, "max_tokens": 256, "too_long": "leave_out",
     "batch_tokens": 256, "epochs": 2, "seed": 5, "max_steps": None, "learning_rate": 1e-2, "warmup_ratio": 0.1, "weight_decay": 0.0,
     "max_grad_norm": 1.0, "optimizer": "adamw_torch", "activation_checkpointing": False, "checkpoint_steps": 3,
-    "dropout": 0.1,
+    "dropout": 0.1, "validation_steps": None, "early_stopping_patience": None, "max_loss_rise_nats": None,
 }  # fmt: skip
 
 
@@ -155,9 +155,9 @@ def test_rows_that_are_too_long_are_listed_not_cut(tiny_base, tmp_path):
     rows = toy_rows(3)
     rows[1]["messages"][1]["content"] = "long " * 100
     file = write_rows(tmp_path / "rows", rows)
-    kept = encode_rows(load_chat(tiny_base), file, 200, "leave_out", tmp_path / "left_out")
+    kept, row_ids = encode_rows(load_chat(tiny_base), file, 200, "leave_out", tmp_path / "left_out")
     (left_out,) = (json.loads(line) for line in (tmp_path / "left_out").read_text().splitlines())
-    assert len(kept) == 2
+    assert len(kept) == len(row_ids) == 2
     assert left_out["line"] == 2
     assert left_out["tokens"] > left_out["limit"] == 200
 
@@ -167,10 +167,11 @@ def test_a_row_that_is_too_long_is_cut_as_asked_and_listed(tiny_base, tmp_path, 
     rows = toy_rows(3)
     rows[1]["messages"][1]["content"] = "long " * 100
     file = write_rows(tmp_path / "rows", rows)
-    kept = encode_rows(load_chat(tiny_base), file, 200, policy, tmp_path / "long")
+    kept, row_ids = encode_rows(load_chat(tiny_base), file, 200, policy, tmp_path / "long")
     (told,) = (json.loads(line) for line in (tmp_path / "long").read_text().splitlines())
     assert (told["line"], told["policy"], told["sequences"]) == (2, policy, sequences)
     assert len(kept) == 2 + sequences
+    assert row_ids.count(rows[1]["row_id"]) == sequences
     assert max(len(row.ids) for row in kept) <= 200
 
 

@@ -1,0 +1,167 @@
+"""A killed training goes on and ends with the bit-identical adapter, wherever it was killed.
+
+Run: pytest tests/test_kill.py; TUNEGATE_KILLS=20 adds so many kills at random moments.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tasks.stores import digest
+from tasks.workers.harness import say
+from tests.conftest import toy_rows, write_rows
+from tests.faults import before_call, kill, run, told
+
+DIALS = {
+    "base_name": "tiny", "precision": "fp32", "threads": 1, "max_tokens": 256, "too_long": "leave_out",
+    "batch_tokens": 256, "epochs": 2, "seed": 5, "max_steps": 10, "learning_rate": 1e-2, "warmup_ratio": 0.1,
+    "weight_decay": 0.0, "max_grad_norm": 1.0, "optimizer": "adamw_torch", "activation_checkpointing": False,
+    "checkpoint_steps": 3, "validation_steps": None, "early_stopping_patience": None, "max_loss_rise_nats": None,
+}  # fmt: skip
+STEP = ("tasks.workers.packed_trainer", "scored_losses")  # called once each step
+TRAINER = "tasks.workers.packed_trainer:PackedTrainer"
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_base, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("kill")
+    dials = {"base": str(tiny_base), "seed": 5, "rank": 4, "alpha": 8, "dropout": 0.1, "target_modules": "all-linear"}
+    assert run("init_adapter", dials, folder / "step0") == 0
+    return DIALS | {
+        "method": "lora",
+        "base": str(tiny_base),
+        "step0": str(folder / "step0" / "adapter"),
+        "train": str(write_rows(folder / "train.jsonl", toy_rows(40))),
+        "validation": str(write_rows(folder / "validation.jsonl", toy_rows(6, first=200))),
+    }
+
+
+def adapter(out: Path) -> str:
+    return digest(out / "adapter" / "adapter_model.safetensors")
+
+
+def report(out: Path) -> dict:
+    return dict(json.loads((out / "report.json").read_text()))
+
+
+def problem(out: Path) -> dict:
+    return dict(json.loads((out / "error.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def whole(spec, tmp_path_factory) -> Path:
+    """An arm trained without a break."""
+    out = tmp_path_factory.mktemp("whole")
+    assert run("train_adapter", spec, out) == 0
+    assert report(out)["steps"] == 10
+    return out
+
+
+# --- killed -------------------------------------------------------------------------------------------------
+
+KILLED = -9
+# where it is killed: the function about to be called, for which time, and the step it goes on from
+PLACES = {
+    "in a step": (*STEP, 8, 6),
+    "before the first checkpoint": (*STEP, 2, 0),
+    "as a checkpoint's files are written": ("torch", "save", 7, 3),
+    "as the files are there, but not the manifest": ("tasks.workers.checkpoints", "_seal", 2, 3),
+    "as old checkpoints are let go": ("tasks.workers.checkpoints", "_let_go_of_old_ones", 3, 9),
+    "in the validation after training": (*STEP, 11, 10),
+    "as the adapter is saved": ("tasks.workers.train_adapter", "save_adapter", 1, 10),
+}
+
+
+def ends_as_if_never_killed(spec: dict, out: Path, whole: Path, from_step: int) -> None:
+    assert run("train_adapter", spec, out) == 0
+    assert adapter(out) == adapter(whole)
+    resumed, expected = report(out), report(whole)
+    assert resumed["resumed_from_step"] == from_step
+    for name in ("final_validation_nll_nats", "train_tokens", "steps", "validation", "best_step", "stopped_early"):
+        assert resumed[name] == expected[name]
+    points = [[(point["step"], point["loss_nats"]) for point in found["loss"]] for found in (resumed, expected)]
+    assert points[0] == points[1]
+
+
+@pytest.mark.parametrize(("owner", "name", "number", "from_step"), PLACES.values(), ids=PLACES)
+def test_wherever_it_is_killed_the_adapter_is_the_same(spec, whole, tmp_path, owner, name, number, from_step):
+    assert run("train_adapter", spec, tmp_path, partial(before_call, owner, name, number, kill)) == KILLED
+    assert not (tmp_path / "report.json").exists()
+    ends_as_if_never_killed(spec, tmp_path, whole, from_step)
+
+
+def test_killed_again_and_again_it_still_ends_with_the_same_adapter(spec, whole, tmp_path):
+    for step in (5, 3, 4):  # of each start
+        assert run("train_adapter", spec, tmp_path, partial(before_call, *STEP, step, kill)) == KILLED
+    ends_as_if_never_killed(spec, tmp_path, whole, from_step=6)
+
+
+# --- damaged checkpoints ------------------------------------------------------------------------------------
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def link(file: Path) -> None:
+    """The same bytes, but behind a link to elsewhere: whoever owns that place could change them."""
+    elsewhere = file.rename(file.parent.parent.parent / f"{file.parent.parent.name}-elsewhere")
+    file.symlink_to(elsewhere)
+
+
+def add(file: Path) -> None:
+    """A file that Trainer would prefer to the adapter."""
+    file.with_name("pytorch_model.bin").write_bytes(file.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "said"),
+    [
+        (cut, "optimizer.pt", "bytes instead of"),
+        (flip, "adapter_model.safetensors", "is damaged"),
+        (flip, "trainer_state.json", "is damaged"),
+        (flip, "manifest.json", ""),
+        (Path.unlink, "rng_state.pth", "is missing"),
+        (link, "optimizer.pt", "link to elsewhere"),
+        (add, "adapter_model.safetensors", "does not belong"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(spec, whole, tmp_path, damage, file, said):
+    out = tmp_path / "out"
+    assert run("train_adapter", spec, out, partial(before_call, *STEP, 8, kill)) == KILLED
+    damage(out / "checkpoint-6" / file)
+    ends_as_if_never_killed(spec, out, whole, from_step=3)
+    (note,) = [note["text"] for note in told(out, "note") if "skipped" in note["text"]]
+    assert note.startswith("checkpoint-6 is skipped: ")
+    assert said in note
+
+
+def test_two_checkpoints_are_kept(whole):
+    assert sorted(folder.name for folder in whole.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-9"]
+
+
+def test_a_resume_unpickles_no_object(spec, tmp_path):
+    assert run("train_adapter", spec, tmp_path, partial(before_call, *STEP, 8, kill)) == KILLED
+    assert run("train_adapter", spec, tmp_path, list_loads) == 0
+    loads = told(tmp_path, "load")
+    assert {Path(load["file"]).name for load in loads} >= {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    assert all(load["weights_only"] and Path(load["file"]).parent == tmp_path / "checkpoint-6" for load in loads)
+
+
+def list_loads() -> None:
+    load = torch.load
+
+    def told_load(file, *args, **kwargs):
+        say("load", file=str(file), weights_only=kwargs.get("weights_only", False))
+        return load(file, *args, **kwargs)
+
+    torch.load = told_load
