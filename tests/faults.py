@@ -38,13 +38,15 @@ def before_call(owner: str, name: str, number: int, fault: Callable[[], None]) -
     setattr(place, name, faulty)
 
 
-def run(worker: str, spec: dict, out: Path, patch: Patch | None = None) -> int:
-    """Run a worker after `patch`; answer with its exit code, negative if a signal ended it."""
+def run(worker: str, spec: dict, out: Path, patch: Patch | None = None, seconds: float | None = None) -> int:
+    """Run a worker after `patch`, killed after `seconds`; answer with its exit code, negative if a signal ended it."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "spec.json").write_text(json.dumps(spec))
     (out / "report.json").unlink(missing_ok=True)
     child = _CONTEXT.Process(target=_work, args=(worker, out, patch))
     child.start()
+    child.join(seconds)
+    child.kill()
     child.join()
     assert child.exitcode is not None
     return child.exitcode

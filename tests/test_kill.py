@@ -4,12 +4,15 @@ Run: pytest tests/test_kill.py; TUNEGATE_KILLS=20 adds so many kills at random m
 """
 
 import json
+import os
 from functools import partial
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 
+from data_contracts.run_spec import EvaluateSpec
 from tasks.stores import digest
 from tasks.workers.harness import say
 from tests.conftest import toy_rows, write_rows
@@ -165,3 +168,93 @@ def list_loads() -> None:
         return load(file, *args, **kwargs)
 
     torch.load = told_load
+
+
+# --- the best validation, and an early end ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopping(spec) -> dict:
+    """Step 5 has the lowest validation loss of steps 1 to 7; after 6 and 7 without a lower one, training stops."""
+    return spec | {"learning_rate": 3e-2, "validation_steps": 1, "early_stopping_patience": 2}
+
+
+@pytest.fixture(scope="module")
+def stopped(stopping, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("stopped")
+    assert run("train_adapter", stopping, out) == 0
+    return out
+
+
+def test_training_stops_early_and_keeps_the_adapter_of_the_lowest_validation_loss(stopped):
+    found = report(stopped)
+    curve = {point["step"]: point["nll_nats"] for point in found["validation"]}
+    assert list(curve) == [1, 2, 3, 4, 5, 6, 7]
+    assert min(curve, key=curve.get) == found["best_step"] == 5
+    assert found["stopped_early"]
+    assert found["steps"] == len(found["loss"]) == 7
+    assert found["final_validation_nll_nats"] == curve[5]
+    assert found["train_tokens"] < 7 * 256
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "from_step"),
+    [("training_step", 4, 3), ("training_step", 7, 6), ("evaluate", 7, 6), ("_save_checkpoint", 6, 5)],
+)
+def test_a_killed_run_keeps_its_best_and_its_patience(stopping, stopped, tmp_path, name, number, from_step):
+    assert run("train_adapter", stopping, tmp_path, partial(before_call, TRAINER, name, number, kill)) == KILLED
+    ends_as_if_never_killed(stopping, tmp_path, stopped, from_step)
+
+
+def test_a_run_killed_after_its_early_end_trains_no_further(stopping, stopped, tmp_path):
+    saving = partial(before_call, "tasks.workers.train_adapter", "save_adapter", 1, kill)
+    assert run("train_adapter", stopping, tmp_path, saving) == KILLED
+    ends_as_if_never_killed(stopping, tmp_path, stopped, from_step=7)
+
+
+def test_a_checkpoint_whose_best_is_damaged_is_skipped(stopping, stopped, tmp_path):
+    assert run("train_adapter", stopping, tmp_path, partial(before_call, TRAINER, "training_step", 7, kill)) == KILLED
+    flip(tmp_path / "checkpoint-5" / "adapter_model.safetensors")
+    ends_as_if_never_killed(stopping, tmp_path, stopped, from_step=0)
+    assert "checkpoint-6 is skipped: its best, checkpoint-5" in (tmp_path / "stdout").read_text()
+
+
+def test_a_store_can_be_moved_between_a_kill_and_the_next_run(stopping, stopped, tmp_path):
+    before, after = tmp_path / "before", tmp_path / "after"
+    assert run("train_adapter", stopping, before, partial(before_call, TRAINER, "training_step", 7, kill)) == KILLED
+    before.rename(after)
+    ends_as_if_never_killed(stopping, after, stopped, from_step=6)
+
+
+# --- evaluation, and at random ------------------------------------------------------------------------------
+
+
+def test_a_killed_evaluation_scores_only_what_is_missing(spec, whole, tmp_path):
+    targets = [
+        {"name": "base", "method": "lora", "adapter": None},
+        {"name": "lora", "method": "lora", "adapter": str(whole / "adapter")},
+    ]
+    dials = EvaluateSpec(tasks=["domain_nll"], sample_questions=1, sample_tokens=4).model_dump()
+    place = {"base": spec["base"], "test": spec["validation"], "max_tokens": 256, "precision": "fp32", "threads": 1}
+    asked = dials | place | {"targets": targets}
+    assert run("evaluate_models", asked, tmp_path / "whole") == 0
+    scoring = partial(before_call, "tasks.workers.evaluate_models", "read_samples", 2, kill)
+    assert run("evaluate_models", asked, tmp_path / "killed", scoring) == KILLED
+    first = (tmp_path / "killed" / "base" / "result.json").stat().st_mtime_ns
+    assert run("evaluate_models", asked, tmp_path / "killed") == 0
+    assert (tmp_path / "killed" / "base" / "result.json").stat().st_mtime_ns == first
+    for target in ("base", "lora"):
+        samples = [(tmp_path / place / target / "samples.jsonl").read_bytes() for place in ("whole", "killed")]
+        assert samples[0] == samples[1] != b""
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("TUNEGATE_KILLS", "0"))))
+def test_killed_at_random_moments_the_adapter_is_the_same(stopping, stopped, tmp_path, seed):
+    """By the clock, from outside: in the middle of whatever is being done. At most 20 kills, then it may end."""
+    random = Random(seed)
+    for _ in range(20):
+        if run("train_adapter", stopping, tmp_path, seconds=random.uniform(0.1, 1.2)) == 0:
+            break
+    assert run("train_adapter", stopping, tmp_path) == 0
+    assert adapter(tmp_path) == adapter(stopped)
+    assert report(tmp_path)["validation"] == report(stopped)["validation"]
