@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tasks.stores import digest
 from tasks.workers.harness import main
+from tests.conftest import toy_rows, write_rows
 
 _WORK = {"init_adapter": "init_adapter", "train_adapter": "train", "evaluate_models": "evaluate_models"}
 # One clean process imports torch once and forks a fresh worker each time.
@@ -19,8 +21,44 @@ _CONTEXT.set_forkserver_preload([f"tasks.workers.{name}" for name in _WORK])
 Patch = Callable[[], None]
 
 
+DIALS = {
+    "base_name": "tiny", "precision": "fp32", "threads": 1, "max_tokens": 256, "too_long": "leave_out",
+    "batch_tokens": 256, "epochs": 2, "seed": 5, "max_steps": 10, "learning_rate": 1e-2, "warmup_ratio": 0.1,
+    "weight_decay": 0.0, "max_grad_norm": 1.0, "optimizer": "adamw_torch", "activation_checkpointing": False,
+    "checkpoint_steps": 3, "validation_steps": None, "early_stopping_patience": None, "max_loss_rise_nats": None,
+}  # fmt: skip
+STEP = ("tasks.workers.packed_trainer", "scored_losses")  # called once each step, then once to validate
+TRAINER = "tasks.workers.packed_trainer:PackedTrainer"
+
+
+def training_spec(base: Path, folder: Path, dropout: float = 0.1) -> dict:
+    """A spec of ten steps with checkpoints 3, 6, 9 and 10."""
+    dials = {"base": str(base), "seed": 5, "rank": 4, "alpha": 8, "dropout": dropout, "target_modules": "all-linear"}
+    assert run("init_adapter", dials, folder / "step0") == 0
+    return DIALS | {
+        "method": "lora",
+        "base": str(base),
+        "step0": str(folder / "step0" / "adapter"),
+        "train": str(write_rows(folder / "train.jsonl", toy_rows(40))),
+        "validation": str(write_rows(folder / "validation.jsonl", toy_rows(6, first=200))),
+    }
+
+
+def adapter(out: Path) -> str:
+    return digest(out / "adapter" / "adapter_model.safetensors")
+
+
+def report(out: Path) -> dict:
+    return dict(json.loads((out / "report.json").read_text()))
+
+
+def send(*numbers: signal.Signals) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
 def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    send(signal.SIGKILL)
 
 
 def before_call(owner: str, name: str, number: int, fault: Callable[[], None]) -> None:

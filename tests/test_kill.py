@@ -3,7 +3,6 @@
 Run: pytest tests/test_kill.py; TUNEGATE_KILLS=20 adds so many kills at random moments.
 """
 
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -13,45 +12,13 @@ import pytest
 import torch
 
 from data_contracts.run_spec import EvaluateSpec
-from tasks.stores import digest
 from tasks.workers.harness import say
-from tests.conftest import toy_rows, write_rows
-from tests.faults import before_call, kill, run, told
-
-DIALS = {
-    "base_name": "tiny", "precision": "fp32", "threads": 1, "max_tokens": 256, "too_long": "leave_out",
-    "batch_tokens": 256, "epochs": 2, "seed": 5, "max_steps": 10, "learning_rate": 1e-2, "warmup_ratio": 0.1,
-    "weight_decay": 0.0, "max_grad_norm": 1.0, "optimizer": "adamw_torch", "activation_checkpointing": False,
-    "checkpoint_steps": 3, "validation_steps": None, "early_stopping_patience": None, "max_loss_rise_nats": None,
-}  # fmt: skip
-STEP = ("tasks.workers.packed_trainer", "scored_losses")  # called once each step
-TRAINER = "tasks.workers.packed_trainer:PackedTrainer"
+from tests.faults import STEP, TRAINER, adapter, before_call, kill, report, run, told, training_spec
 
 
 @pytest.fixture(scope="module")
 def spec(tiny_base, tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("kill")
-    dials = {"base": str(tiny_base), "seed": 5, "rank": 4, "alpha": 8, "dropout": 0.1, "target_modules": "all-linear"}
-    assert run("init_adapter", dials, folder / "step0") == 0
-    return DIALS | {
-        "method": "lora",
-        "base": str(tiny_base),
-        "step0": str(folder / "step0" / "adapter"),
-        "train": str(write_rows(folder / "train.jsonl", toy_rows(40))),
-        "validation": str(write_rows(folder / "validation.jsonl", toy_rows(6, first=200))),
-    }
-
-
-def adapter(out: Path) -> str:
-    return digest(out / "adapter" / "adapter_model.safetensors")
-
-
-def report(out: Path) -> dict:
-    return dict(json.loads((out / "report.json").read_text()))
-
-
-def problem(out: Path) -> dict:
-    return dict(json.loads((out / "error.json").read_text()))
+    return training_spec(tiny_base, tmp_path_factory.mktemp("kill"))
 
 
 @pytest.fixture(scope="module")

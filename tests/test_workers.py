@@ -4,10 +4,6 @@ Run: pytest tests/test_workers.py
 """
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +15,6 @@ from data_contracts.run_spec import EvaluateSpec
 from tasks.core.packing import Scored
 from tasks.evaluate import task_files
 from tasks.processes import run_worker
-from tasks.stores import digest
 from tasks.workers.bases import load_base, weights_bytes
 from tasks.workers.chat import load_chat
 from tasks.workers.device import Device
@@ -218,37 +213,12 @@ def test_a_changed_task_file_is_another_task(colours):
 # --- whole workers ------------------------------------------------------------------------------------------
 
 
-def start(spec: dict, out: Path) -> subprocess.Popen:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "spec.json").write_text(json.dumps(spec))
-    command = [sys.executable, "-m", "tasks.workers.train_adapter", str(out / "spec.json"), str(out)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-
-
 @pytest.fixture(scope="module")
 def whole(spec, tmp_path_factory) -> Path:
     """An arm trained without a break."""
     out = tmp_path_factory.mktemp("whole")
     assert run_worker("tasks.workers.train_adapter", spec, out)["resumed_from_step"] == 0
     return out
-
-
-def test_a_killed_training_goes_on_and_ends_with_the_same_adapter(spec, whole, tmp_path):
-    child = start(spec, tmp_path / "killed")
-    for line in child.stdout:
-        if '"step": 8,' in line:
-            os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    child.stdout.close()
-    assert child.returncode == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "report.json").exists()
-
-    resumed = run_worker("tasks.workers.train_adapter", spec, tmp_path / "killed")
-    assert resumed["resumed_from_step"] >= 3
-    steps = [point["step"] for point in json.loads((whole / "report.json").read_text())["loss"]]
-    assert [point["step"] for point in resumed["loss"]] == steps
-    adapters = [digest(out / "adapter" / "adapter_model.safetensors") for out in (whole, tmp_path / "killed")]
-    assert adapters[0] == adapters[1]
 
 
 def test_a_worker_that_has_ended_well_is_not_run_again(spec, whole):
