@@ -128,6 +128,7 @@ def tunegate(spec: dict[str, Any], checkpointing: bool = False) -> dict[str, flo
         "base_name": "benchmark", "max_tokens": 1024, "too_long": "leave_out", "batch_tokens": batch_tokens, "epochs": 1,
         "max_steps": None, "warmup_ratio": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0, "optimizer": "adamw_torch",
         "activation_checkpointing": checkpointing, "checkpoint_steps": 100_000,
+        "validation_steps": None, "early_stopping_patience": None, "max_loss_rise_nats": None,
     }  # fmt: skip
     report = train(spec | own, Path(spec["out"]))
     seconds = [point["seconds"] for point in report["loss"]]

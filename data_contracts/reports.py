@@ -42,6 +42,11 @@ class LossPoint(Report):
     seconds: float
 
 
+class ValidationPoint(Report):
+    step: int
+    nll_nats: float
+
+
 class TrainReport(Report):
     """One trained arm. Memory in bytes: the base's weights as stored, the peak of the worker process from its start, and
     the peak while it trained (device memory on CUDA, resident memory on a CPU), measured and as planned."""
@@ -66,6 +71,10 @@ class TrainReport(Report):
     train_seconds: float
     useful_tokens_per_s: float
     final_validation_nll_nats: float | None
+    validation: list[ValidationPoint]  # while it trained
+    best_step: int | None  # the step whose adapter is kept, by validation loss; None: the last
+    stopped_early: bool
+    micro_batches: int  # parts an optimiser step was computed in at the end: over 1, memory ran out
     loss: list[LossPoint]
     precision: str
     precision_reason: str

@@ -183,8 +183,21 @@ class TrainSpec(Section):
     """Recompute activations in the backward pass: about a third slower, far less memory."""
     checkpoint_steps: Annotated[int, Field(ge=1)] = 20
     """Steps between checkpoints: what a crash can cost."""
+    validation_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps between measurements of the validation loss; the adapter with the lowest is kept. null measures at the end."""
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    """Measurements in a row without a lower validation loss after which training stops; null never stops early."""
+    max_loss_rise_nats: Annotated[float, Field(gt=0.0)] | None = 2.0
+    """How far the training loss, as the mean of 10 steps, may rise above its lowest before training stops with an error,
+    in nats per token: 2 is a perplexity 7.4 times as high. null never stops."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of a worker; null takes the cores that are free."""
+
+    @model_validator(mode="after")
+    def _patience_has_something_to_count(self) -> "TrainSpec":
+        if self.early_stopping_patience is not None and self.validation_steps is None:
+            raise ValueError("early_stopping_patience counts validations: set validation_steps too")
+        return self
 
 
 class EvaluateSpec(Section):

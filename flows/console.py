@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from data_contracts.errors import Problem, TunegateError
 
 if TYPE_CHECKING:  # rich takes 0.1 s to import, which `--help` need not wait for
+    from psutil import Process
     from rich.console import Console
 
 INTERRUPTED = 130
@@ -116,7 +117,7 @@ def interrupted(stream: TextIO, as_json: bool) -> int:
 
 @contextmanager
 def stoppable(stream: TextIO, as_json: bool) -> Iterator[None]:
-    """Ctrl-C ends this process and its children at once; what is in the store is complete, so nothing is lost.
+    """Ctrl-C ends this process and its children, a training worker with a checkpoint; a second one ends them at once.
 
     Raising KeyboardInterrupt is not enough: Prefect then reports to its own server, which the same Ctrl-C has
     stopped, and tries again for minutes.
@@ -127,9 +128,16 @@ def stoppable(stream: TextIO, as_json: bool) -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, stop_now)
         try:
             interrupted(stream, as_json)
             _stop_children()
+        finally:
+            os._exit(INTERRUPTED)
+
+    def stop_now(number: int, frame: FrameType | None) -> None:
+        try:
+            _signal_all(_children(), signal.SIGKILL)
         finally:
             os._exit(INTERRUPTED)
 
@@ -143,12 +151,32 @@ def stoppable(stream: TextIO, as_json: bool) -> Iterator[None]:
 def _stop_children() -> None:
     import psutil
 
-    children = psutil.Process().children(recursive=True)
-    for ask in (psutil.Process.terminate, psutil.Process.kill):
-        for child in children:
-            with suppress(psutil.NoSuchProcess):
-                ask(child)
-        _, children = psutil.wait_procs(children, timeout=_STOP_SECONDS)
+    from tasks.processes import SECONDS_TO_END, is_worker
+
+    children = _children()
+    workers = [child for child in children if is_worker(child)]
+    _signal_all(children, signal.SIGTERM)
+    if workers:
+        text = f"a worker finishes its step, at most {SECONDS_TO_END:.0f} s; Ctrl-C again ends it at once\n"
+        sys.stderr.write(text)
+        psutil.wait_procs(workers, timeout=SECONDS_TO_END)
+    _, left = psutil.wait_procs(children, timeout=_STOP_SECONDS)
+    _signal_all(left, signal.SIGKILL)
+    psutil.wait_procs(left, timeout=_STOP_SECONDS)
+
+
+def _children() -> list["Process"]:
+    import psutil
+
+    return psutil.Process().children(recursive=True)
+
+
+def _signal_all(processes: list["Process"], number: signal.Signals) -> None:
+    import psutil
+
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 def _store_root(args: list[str]) -> Path:

@@ -27,7 +27,9 @@ _RETRIES, _FIRST_DELAY_SECONDS = 3, 2
 _HOURS = 3600
 
 # Dials that change how a result is reached, not what it is.
-_NOT_IDENTITY = frozenset({"store", "methods", "threads", "checkpoint_steps", "engine", "task_folder"})
+_NOT_IDENTITY = frozenset(
+    {"store", "methods", "threads", "checkpoint_steps", "max_loss_rise_nats", "engine", "task_folder"}
+)
 _MODEL_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -17,6 +18,7 @@ from data_contracts.errors import ERRORS, Problem, TransientError, WorkerError
 
 _LOG_LINES_SHOWN = 12
 _SECONDS_BETWEEN_LINES = 15.0
+SECONDS_TO_END = 60.0  # for a worker that was asked to: a step, and a checkpoint
 Event = dict[str, Any]
 
 
@@ -54,6 +56,14 @@ def run_worker(
     return dict(json.loads(report_file.read_text()))
 
 
+def is_worker(process: psutil.Process) -> bool:
+    """Whether a process is one that `run_worker` started."""
+    try:
+        return any(argument.startswith("tasks.workers.") for argument in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _environment() -> dict[str, str]:
     # The worker decides on its threads itself; a limit the user has set is kept.
     return {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -68,12 +78,12 @@ def _follow(child: "subprocess.Popen[str]", show: Callable[[Event], None]) -> No
 
 
 def _end(child: "subprocess.Popen[str]") -> None:
-    """No worker outlives its task."""
+    """No worker outlives its task. One that trains finishes its step and writes a checkpoint first."""
     if child.poll() is None:
         child.terminate()
         try:
-            child.wait(timeout=10)
-        except subprocess.TimeoutExpired:
+            child.wait(timeout=SECONDS_TO_END)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
             child.kill()
             child.wait()
     if child.stdout:

@@ -102,7 +102,7 @@ def _record_arm(
     from mlflow.entities import Metric
 
     with mlflow.start_run(run_name=f"{arm.method} seed {arm.seed}", nested=True) as child:
-        facts = arm.model_dump(mode="json", exclude={"loss", "adapter"})
+        facts = arm.model_dump(mode="json", exclude={"loss", "validation", "adapter"})
         mlflow.log_params({name: value for name, value in facts.items() if isinstance(value, str) or name == "seed"})
         numbers: dict[str, float | None] = {k: float(v) for k, v in facts.items() if isinstance(v, int | float)}
         mlflow.log_metrics(_finite(numbers | _scores(scores)))
@@ -112,6 +112,7 @@ def _record_arm(
             for point in arm.loss
             for name in ("loss_nats", "learning_rate")
         ]
+        points += [Metric("validation_nll_nats", point.nll_nats, 0, point.step) for point in arm.validation]
         for start in range(0, len(points), 1000):  # MLflow's limit for one batch
             client.log_batch(child.info.run_id, metrics=points[start : start + 1000])
         _log_data(dataset, store)

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -44,6 +45,7 @@ def main(work: Work) -> None:
     out = Path(sys.argv[2])
     out.mkdir(parents=True, exist_ok=True)
     _be_quiet()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an end by signal, as SIGTERM is: no traceback of KeyboardInterrupt
     try:
         with FileLock(out / ".lock", timeout=_LOCK_SECONDS):
             write_json(out / "report.json", work(spec, out))

@@ -12,20 +12,22 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, TrainerState
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_callback import TrainerState
 
 from data_contracts.errors import DataError, Problem
-from tasks.core.packing import Scored, group_for_packing, pack, plan_batches
+from tasks.core.packing import Scored, pack, plan_batches
 from tasks.core.too_long import TooLong, fit
 from tasks.workers.bases import load_base, weights_bytes
 from tasks.workers.chat import Chat, load_chat
+from tasks.workers.checkpoints import last_checkpoint, state_of, step_of
 from tasks.workers.device import Device, choose_device, peak_rss_bytes, reset_peak_rss
 from tasks.workers.fused_lora import fuse_lora
 from tasks.workers.harness import main, say
+from tasks.workers.packed_trainer import PackedTrainer, Work, mean_loss, training_arguments
 from tasks.workers.planned import predicted_train_bytes
-from tasks.workers.scoring import Batch, Way, choose_way, scored_losses, to_device, to_tensors
+from tasks.workers.scoring import choose_way
+from tasks.workers.watch import Clock, KeepBest, LossWatch, StopOnSignal, stopped_early
 
 _CHECKED_ROWS = 64  # decoded before training starts
 _COMPARED_ROWS = 4  # scored both ways before training starts
@@ -36,9 +38,10 @@ def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     device = choose_device(spec["precision"], spec["threads"])
     say("device", **vars(device))
     chat = load_chat(Path(spec["base"]))
-    rows = encode_rows(chat, Path(spec["train"]), spec["max_tokens"], spec["too_long"], out / "rows_too_long.jsonl")
+    rows, row_ids = encode_rows(chat, Path(spec["train"]), spec["max_tokens"], spec["too_long"], out / "rows_too_long.jsonl")  # fmt: skip
     lengths = [len(row.ids) for row in rows]
     plan = plan_batches(lengths, spec["batch_tokens"], spec["epochs"], spec["seed"])[: spec["max_steps"]]
+    validation = validation_rows(chat, spec)
 
     base = load_base(Path(spec["base"]), spec["method"], device)
     set_seed(spec["seed"])
@@ -49,28 +52,59 @@ def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     scoring = choose_way(model, rows[:_COMPARED_ROWS])
     say("note", text=f"{scoring.way} forward: {scoring.reason}")
     fuse_lora(model)
-    trainer = PackedTrainer(model, rows, plan, scoring.way, training_arguments(spec, out, device, len(plan)))
+    work = Work(rows, row_ids, plan, validation, spec["batch_tokens"], scoring.way)
     checkpoint = last_checkpoint(out)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    state = run_trainer(model, work, spec, out, device, checkpoint)
     memory = {"peak_train_bytes": peak_train_bytes(device), "peak_rss_bytes": max(load_peak, peak_rss_bytes())}
     save_adapter(model, out / "adapter", spec["base_name"])
     return {
         "method": spec["method"],
-        "resumed_from_step": int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
-        **count_work(rows, plan),
+        "resumed_from_step": step_of(checkpoint),
+        **count_work(rows, plan[: state.global_step]),
         "rows_too_long": len((out / "rows_too_long.jsonl").read_text().splitlines()),
         "too_long": {"leave_out": "left out", "truncate": "truncated", "split": "split"}[spec["too_long"]],
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "weights_bytes": weights_bytes(model),
         **memory,
         "predicted_train_bytes": predicted_train_bytes(spec, rows, plan, device, scoring.way),
-        **told(trainer.state),
-        "final_validation_nll_nats": validation_loss(model, chat, spec, device, scoring.way),
+        **told(state),
+        "final_validation_nll_nats": mean_loss(model, work) if validation else None,
         "seconds": time.monotonic() - started,
         **vars(device),
-        "scoring": scoring.way,
-        "scoring_reason": scoring.reason,
+        "scoring": scoring.way, "scoring_reason": scoring.reason,
     }
+
+
+def run_trainer(
+    model: Any, work: Work, spec: dict[str, Any], out: Path, device: Device, checkpoint: Path | None
+) -> TrainerState:
+    """Train from the checkpoint on; `model` ends as the last step left it, or the best validation if there are any."""
+    before = state_of(checkpoint)
+    stop = StopOnSignal()
+    callbacks: list[TrainerCallback] = [LossWatch(work, out, spec["max_loss_rise_nats"]), Clock(), stop]
+    if spec["validation_steps"] is not None:
+        callbacks.append(KeepBest(spec["early_stopping_patience"]))
+    split = before["log_history"][-1].get("micro_batches", 1) if before else 1
+    trainer = PackedTrainer(model, work, training_arguments(spec, out, device, len(work.plan)), callbacks, split)
+    if checkpoint and stopped_early(before):
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    else:
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.state.best_global_step:
+        model.load_adapter(str(out / f"checkpoint-{trainer.state.best_global_step}"), "default", is_trainable=True)
+    return trainer.state
+
+
+def validation_rows(chat: Chat, spec: dict[str, Any]) -> list[Scored]:
+    """The validation split's rows that are short enough. Raises DataError if validation was asked for and has none."""
+    lines = Path(spec["validation"]).read_text().splitlines()
+    rows = [chat.scored(json.loads(line)["messages"]) for line in lines]
+    rows = [row for row in rows if len(row.ids) <= spec["max_tokens"]]
+    if not rows and spec["validation_steps"] is not None:
+        act = "raise curate.validation_fraction, or set train.validation_steps to null"
+        raise DataError(Problem("there is no validation row to measure", Path(spec["validation"]).name, act=act))
+    return rows
 
 
 def peak_train_bytes(device: Device) -> int:
@@ -85,6 +119,14 @@ def told(state: TrainerState) -> dict[str, Any]:
         "steps": state.global_step,
         "train_seconds": sum(entry["step_seconds"] for entry in history),
         "loss": [loss_point(entry) for entry in history],
+        "micro_batches": history[-1]["micro_batches"],
+        "validation": [
+            {"step": entry["step"], "nll_nats": entry["eval_loss"]}
+            for entry in state.log_history
+            if "eval_loss" in entry
+        ],
+        "best_step": state.best_global_step or None,
+        "stopped_early": stopped_early(vars(state)),
     }
 
 
@@ -105,9 +147,12 @@ def save_adapter(model: Any, folder: Path, base_name: str) -> None:
     (folder / "README.md").unlink(missing_ok=True)
 
 
-def encode_rows(chat: Chat, file: Path, max_tokens: int, too_long: TooLong, listed: Path) -> list[Scored]:
-    """Rows as token ids; those over `max_tokens` are listed in `listed`, with what became of them."""
+def encode_rows(
+    chat: Chat, file: Path, max_tokens: int, too_long: TooLong, listed: Path
+) -> tuple[list[Scored], list[str]]:
+    """Rows as token ids, and the row id of each; those over `max_tokens` are listed in `listed`, with their fate."""
     rows: list[Scored] = []
+    row_ids: list[str] = []
     whole: list[Scored] = []
     with file.open() as lines, listed.open("w") as long_rows:
         for line in lines:
@@ -115,6 +160,7 @@ def encode_rows(chat: Chat, file: Path, max_tokens: int, too_long: TooLong, list
             scored = chat.scored(row["messages"])
             sequences = fit(scored, max_tokens, too_long)
             rows += sequences
+            row_ids += [row["row_id"]] * len(sequences)
             if sequences == [scored]:
                 whole.append(scored)
                 continue
@@ -125,7 +171,7 @@ def encode_rows(chat: Chat, file: Path, max_tokens: int, too_long: TooLong, list
         act = "raise train.max_tokens, or set train.too_long to truncate or split"
         raise DataError(Problem("no row is short enough to train on", file.name, f"{max_tokens} tokens", act))
     check_batch(chat, whole[:_CHECKED_ROWS])
-    return rows
+    return rows, row_ids
 
 
 def check_batch(chat: Chat, rows: list[Scored]) -> None:
@@ -137,86 +183,6 @@ def check_batch(chat: Chat, rows: list[Scored]) -> None:
                                     f"one of {list(chat.stops)}", "check the base's chat template"))  # fmt: skip
 
 
-def training_arguments(spec: dict[str, Any], out: Path, device: Device, steps: int) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(out),
-        max_steps=steps,
-        learning_rate=spec["learning_rate"],
-        lr_scheduler_type="cosine",
-        warmup_steps=round(spec["warmup_ratio"] * steps),
-        weight_decay=spec["weight_decay"],
-        max_grad_norm=spec["max_grad_norm"],
-        optim=spec["optimizer"],
-        gradient_checkpointing=spec["activation_checkpointing"],
-        gradient_checkpointing_kwargs={"use_reentrant": False} if spec["activation_checkpointing"] else None,
-        bf16=device.precision == "bf16",
-        use_cpu=device.device == "cpu",
-        seed=spec["seed"],
-        save_steps=spec["checkpoint_steps"],
-        save_total_limit=2,  # the newest may be half-written when a machine dies
-        logging_steps=1,
-        disable_tqdm=True,
-        report_to=[],
-        remove_unused_columns=False,
-    )
-
-
-class PackedTrainer(Trainer):
-    """transformers.Trainer fed with packed rows, its loss taken over completion tokens only."""
-
-    def __init__(
-        self, model: Any, rows: list[Scored], plan: list[list[int]], way: Way, args: TrainingArguments
-    ) -> None:
-        super().__init__(model=model, args=args, train_dataset=rows, callbacks=[Clock()])
-        self.remove_callback(PrinterCallback)
-        self.rows: Any = rows
-        self.plan, self.way = plan, way
-        self.model_accepts_loss_kwargs = True
-
-    def get_train_dataloader(self) -> DataLoader[Batch]:
-        """One pass over the plan: it holds all epochs, so a resumed run skips to where it was."""
-        loader: DataLoader[Batch] = DataLoader(
-            self.rows, batch_sampler=self.plan, collate_fn=lambda rows: to_tensors(rows, self.way)
-        )
-        prepared: DataLoader[Batch] = self.accelerator.prepare(loader)
-        return prepared
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """Mean loss per completion token of the optimiser step, in nats."""
-        losses = scored_losses(model, inputs)
-        return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
-
-
-class Clock(TrainerCallback):
-    """Adds each step's seconds to Trainer's log, which its checkpoints keep, and tells the parent."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        say("start", step=state.global_step, of=state.max_steps)
-        self.last = time.monotonic()
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs = kwargs["logs"]
-        if "loss" not in logs:
-            return
-        now = time.monotonic()
-        state.log_history[-1]["step_seconds"] = now - self.last
-        self.last = now
-        say("step", step=state.global_step, of=state.max_steps, loss_nats=logs["loss"])
-
-
-def last_checkpoint(out: Path) -> str | None:
-    """The newest complete checkpoint; Trainer writes the state file last, so one without it is a torn one."""
-    complete = [folder for folder in out.glob("checkpoint-*") if (folder / "trainer_state.json").exists()]
-    newest = max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
-    return str(newest) if newest else None
-
-
 def loss_point(entry: dict[str, float]) -> dict[str, float]:
     return {
         "step": entry["step"],
@@ -224,22 +190,6 @@ def loss_point(entry: dict[str, float]) -> dict[str, float]:
         "learning_rate": entry["learning_rate"],
         "seconds": entry["step_seconds"],
     }
-
-
-def validation_loss(model: Any, chat: Chat, spec: dict[str, Any], device: Device, way: Way) -> float | None:
-    """Mean loss per completion token of the validation rows after training; None without such rows."""
-    lines = Path(spec["validation"]).read_text().splitlines()
-    rows = [chat.scored(json.loads(line)["messages"]) for line in lines]
-    rows = [row for row in rows if len(row.ids) <= spec["max_tokens"]]
-    if not rows:
-        return None
-    model.eval()
-    total, tokens = 0.0, 0
-    with torch.inference_mode():
-        for group in group_for_packing(rows, spec["batch_tokens"]):
-            losses = scored_losses(model, to_device(to_tensors([rows[i] for i in group], way), device.device))
-            total, tokens = total + float(losses.sum()), tokens + len(losses)
-    return total / tokens
 
 
 if __name__ == "__main__":

@@ -1,0 +1,171 @@
+"""transformers.Trainer fed with packed rows, its loss taken over completion tokens only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from data_contracts.errors import ConfigError, Problem
+from tasks.core.packing import Scored, group_for_packing
+from tasks.workers.checkpoints import last_good, published
+from tasks.workers.device import Device
+from tasks.workers.harness import say
+from tasks.workers.scoring import Batch, Way, scored_losses, to_device, to_tensors
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run trains on: sequences, the rows they come from, and each optimiser step's sequences."""
+
+    sequences: list[Scored]
+    row_ids: list[str]
+    plan: list[list[int]]
+    validation: list[Scored]
+    batch_tokens: int
+    way: Way
+
+
+class PackedTrainer(Trainer):
+    """Trainer whose steps, validation and checkpoints are those of packed rows.
+
+    `micro_batches` is how many parts an optimiser step is computed in: 1 until memory runs out, then doubled.
+    """
+
+    def __init__(
+        self, model: Any, work: Work, args: TrainingArguments, callbacks: list[TrainerCallback], micro_batches: int
+    ) -> None:
+        super().__init__(model=model, args=args, train_dataset=work.sequences, eval_dataset=work.validation, callbacks=callbacks)  # fmt: skip
+        self.remove_callback(PrinterCallback)
+        self.work, self.micro_batches = work, micro_batches
+        self.model_accepts_loss_kwargs = True
+
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        """One pass over the plan: it holds all epochs, so a resumed run skips to where it was."""
+        rows: Any = self.work.sequences
+        loader: DataLoader[Batch] = DataLoader(
+            rows, batch_sampler=self.work.plan, collate_fn=lambda rows: to_tensors(rows, self.work.way)
+        )
+        prepared: DataLoader[Batch] = self.accelerator.prepare(loader)
+        return prepared
+
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Gradients and mean loss (nats per completion token) of one optimiser step, in as few parts as memory allows."""
+        tokens, part_step = len(inputs["labels"]), super().training_step
+        while True:
+            parts = self._parts(inputs)
+            try:
+                return torch.stack([part_step(model, part, tokens) for part in parts]).sum()
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                self._halve(len(parts), str(error).splitlines()[0])
+            # Outside of the except block: there the error still holds the tensors of the step.
+            model.zero_grad()
+            clear_device_cache(garbage_collection=True)
+
+    def _parts(self, inputs: Batch) -> list[Batch]:
+        if self.micro_batches == 1:
+            return [inputs]
+        rows = [self.work.sequences[index] for index in self.work.plan[self.state.global_step]]
+        most_tokens = self.work.batch_tokens // self.micro_batches
+        return [to_tensors([rows[i] for i in group], self.work.way) for group in group_for_packing(rows, most_tokens)]
+
+    def _halve(self, parts: int, cause: str) -> None:
+        """Raise ConfigError if the step's rows are computed one by one already."""
+        rows = self.work.plan[self.state.global_step]
+        if parts == len(rows):
+            longest = max(len(self.work.sequences[index].ids) for index in rows)
+            act = "lower train.max_tokens, set train.activation_checkpointing, or take a smaller base"
+            what = f"memory does not hold one row ({cause})"
+            raise ConfigError(Problem(what, f"step {self.state.global_step + 1}", f"{longest} tokens", act))
+        self.micro_batches *= 2
+        step = self.state.global_step + 1
+        text = f"out of memory at step {step}: from here each step is computed in {self.micro_batches} parts"
+        say("note", text=f"{text}, with the same rows and the same gradient")
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Sum of the part's losses over the step's completion tokens: the parts add up to the step's mean, in nats."""
+        loss: torch.Tensor = scored_losses(model, inputs).sum() / num_items_in_batch
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Keep with each step how it was computed, so that a resumed run goes on alike."""
+        if "loss" in logs:
+            logs["micro_batches"] = self.micro_batches
+        super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Mean loss of the validation rows, told to the callbacks as Trainer does."""
+        metrics = {"eval_loss": mean_loss(self.model, self.work)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step, out = self.state.global_step, Path(str(self.args.output_dir))
+        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not all(bool(torch.isfinite(weight).all()) for weight in weights):
+            act = f"lower train.learning_rate; {last_good(out)}"
+            raise ConfigError(Problem("a weight is no finite number any more", f"step {step}", act=act))
+        optimizer: Any = self.optimizer
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        tensors = weights + [value for value in states if isinstance(value, torch.Tensor)]
+        needed_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        with published(out / f"checkpoint-{step}", needed_bytes):
+            super()._save_checkpoint(model, trial)
+
+
+def mean_loss(model: Any, work: Work) -> float:
+    """Mean loss per completion token of the validation rows, in nats. There must be some."""
+    model.eval()
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0
+    with torch.inference_mode():
+        for group in group_for_packing(work.validation, work.batch_tokens):
+            rows: Sequence[Scored] = [work.validation[i] for i in group]
+            losses = scored_losses(model, to_device(to_tensors(rows, work.way), device))
+            total, tokens = total + float(losses.sum()), tokens + len(losses)
+    return total / tokens
+
+
+def training_arguments(spec: dict[str, Any], out: Path, device: Device, steps: int) -> TrainingArguments:
+    """The dials as Trainer knows them. Its own filter of NaN losses is off: it would hide them behind a mean."""
+    validates = spec["validation_steps"] is not None
+    return TrainingArguments(
+        output_dir=str(out),
+        max_steps=steps,
+        learning_rate=spec["learning_rate"],
+        lr_scheduler_type="cosine",
+        warmup_steps=round(spec["warmup_ratio"] * steps),
+        weight_decay=spec["weight_decay"],
+        max_grad_norm=spec["max_grad_norm"],
+        optim=spec["optimizer"],
+        gradient_checkpointing=spec["activation_checkpointing"],
+        gradient_checkpointing_kwargs={"use_reentrant": False} if spec["activation_checkpointing"] else None,
+        bf16=device.precision == "bf16",
+        use_cpu=device.device == "cpu",
+        seed=spec["seed"],
+        save_steps=spec["checkpoint_steps"],
+        eval_strategy="steps" if validates else "no",
+        eval_steps=spec["validation_steps"],
+        metric_for_best_model="loss" if validates else None,
+        greater_is_better=False if validates else None,
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=[],
+        remove_unused_columns=False,
+    )
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error)
