@@ -14,7 +14,7 @@ from tasks.core.architecture import Architecture, decoder, from_json
 from tasks.core.fitting import CARDS_GB, Card, Change, card, changes, needed, usable_bytes
 from tasks.core.memory import Parts, predict
 from tasks.core.optimisers import NAMES
-from tasks.core.settings import Method, Settings, settings_of
+from tasks.core.settings import Method, Settings, Way, settings_of
 from tasks.processes import run_worker
 
 _SHAPES = Path(data_contracts.__file__).parent / "architectures.json"
@@ -64,7 +64,9 @@ def plan_methods(
     batch = batch or max(1, spec.train.batch_tokens // length)
     compute_bytes = 4 if spec.model.precision == "fp32" else 2
     dials = spec.train.model_dump()
-    return arch, [_plan(arch, settings_of(dials, method, compute_bytes, length, batch), gpu) for method in methods]
+    way: Way = "padded" if arch.softcap else "packed"
+    asked = [settings_of(dials, method, compute_bytes, length, batch, way=way) for method in methods]
+    return arch, [_plan(arch, settings, gpu) for settings in asked]
 
 
 def _plan(arch: Architecture, settings: Settings, gpu: float | None) -> Plan:

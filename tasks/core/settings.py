@@ -7,6 +7,7 @@ from typing import Any, Literal
 from tasks.core.architecture import Architecture, Linear
 
 Method = Literal["lora", "qlora", "full"]
+Way = Literal["packed", "padded"]
 FP32, FP16 = 4, 2
 
 
@@ -130,7 +131,7 @@ def settings_of(
     batch: int = 1,
     scored: int | None = None,
     segments: Segments | None = None,
-    way: Literal["packed", "padded"] = "packed",
+    way: Way = "packed",
 ) -> Settings:
     """Tunegate's own training step. dials: those of a TrainSpec, by name. scored: None plans for a loss on all tokens.
 
