@@ -137,7 +137,7 @@ def stoppable(stream: TextIO, as_json: bool) -> Iterator[None]:
 
     def stop_now(number: int, frame: FrameType | None) -> None:
         try:
-            _signal_all(_children(), signal.SIGKILL)
+            _kill(_children())
         finally:
             os._exit(INTERRUPTED)
 
@@ -161,14 +161,20 @@ def _stop_children() -> None:
         sys.stderr.write(text)
         psutil.wait_procs(workers, timeout=SECONDS_TO_END)
     _, left = psutil.wait_procs(children, timeout=_STOP_SECONDS)
-    _signal_all(left, signal.SIGKILL)
-    psutil.wait_procs(left, timeout=_STOP_SECONDS)
+    _kill(left)
 
 
 def _children() -> list["Process"]:
     import psutil
 
     return psutil.Process().children(recursive=True)
+
+
+def _kill(processes: list["Process"]) -> None:
+    import psutil
+
+    _signal_all(processes, signal.SIGKILL)
+    psutil.wait_procs(processes, timeout=_STOP_SECONDS)
 
 
 def _signal_all(processes: list["Process"], number: signal.Signals) -> None:

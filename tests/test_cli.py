@@ -192,6 +192,43 @@ def test_ctrl_c_ends_even_what_will_not_listen_and_its_children():
     assert not child.is_running()
 
 
+WITH_A_WORKER = """
+import subprocess, sys
+import flows.console, flows.pages
+from flows.cli import main
+
+WORKER = '''
+import signal, sys, time
+def save(number, frame):
+    time.sleep(float(sys.argv[1]))
+    open("checkpoint", "w").close()
+    sys.exit()
+signal.signal(signal.SIGTERM, save)
+print("up", flush=True)
+time.sleep(60)
+'''
+flows.console._STOP_SECONDS = 0.1
+flows.pages.plan = lambda loaded: subprocess.run([sys.executable, "-c", WORKER, sys.argv[1], "tasks.workers.x"], stdout=2)
+main(["run", "--dry-run"])
+"""
+
+
+@pytest.mark.parametrize(("seconds", "presses", "saved"), [("1", 1, True), ("60", 2, False)])
+def test_ctrl_c_waits_for_a_worker_and_a_second_one_does_not(tmp_path, seconds, presses, saved):
+    command = [sys.executable, "-c", WITH_A_WORKER, seconds]
+    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "up\n"
+        (worker,) = psutil.Process(process.pid).children()
+        for press in range(presses):
+            process.send_signal(signal.SIGINT)
+            assert any("Ctrl-C again" in line for line in process.stderr) or press > 0
+        process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert not worker.is_running()
+    assert (tmp_path / "checkpoint").exists() == saved
+
+
 def test_an_unexpected_failure_leaves_one_line_and_a_traceback_in_the_store(capfd, monkeypatch):
     failing(monkeypatch, ZeroDivisionError("oops"))
     code, told, err = answer(capfd, "run", "--dry-run", "--set", STORE)

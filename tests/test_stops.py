@@ -6,17 +6,24 @@ Run: pytest tests/test_stops.py
 import json
 import resource
 import signal
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PeftModel
 
 from data_contracts.errors import ConfigError, TransientError
 from tasks.processes import _error
 from tasks.workers import packed_trainer
+from tasks.workers.bases import load_base
+from tasks.workers.chat import load_chat
+from tasks.workers.device import Device
+from tasks.workers.scoring import to_tensors
 from tasks.workers.watch import LossWatch
+from tests.conftest import toy_rows
 from tests.faults import STEP, TRAINER, adapter, before_call, kill, report, run, send, told, training_spec
 
 
@@ -243,31 +250,52 @@ def test_another_error_is_not_taken_for_out_of_memory(spec, tmp_path):
     assert run("train_adapter", spec, tmp_path, partial(before_call, *STEP, 4, other_error)) == 1
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
-def test_the_parts_of_a_step_add_up_to_its_gradient(tiny_base, tmp_path):
-    from peft import PeftModel
-
-    from tasks.workers.bases import load_base
-    from tasks.workers.chat import load_chat
-    from tasks.workers.device import Device
-    from tasks.workers.packed_trainer import PackedTrainer, Work, training_arguments
-    from tasks.workers.scoring import scored_losses, to_tensors
-    from tests.conftest import toy_rows
-
+@pytest.fixture
+def trainer(tiny_base, tmp_path) -> packed_trainer.PackedTrainer:
+    """A trainer whose only step has seven rows, without dropout."""
     spec = training_spec(tiny_base, tmp_path, dropout=0.0)
     device = Device("cpu", "fp32", "test", 1, "test")
     model = PeftModel.from_pretrained(load_base(tiny_base, "lora", device), spec["step0"], is_trainable=True)
     rows = [load_chat(tiny_base).scored(row["messages"]) for row in toy_rows(7)]
-    work = Work(rows, [""] * 7, [list(range(7))], [], 512, "packed")
-    trainer = PackedTrainer(model, work, training_arguments(spec, tmp_path, device, 1), [], 1)
-    (scored_losses(model, to_tensors(rows)).sum() / sum(len(row.ids) - row.start for row in rows)).backward()
-    wanted = gradients(model)
-    for trainer.micro_batches in (1, 2, 4, 64):
-        parts = trainer._parts(to_tensors(rows))
-        assert len(parts) == 1 if trainer.micro_batches == 1 else len(parts) >= min(trainer.micro_batches, 7)
-        trainer.training_step(model, to_tensors(rows))
-        for gradient, expected in zip(gradients(model), wanted, strict=True):
-            assert (gradient - expected).norm() <= 1e-5 * expected.norm() + 1e-9
+    work = packed_trainer.Work(rows, [""] * 7, [list(range(7))], [], 512, "packed")
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # Trainer renames a dial
+        args = packed_trainer.training_arguments(spec, tmp_path, device, 1)
+    return packed_trainer.PackedTrainer(model, work, args, [], 1)
+
+
+def whole_gradient(trainer) -> list[torch.Tensor]:
+    rows = trainer.work.sequences
+    losses = packed_trainer.scored_losses(trainer.model, to_tensors(rows))
+    (losses.sum() / sum(len(row.ids) - row.start for row in rows)).backward()
+    return gradients(trainer.model)
+
+
+def step_gradient(trainer) -> list[torch.Tensor]:
+    trainer.training_step(trainer.model, to_tensors(trainer.work.sequences))
+    return gradients(trainer.model)
+
+
+def same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
+    pairs = list(zip(found, wanted, strict=True))
+    return bool(pairs) and all((a - b).norm() <= 1e-5 * b.norm() + 1e-9 for a, b in pairs)
+
+
+@pytest.mark.parametrize(("micro_batches", "parts"), [(1, 1), (2, 2), (64, 7)])
+def test_the_parts_of_a_step_add_up_to_its_gradient(trainer, micro_batches, parts):
+    wanted = whole_gradient(trainer)
+    trainer.micro_batches = micro_batches
+    assert len(trainer._parts(to_tensors(trainer.work.sequences))) == parts
+    assert same(step_gradient(trainer), wanted)
+
+
+def test_parts_that_were_computed_before_memory_ran_out_count_once(trainer, monkeypatch):
+    wanted = whole_gradient(trainer)
+    monkeypatch.setattr(packed_trainer, "scored_losses", packed_trainer.scored_losses)
+    before_call(*STEP, 2, partial(fail, "cuda"))
+    trainer.micro_batches = 2
+    found = step_gradient(trainer)
+    assert trainer.micro_batches == 4
+    assert same(found, wanted)
 
 
 def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
