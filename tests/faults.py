@@ -26,6 +26,7 @@ DIALS = {
     "batch_tokens": 256, "epochs": 2, "seed": 5, "max_steps": 10, "learning_rate": 1e-2, "warmup_ratio": 0.1,
     "weight_decay": 0.0, "max_grad_norm": 1.0, "optimizer": "adamw_torch", "activation_checkpointing": False,
     "checkpoint_steps": 3, "validation_steps": None, "early_stopping_patience": None, "max_loss_rise_nats": None,
+    "rank": 4, "target_modules": "all-linear", "dropout": 0.1,
 }  # fmt: skip
 STEP = ("tasks.workers.packed_trainer", "scored_losses")  # called once each step, then once to validate
 TRAINER = "tasks.workers.packed_trainer:PackedTrainer"

@@ -43,11 +43,7 @@ def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     plan = plan_batches(lengths, spec["batch_tokens"], spec["epochs"], spec["seed"])[: spec["max_steps"]]
     validation = validation_rows(chat, spec)
 
-    base = load_base(Path(spec["base"]), spec["method"], device)
-    set_seed(spec["seed"])
-    model = PeftModel.from_pretrained(base, spec["step0"], is_trainable=True)
-    if spec["activation_checkpointing"]:
-        model.enable_input_require_grads()
+    model = adapted_base(spec, device)
     load_peak = reset_peak_rss()
     scoring = choose_way(model, rows[:_COMPARED_ROWS])
     say("note", text=f"{scoring.way} forward: {scoring.reason}")
@@ -71,8 +67,19 @@ def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
         "final_validation_nll_nats": mean_loss(model, work) if validation else None,
         "seconds": time.monotonic() - started,
         **vars(device),
-        "scoring": scoring.way, "scoring_reason": scoring.reason,
+        "scoring": scoring.way,
+        "scoring_reason": scoring.reason,
     }
+
+
+def adapted_base(spec: dict[str, Any], device: Device) -> PeftModel:
+    """The base with the step-0 adapter on it, ready to train."""
+    base = load_base(Path(spec["base"]), spec["method"], device)
+    set_seed(spec["seed"])
+    model = PeftModel.from_pretrained(base, spec["step0"], is_trainable=True)
+    if spec["activation_checkpointing"]:
+        model.enable_input_require_grads()
+    return model
 
 
 def run_trainer(
