@@ -204,7 +204,7 @@ def _worker(pid: int) -> int | None:
     children = psutil.Process(pid).children(recursive=True)
     for child in children:
         line = child.cmdline()
-        if "tasks.workers.train_adapter" in line and list(Path(line[-1]).glob("checkpoint-*/trainer_state.json")):
+        if "tasks.workers.train_adapter" in line and list(Path(line[-1]).glob("checkpoint-*/manifest.json")):
             return child.pid
     return None
 

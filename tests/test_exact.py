@@ -125,7 +125,7 @@ def test_losses_in_chunks_are_those_of_all_logits_at_once(monkeypatch):
     hidden, weight, targets = torch.randn(50, 8), torch.randn(30, 8), torch.randint(30, (50,))
     results = []
     for chunk in (30 * 7, 30 * 1000):
-        monkeypatch.setattr("tasks.workers.head_loss._CHUNK_LOGITS", chunk)
+        monkeypatch.setattr("tasks.workers.head_loss.CHUNK_LOGITS", chunk)
         own = hidden.clone().requires_grad_()
         (HeadLoss.apply(own, weight, targets) * torch.arange(50)).sum().backward()
         results.append(own.grad)
