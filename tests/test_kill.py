@@ -218,9 +218,9 @@ def test_a_killed_evaluation_scores_only_what_is_missing(spec, whole, tmp_path):
 @pytest.mark.parametrize("seed", range(int(os.environ.get("TUNEGATE_KILLS", "0"))))
 def test_killed_at_random_moments_the_adapter_is_the_same(stopping, stopped, tmp_path, seed):
     """By the clock, from outside: in the middle of whatever is being done. At most 20 kills, then it may end."""
-    random = Random(seed)
+    random, seconds = Random(seed), report(stopped)["seconds"]
     for _ in range(20):
-        if run("train_adapter", stopping, tmp_path, seconds=random.uniform(0.1, 1.2)) == 0:
+        if run("train_adapter", stopping, tmp_path, seconds=random.uniform(0.2, 1.0) * seconds) == 0:
             break
     assert run("train_adapter", stopping, tmp_path) == 0
     assert adapter(tmp_path) == adapter(stopped)
