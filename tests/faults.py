@@ -1,5 +1,6 @@
 """Workers in forked children, with one planned fault each. The product has no hooks for it: functions are patched."""
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -92,6 +93,7 @@ def run(worker: str, spec: dict, out: Path, patch: Patch | None = None, seconds:
 
 
 def _work(worker: str, out: Path, patch: Patch | None) -> None:
+    gc.freeze()  # what the parent has imported is no garbage: Trainer collects it as it starts
     with (out / "stdout").open("a") as told:
         sys.stdout, sys.argv = told, [worker, str(out / "spec.json"), str(out)]
         module = importlib.import_module(f"tasks.workers.{worker}")

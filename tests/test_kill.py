@@ -7,6 +7,7 @@ import os
 from functools import partial
 from pathlib import Path
 from random import Random
+from shutil import copytree
 
 import pytest
 import torch
@@ -69,6 +70,14 @@ def test_killed_again_and_again_it_still_ends_with_the_same_adapter(spec, whole,
     ends_as_if_never_killed(spec, tmp_path, whole, from_step=6)
 
 
+@pytest.fixture(scope="module")
+def killed(spec, tmp_path_factory) -> Path:
+    """An arm killed in step 8: it has checkpoints 3 and 6."""
+    out = tmp_path_factory.mktemp("killed")
+    assert run("train_adapter", spec, out, partial(before_call, *STEP, 8, kill)) == KILLED
+    return out
+
+
 # --- damaged checkpoints ------------------------------------------------------------------------------------
 
 
@@ -105,9 +114,8 @@ def add(file: Path) -> None:
         (add, "adapter_model.safetensors", "does not belong"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(spec, whole, tmp_path, damage, file, said):
-    out = tmp_path / "out"
-    assert run("train_adapter", spec, out, partial(before_call, *STEP, 8, kill)) == KILLED
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(spec, whole, killed, tmp_path, damage, file, said):
+    out = copytree(killed, tmp_path / "out")
     damage(out / "checkpoint-6" / file)
     ends_as_if_never_killed(spec, out, whole, from_step=3)
     (note,) = [note["text"] for note in told(out, "note") if "skipped" in note["text"]]
@@ -119,12 +127,12 @@ def test_two_checkpoints_are_kept(whole):
     assert sorted(folder.name for folder in whole.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-9"]
 
 
-def test_a_resume_unpickles_no_object(spec, tmp_path):
-    assert run("train_adapter", spec, tmp_path, partial(before_call, *STEP, 8, kill)) == KILLED
-    assert run("train_adapter", spec, tmp_path, list_loads) == 0
-    loads = told(tmp_path, "load")
+def test_a_resume_unpickles_no_object(spec, killed, tmp_path):
+    out = copytree(killed, tmp_path / "out")
+    assert run("train_adapter", spec, out, list_loads) == 0
+    loads = told(out, "load")
     assert {Path(load["file"]).name for load in loads} >= {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
-    assert all(load["weights_only"] and Path(load["file"]).parent == tmp_path / "checkpoint-6" for load in loads)
+    assert all(load["weights_only"] and Path(load["file"]).parent == out / "checkpoint-6" for load in loads)
 
 
 def list_loads() -> None:
@@ -164,9 +172,17 @@ def test_training_stops_early_and_keeps_the_adapter_of_the_lowest_validation_los
     assert found["train_tokens"] < 7 * 256
 
 
+@pytest.fixture(scope="module")
+def waiting(stopping, tmp_path_factory) -> Path:
+    """Killed in step 7: checkpoint 6 has waited once, checkpoint 5 has the best adapter."""
+    out = tmp_path_factory.mktemp("waiting")
+    assert run("train_adapter", stopping, out, partial(before_call, TRAINER, "training_step", 7, kill)) == KILLED
+    return out
+
+
 @pytest.mark.parametrize(
     ("name", "number", "from_step"),
-    [("training_step", 4, 3), ("training_step", 7, 6), ("evaluate", 7, 6), ("_save_checkpoint", 6, 5)],
+    [("training_step", 4, 3), ("evaluate", 7, 6), ("_save_checkpoint", 6, 5)],
 )
 def test_a_killed_run_keeps_its_best_and_its_patience(stopping, stopped, tmp_path, name, number, from_step):
     assert run("train_adapter", stopping, tmp_path, partial(before_call, TRAINER, name, number, kill)) == KILLED
@@ -179,18 +195,18 @@ def test_a_run_killed_after_its_early_end_trains_no_further(stopping, stopped, t
     ends_as_if_never_killed(stopping, tmp_path, stopped, from_step=7)
 
 
-def test_a_checkpoint_whose_best_is_damaged_is_skipped(stopping, stopped, tmp_path):
-    assert run("train_adapter", stopping, tmp_path, partial(before_call, TRAINER, "training_step", 7, kill)) == KILLED
-    flip(tmp_path / "checkpoint-5" / "adapter_model.safetensors")
-    ends_as_if_never_killed(stopping, tmp_path, stopped, from_step=0)
-    assert "checkpoint-6 is skipped: its best, checkpoint-5" in (tmp_path / "stdout").read_text()
+def test_a_checkpoint_whose_best_is_damaged_is_skipped(stopping, stopped, waiting, tmp_path):
+    out = copytree(waiting, tmp_path / "out")
+    flip(out / "checkpoint-5" / "adapter_model.safetensors")
+    ends_as_if_never_killed(stopping, out, stopped, from_step=0)
+    assert "checkpoint-6 is skipped: its best, checkpoint-5" in (out / "stdout").read_text()
 
 
-def test_a_store_can_be_moved_between_a_kill_and_the_next_run(stopping, stopped, tmp_path):
-    before, after = tmp_path / "before", tmp_path / "after"
-    assert run("train_adapter", stopping, before, partial(before_call, TRAINER, "training_step", 7, kill)) == KILLED
-    before.rename(after)
-    ends_as_if_never_killed(stopping, after, stopped, from_step=6)
+def test_a_store_can_be_moved_between_a_kill_and_the_next_run(stopping, stopped, waiting, tmp_path):
+    moved = copytree(waiting, tmp_path / "moved")
+    waiting.rename(tmp_path / "gone")
+    ends_as_if_never_killed(stopping, moved, stopped, from_step=6)
+    (tmp_path / "gone").rename(waiting)
 
 
 # --- evaluation, and at random ------------------------------------------------------------------------------
@@ -218,9 +234,9 @@ def test_a_killed_evaluation_scores_only_what_is_missing(spec, whole, tmp_path):
 @pytest.mark.parametrize("seed", range(int(os.environ.get("TUNEGATE_KILLS", "0"))))
 def test_killed_at_random_moments_the_adapter_is_the_same(stopping, stopped, tmp_path, seed):
     """By the clock, from outside: in the middle of whatever is being done. At most 20 kills, then it may end."""
-    random = Random(seed)
+    random, seconds = Random(seed), report(stopped)["seconds"]
     for _ in range(20):
-        if run("train_adapter", stopping, tmp_path, seconds=random.uniform(0.1, 1.2)) == 0:
+        if run("train_adapter", stopping, tmp_path, seconds=random.uniform(0.2, 1.0) * seconds) == 0:
             break
     assert run("train_adapter", stopping, tmp_path) == 0
     assert adapter(tmp_path) == adapter(stopped)

@@ -15,7 +15,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from data_contracts.errors import ConfigError, TransientError
+from data_contracts.errors import ConfigError, DataError, TransientError
+from data_contracts.run_spec import TrainSpec
 from tasks.processes import _error
 from tasks.workers import packed_trainer
 from tasks.workers.bases import load_base
@@ -48,6 +49,23 @@ def error(out: Path) -> tuple[str, dict]:
 
 def checkpoints(out: Path) -> list[str]:
     return sorted(folder.name for folder in out.glob("checkpoint-*"))
+
+
+# --- before it starts ---------------------------------------------------------------------------------------
+
+
+def test_patience_needs_something_to_count():
+    with pytest.raises(ValueError, match="set validation_steps too"):
+        TrainSpec(early_stopping_patience=2)
+
+
+def test_validation_without_a_row_is_an_error_before_training(spec, tmp_path):
+    (tmp_path / "none.jsonl").write_text("")
+    empty = spec | {"validation": str(tmp_path / "none.jsonl")}
+    assert run("train_adapter", empty | {"validation_steps": 2}, tmp_path / "asked") == DataError.exit_code
+    assert "no validation row" in error(tmp_path / "asked")[1]["what"]
+    assert run("train_adapter", empty, tmp_path / "not asked") == 0
+    assert report(tmp_path / "not asked")["final_validation_nll_nats"] is None
 
 
 # --- signals ------------------------------------------------------------------------------------------------
@@ -175,13 +193,13 @@ def most_file_bytes(most: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
 
 
-@pytest.mark.parametrize("most", [40_000, 100_000], ids=["adapter", "optimizer"])
-def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_what_is_needed(spec, whole, tmp_path, most):
+@pytest.mark.parametrize(("most", "said"), [(40_000, "Error while"), (100_000, "the disk took")])  # adapter, optimiser
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_what_is_needed(spec, whole, tmp_path, most, said):
     full = partial(before_call, *STEP, 5, partial(most_file_bytes, most))
     assert run("train_adapter", spec, tmp_path, full) == 4
     kind, problem = error(tmp_path)
     assert kind == "StoreError"
-    assert problem["what"].startswith("checkpoint-6 could not be written: ")
+    assert problem["what"].startswith(f"checkpoint-6 could not be written: {said}")
     assert problem["where"] == str(tmp_path)
     assert problem["limit"].startswith("it needs 0.2 MB, ")
     assert problem["act"].startswith("make room, or move the store")

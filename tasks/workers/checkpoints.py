@@ -149,5 +149,6 @@ def _unwritten(folder: Path, needed_bytes: int, error: Exception) -> Problem:
     free = shutil.disk_usage(folder.parent).free
     limit = f"it needs {needed_bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
     act = f"make room, or move the store (store.root), and run again: {last_good(folder.parent)}"
-    cause = str(error).splitlines()[0]
+    # torch's own words for it are a line of its C++ sources and two offsets.
+    cause = "the disk took only a part of a file" if isinstance(error, RuntimeError) else str(error)
     return Problem(f"{folder.name} could not be written: {cause}", str(folder.parent), limit, act)
