@@ -283,6 +283,9 @@ def test_the_content_tells_an_array_from_lines_whatever_the_file_is_called(tmp_p
     assert reasons(read(write(tmp_path, "more.json", pretty + "\nmore"))) == [None, None, "not_an_object", "unparsable"]
     lists = write(tmp_path, "lists.json", '[{"role": "user"}, {"role": "x"}]\n[{"role": "user"}]\n')
     assert reasons(read(lists)) == ["not_an_object"] * 2
+    assert (
+        reasons(read(write(tmp_path, "talks.json", '[[{"role": "user"}], [{"role": "x"}]]'))) == ["not_an_object"] * 2
+    )
     assert reasons(read(write(tmp_path, "cut.jsonl", f'["cut\n{LINE}{LINE}'))) == ["unparsable", None, None]
 
 
@@ -308,6 +311,14 @@ def test_a_line_that_was_cut_swallows_no_good_line_below(tmp_path: Path, cut: st
     rows = read(write(tmp_path, "a.jsonl", LINE + cut + "\n" + LINE * 3))
     assert reasons(rows) == [None, "unparsable", None, None, None]
     assert rows[1].raw == cut.strip()
+
+
+def test_no_broken_record_takes_in_the_good_ones_below_even_where_the_brackets_fit(tmp_path: Path) -> None:
+    open_, close = '{"prompt": "a", "completion": "b", "tags": [', '{"prompt": "c", "completion": "d"}]}'
+    lines = write(tmp_path, "a.json", f"{open_}\n{LINE.strip()},\n{close}\n{LINE}")
+    assert [row.raw for row in read(lines)].count(LINE.strip()) == 2
+    array = write(tmp_path, "b.json", f"[{LINE.strip()},\n{open_}\n{LINE.strip()},\n{close}]")
+    assert [row.raw for row in read(array)].count(LINE.strip()) == 2
 
 
 def test_two_records_run_together_by_a_lost_line_end_are_told_apart(tmp_path: Path) -> None:
