@@ -45,7 +45,7 @@ def _holds_array(text: str, whole: bool) -> bool:
         lines.pop()  # it may be cut
     first, *others = lines
     if _is(first, list):
-        return not others or others[0][0] not in "[{"
+        return not others or others[0][0] not in ("{" if re.match(r"\[\s*\{", first) else "[{")
     return sum(_is(line, dict) for line in others) <= len(others) / 2
 
 
