@@ -230,7 +230,7 @@ class _Array(_Records):
         self._closed = True
         in_lines = re.match(r"[\s\ufeff]*\[\s*\n", text)
         flat = re.match(r"[\s\ufeff]*\[[^\S\n]*\{", text)
-        if flat and self._start == r"(?!)" and (objects := list(_OBJECT.finditer(text))):
+        if flat and not _size(text, flat.end() - 1) and (objects := list(_OBJECT.finditer(text))):
             # The first item is broken: the longest object in sight is taken for one that is not.
             self._start = _start(max(objects, key=lambda found: _size(text, found.start())))
         # Items on lines of their own are told by their indentation; of others only the end of an object is known.

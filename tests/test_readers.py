@@ -295,8 +295,11 @@ def test_the_content_tells_an_array_from_lines_whatever_the_file_is_called(tmp_p
         assert reasons(read(write(tmp_path, "a.jsonl", text))) == [None, None, "not_an_object"]
     assert reasons(read(write(tmp_path, "two.json", pretty + pretty))) == [None, None, "not_an_object"] * 2
     assert reasons(read(write(tmp_path, "more.json", pretty + "\nmore"))) == [None, None, "not_an_object", "unparsable"]
-    lists = write(tmp_path, "lists.json", '[{"role": "user"}, {"role": "x"}]\n[{"role": "user"}]\n')
+    one_line = json.dumps([GOOD, GOOD, 5]) + "\n"
+    assert reasons(read(write(tmp_path, "lines.json", one_line * 2))) == [None, None, "not_an_object"] * 2
+    lists = write(tmp_path, "lists.json", '["q", {"a": 1}]\n["q", "a"]\n')
     assert reasons(read(lists)) == ["not_an_object"] * 2
+    assert reasons(read(write(tmp_path, "first.jsonl", '[{"a": 1}]\n' + LINE * 2))) == ["not_an_object", None, None]
     assert (
         reasons(read(write(tmp_path, "talks.json", '[[{"role": "user"}], [{"role": "x"}]]'))) == ["not_an_object"] * 2
     )
