@@ -19,7 +19,8 @@ _LONGEST_RECORD_CHARS: Final = 64 << 20  # a broken record is looked at no furth
 _LONGEST_TOKEN_CHARS: Final = 16  # an escape or a literal that the window's edge has cut
 _LONGEST_INDENT_CHARS: Final = 256
 _MARK: Final = "\ufeff"  # files that were joined keep the byte order mark of each part
-_FIRST_KEY: Final = re.compile(r'[\s\ufeff]*\[?\s*\{\s*("(?:[^"\\\n]|\\.)*")\s*:')
+_OBJECT: Final = re.compile(r'\{\s*("(?:[^"\\\n]|\\.)*")\s*:')
+_BEFORE_FIRST: Final = re.compile(r"[\s\ufeff]*(?:\[\s*)?")
 # Finds where a value ends, whatever its numbers are.
 _SCANNER: Final = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
 
@@ -44,7 +45,7 @@ def _holds_array(text: str, whole: bool) -> bool:
         lines.pop()  # it may be cut
     first, *others = lines
     if _is(first, list):
-        return not others or others[0][0] not in "[{"
+        return not others or others[0][0] not in ("{" if re.match(r"\[\s*\{", first) else "[{")
     return sum(_is(line, dict) for line in others) <= len(others) / 2
 
 
@@ -53,6 +54,23 @@ def _is(text: str, kind: type) -> bool:
         return isinstance(_SCANNER.decode(text), kind)
     except (ValueError, RecursionError):
         return False
+
+
+def _start(record: re.Match[str]) -> str:
+    """A pattern of how records start, by the name of the first field of one of them."""
+    return rf"(?=\{{\s*{re.escape(record[1])}\s*:)"
+
+
+def _indent(text: str, at: int) -> int:
+    line = text[text.rfind("\n", 0, at) + 1 : at]
+    return len(line) - len(line.lstrip())
+
+
+def _size(text: str, start: int) -> int:
+    try:
+        return _SCANNER.raw_decode(text, start)[1] - start
+    except (ValueError, RecursionError):
+        return 0
 
 
 class _Records:
@@ -64,8 +82,13 @@ class _Records:
     def __init__(self, file: TextIO, text: str) -> None:
         self._file, self._text, self._at, self._ended = file, text, 0, False
         self.place = 1
-        key = _FIRST_KEY.match(text)
-        self._start = rf"(?=\{{\s*{re.escape(key[1])}\s*:)" if key else r"(?!)"
+        before = _BEFORE_FIRST.match(text)
+        at = before.end() if before else 0
+        first = _OBJECT.match(text, at)
+        self._indent = _indent(text, at)
+        self._start = _start(first) if first else r"(?!)"
+        # A line that starts as the first record does is a record, even where a broken one could take it in.
+        self._sibling = re.compile(rf"\n[^\S\n]{{0,{self._indent}}}{self._start}")
 
     def move_to_next(self) -> bool:
         """Stand on the first character of a record; False at the end of the file."""
@@ -81,7 +104,7 @@ class _Records:
         try:
             value, end = scan_object(self._text, self._at)
             after = self._after.match(self._text, end)
-            if isinstance(value, dict) and after and after.end() < len(self._text):
+            if isinstance(value, dict) and after and after.end() < len(self._text) and not self._swallows(end):
                 raw = self._text[self._at : end]
                 self._move(after.end())
                 return object_row(place, raw, value, encoding)
@@ -104,10 +127,15 @@ class _Records:
             if end is None:
                 return self._broken_end(1)
             after = self._after.match(self._text, end)
+            if self._swallows(end):
+                return self._broken_end(1)
             if not after:
                 return self._broken_end(end - self._at if self._text[self._at] == "{" else 1)
             if after.end() < len(self._text) or not self._grow():
                 return end - self._at
+
+    def _swallows(self, end: int) -> bool:
+        return self._text.find("\n", self._at, end) > 0 and self._sibling.search(self._text, self._at, end) is not None
 
     def _value_end(self) -> int | None:
         """Where the JSON value ends that starts here; None if it is broken."""
@@ -137,10 +165,6 @@ class _Records:
                 return found.end() - self._at
             if not self._grow():
                 return None
-
-    def _indent(self) -> int:
-        line = self._text[self._text.rfind("\n", 0, self._at) + 1 : self._at]
-        return len(line) - len(line.lstrip())
 
     def _move(self, end: int) -> None:
         self._at = end
@@ -190,7 +214,7 @@ class _Lines(_Records):
         line = self._text[self._at : self._at + length]
         if not (line.endswith("\n") and line[0] in '{["' and line.rstrip()[-1] in "{[,:"):
             return length
-        border = rf"\n[^\S\n]{{0,{self._indent()}}}(?:(?=\{{)|[}}\]])"
+        border = rf"\n[^\S\n]{{0,{_indent(self._text, self._at)}}}(?:(?=\{{)|[}}\]])"
         return self._find(rf"{border}|{records}", length - 1) or len(self._text) - self._at
 
 
@@ -204,11 +228,14 @@ class _Array(_Records):
         super().__init__(file, text)
         self.place = 0
         self._closed = True
-        opening = re.match(r"[\s\ufeff]*\[(\s*\n)?([ \t]*)", text)
-        in_lines = opening and opening[1]
+        in_lines = re.match(r"[\s\ufeff]*\[\s*\n", text)
+        flat = re.match(r"[\s\ufeff]*\[[^\S\n]*\{", text)
+        if flat and not _size(text, flat.end() - 1) and (objects := list(_OBJECT.finditer(text))):
+            # The first item is broken: the longest object in sight is taken for one that is not.
+            self._start = _start(max(objects, key=lambda found: _size(text, found.start())))
         # Items on lines of their own are told by their indentation; of others only the end of an object is known.
-        deep = len(opening[2]) if opening and in_lines else 0
-        self._border = rf"\n[^\S\n]{{0,{deep}}}(?=\{{)|{self._start}" + ("" if in_lines else r"|\}\s*,?\s*(?=\{)")
+        border = rf"\n[^\S\n]{{0,{self._indent}}}(?=\{{)|{self._start}"
+        self._border = border if in_lines else rf"{border}|\}}\s*,?\s*(?=\{{)"
 
     def move_to_next(self) -> bool:
         """Brackets between items are no items: arrays may follow each other, and damage may have added one."""
@@ -216,13 +243,16 @@ class _Array(_Records):
             bracket = self._text[self._at]
             if bracket == "]":
                 self._closed = True
-            elif bracket == "[" and (self._closed or re.compile(rf"\s*{self._start}").match(self._text, self._at + 1)):
+            elif bracket == "[" and (self._closed or self._opens_item(self._at + 1)):
                 self._closed = False
             else:
                 self.place += 1
                 return True
             self._at += 1
         return False
+
+    def _opens_item(self, at: int) -> bool:
+        return re.compile(rf"\s*{self._start}").match(self._text, at) is not None
 
     def _broken_end(self, offset: int) -> int:
         if self._text[self._at] == "}":  # what is left of an item that was cut

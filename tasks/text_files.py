@@ -2,6 +2,7 @@
 
 import codecs
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -20,9 +21,10 @@ _BYTES: Final = 256 * 1024
 _BLOCK_BYTES: Final = 1 << 20
 _GUESS_BYTES: Final = 64 * 1024
 _SIGNS: Final = ("\n", '"', ",")
+_RECORD_END: Final = re.compile(rb'\n|"\s*\}')  # of a line, or of an object where many stand in one line
 _TELLING_BYTES: Final = 4 << 20
-_TELLING_LINES: Final = 200  # lines beyond ASCII that settle what encoding a file has
-_WRONG_LINES: Final = 20  # fewer lines that are not UTF-8 are damage, unless they are half the file
+_TELLING_RECORDS: Final = 200  # records beyond ASCII that settle what encoding a file has
+_WRONG_RECORDS: Final = 20  # fewer records that are not UTF-8 are damage, unless they are half the file
 _MARKS: Final = (  # UTF-32 first: its mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
@@ -101,13 +103,13 @@ def _find_encoding(path: Path, size: int, modified: int) -> tuple[str, str]:
             return name, "its byte order mark says so"
     if wide := _wide(sample):
         return wide, "every ASCII character comes with a zero"
-    telling = _telling_lines(path)
-    wrong = [line for line in telling if not _reads(line, "utf-8")]
-    few = len(wrong) < _WRONG_LINES and len(wrong) <= sample.count(b"\n") / 2
+    telling = _telling_records(path)
+    wrong = [record for record in telling if not _reads(record, "utf-8")]
+    few = len(wrong) < _WRONG_RECORDS and len(wrong) <= len(_RECORD_END.findall(sample)) / 2
     if few or len(wrong) <= len(telling) / 2:
-        return "utf-8", "most of its lines are"
+        return "utf-8", "most of its records are"
     guess = guess_encoding(b"\n".join(wrong))
-    reason = "most lines that are not ASCII are not utf-8; a guess, look at some rows"
+    reason = "most records that are not ASCII are not utf-8; a guess, look at some rows"
     return (guess, reason) if guess else ("utf-8", "nothing fits")
 
 
@@ -121,37 +123,38 @@ def _wide(sample: bytes) -> str | None:
     return None
 
 
-def _telling_lines(path: Path) -> list[bytes]:
-    """The first lines that are not ASCII, wherever they stand, without their ASCII cells; a line beyond 1 MiB in pieces."""
+def _telling_records(path: Path) -> list[bytes]:
+    """The first records that are not ASCII, wherever they stand in the file, without their ASCII texts."""
     telling: list[bytes] = []
     rest, size = b"", 0
     with open_bytes(path) as file:
-        while size < _TELLING_BYTES and len(telling) < _TELLING_LINES and (block := file.read(_BLOCK_BYTES)):
+        while size < _TELLING_BYTES and len(telling) < _TELLING_RECORDS and (block := file.read(_BLOCK_BYTES)):
             block = rest + block
             # In no encoding that holds ASCII is a sign a part of another character.
             end = max(block.rfind(sign.encode()) for sign in _SIGNS) + 1 or len(block)
             block, rest = block[:end], block[end:]
             if not block.isascii():
-                telling += [_foreign(line) for line in block.split(b"\n") if not line.isascii()]
+                telling += [_foreign(record) for record in _RECORD_END.split(block) if not record.isascii()]
                 size += len(block)
     return telling if rest.isascii() else [*telling, _foreign(rest)]
 
 
-def _foreign(line: bytes) -> bytes:
-    return b" ".join(text for text in line.split(b'"') if not text.isascii())
+def _foreign(record: bytes) -> bytes:
+    return b" ".join(text for text in record.split(b'"') if not text.isascii())
 
 
 def mostly_undecodable(sample: bytes, encoding: str) -> bool:
-    """Whether more than half of the lines are not in the encoding."""
+    """Whether more than half of the records are not in the encoding."""
     wide = encoding.lower().replace("_", "-").startswith(("utf-16", "utf16", "utf-32", "utf32"))
     if not wide and sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return True
     decoder = codecs.getincrementaldecoder(codec(encoding))("surrogateescape")
     try:
-        lines = [line for line in decoder.decode(sample).split("\n") if line.strip()]  # its end may be cut
+        text = decoder.decode(sample)  # its end may be cut
     except UnicodeDecodeError:
         return True  # UTF-16 and UTF-32 have no byte that could be escaped
-    return sum(not decodes(line) for line in lines) > len(lines) / 2
+    records = [record for record in re.split(_RECORD_END.pattern.decode(), text) if record.strip(" \r,]")]
+    return sum(not decodes(record) for record in records) > len(records) / 2
 
 
 def guess_encoding(sample: bytes) -> str | None:

@@ -1,112 +1,186 @@
-"""The data stages on files damaged at random: no row is lost, none has two fates, nothing ends in a traceback.
-
-TUNEGATE_FUZZ_CASES=20000 TUNEGATE_FUZZ_SEED=3 pytest tests/test_fuzz.py --timeout=0 for a long run.
-"""
+"""Whatever is in the files: every row that comes in is found again in one file of the data set, with a reason if rejected."""
 
 import gzip
 import json
 import os
 import random
+import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
-from data_contracts.data_reports import DatasetManifest, Snapshot
+from data_contracts.data_reports import DatasetManifest, FileRef, Snapshot
 from data_contracts.errors import DataError
+from data_contracts.rules import Reason
 from data_contracts.run_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
 from tasks.curate import curate
-from tasks.dataset_files import SPLITS
 from tasks.ingest import ingest
+from tasks.readers import read_source
+from tasks.sources import Source
 from tasks.stores import Store
 from tasks.validate import validate
-from tests.test_readers import damage, write
+from tests.test_readers import damage
 
-FILES_A_RUN = 200
-CASES = int(os.environ.get("TUNEGATE_FUZZ_CASES", FILES_A_RUN))
-# Everything is let through that does not concern single rows: what is looked for are rows that get lost.
-LENIENT = ContractSpec(max_quarantine_rate=1.0, min_rows=1, max_duplicate_rate=1.0)
-KEEPING = CurateSpec(test_fraction=0.3, max_near_duplicate_rate=1.0)
-
-
-def rows(draw: random.Random) -> list[dict[str, str]]:
-    """Rows of words that no other file has, some of them long, copied, private or nested."""
-    made = []
-    for _ in range(draw.randrange(3, 9)):
-        words = [f"word{draw.randrange(10**6)}" for _ in range(draw.randrange(6, 30))]
-        made.append({"prompt": f"What is {words[0]}?", "completion": " ".join(words) + "."})
-    made.append(draw.choice(made))
-    made.append(
-        {"prompt": f"Who is {draw.random()}?", "completion": f"Write to p{draw.randrange(999)}@hospital.org, please."}
-    )
-    made.append({"prompt": "deep", "completion": "x" * draw.choice([1, 10_000]), "more": json.dumps([[{}]] * 9)})  # fmt: skip
-    return made
+CASES = int(os.environ.get("TUNEGATE_FUZZ_CASES", "120"))
+SEED = int(os.environ.get("TUNEGATE_FUZZ_SEED", "11"))
+FILES_IN_ONE_RUN = 200
+WORDS = ["router", "button", "light", "cable", "screen", "battery", "café", "naïve", "高血压", "党参", "straße"]
+Rows = list[dict[str, str]]
 
 
-def as_file(kind: str, made: list[dict[str, str]], folder: Path) -> tuple[str, bytes]:
-    lines = "".join(json.dumps(row) + "\n" for row in made).encode()
-    if kind == "parquet":
-        pq.write_table(pa.Table.from_pylist(made), folder / "whole.parquet")
-        return "a.parquet", (folder / "whole.parquet").read_bytes()
-    if kind in ("csv", "tsv"):
-        mark = "," if kind == "csv" else "\t"
-        return f"a.{kind}", "".join(
-            f'"{a}"{mark}"{b}"\n'
-            for a, b in [("prompt", "completion"), *((r["prompt"], r["completion"]) for r in made)]
-        ).encode()
-    return {
-        "jsonl": ("a.jsonl", lines),
-        "json": ("a.json", json.dumps(made, indent=len(made) % 2 or None).encode()),
-        "gz": ("a.jsonl.gz", gzip.compress(lines)),
-        "zst": ("a.jsonl.zst", pa.Codec("zstd").compress(lines, asbytes=True)),
-        "utf16": ("a.jsonl", lines.decode().encode("utf-16-le")),
-    }[kind]
+def rows_of(draw: random.Random) -> Rows:
+    """Rows of their own, and some that other files have too."""
+    own = [f"{draw.randrange(10**6)}" for _ in range(draw.randrange(3, 9))]
+    numbers = [*own, *(str(draw.randrange(8)) for _ in range(2))]
+    return [{"prompt": f"What about case {n}?", "completion": sentence(random.Random(n), n)} for n in numbers]
 
 
-def readable(store: Store, sources: list[str]) -> tuple[Snapshot, int]:
-    """The snapshot of all files that can be read as a whole, and how many were refused with their name."""
-    refused = 0
+def sentence(draw: random.Random, number: str) -> str:
+    return f'In case {number} check the {" ".join(draw.choices(WORDS, k=12))}, then "go" on; or, stop.'
+
+
+def as_lines(rows: Rows) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def as_table(rows: Rows, delimiter: str) -> str:
+    quoted = [[f'"{text}"' for text in (value.replace('"', '""') for value in row.values())] for row in rows]
+    return "".join(delimiter.join(cells) + "\n" for cells in [["prompt", "completion"], *quoted])
+
+
+def as_parquet(rows: Rows) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return bytes(sink.getvalue())
+
+
+FORMATS: dict[str, Callable[[Rows], bytes]] = {
+    "lines.jsonl": lambda rows: as_lines(rows).encode(),
+    "array.json": lambda rows: json.dumps(rows, indent=1).encode(),
+    "flat.json": lambda rows: json.dumps(rows, ensure_ascii=False).encode(),
+    "pretty.jsonl": lambda rows: "\n".join(json.dumps(row, indent=2) for row in rows).encode(),
+    "commas.csv": lambda rows: as_table(rows, ",").encode(),
+    "semicolons.csv": lambda rows: as_table(rows, ";").encode(),
+    "tabs.tsv": lambda rows: as_table(rows, "\t").encode(),
+    "packed.jsonl.gz": lambda rows: gzip.compress(as_lines(rows).encode()),
+    "packed.csv.zst": lambda rows: pa.Codec("zstd").compress(as_table(rows, ",").encode(), asbytes=True),
+    "table.parquet": as_parquet,
+    "wide.jsonl": lambda rows: as_lines(rows).encode("utf-16-le"),
+    "gbk.csv": lambda rows: as_table(rows, ",").encode("gb18030"),
+}
+
+
+def junk(rows: Rows, draw: random.Random) -> Rows:
+    """Rows that are strange before any byte is damaged."""
+    strange = [
+        "", "\0", "x" * 200_000, "\ufeff", "\u2028\x85\x1c", "<|im_start|>", "=1+1", "\ud83d\ude00 ok \U0001f600",
+        "[" * 500, '{"a": ' * 300, "NaN", "null", "\r", "\r\n\t", "e\u0301" * 9, "\u202e\u200b", "é高".encode().decode("latin-1"),
+    ]  # fmt: skip
+    changed = [dict(row) for row in rows]
+    for row in draw.sample(changed, draw.choice([0, 0, 1, 2])):
+        text = draw.choice(strange)
+        row[draw.choice(["prompt", "completion"])] = text.encode("utf-16", "surrogatepass").decode("utf-16")
+    return changed
+
+
+def disorder(content: bytes, draw: random.Random) -> bytes:
+    """Lines swapped, fields named twice, values of another type, zeros, a tail of another file or encoding."""
+    lines = content.split(b"\n")
+    accident = draw.randrange(8)
+    if accident == 0:
+        draw.shuffle(lines)
+    elif accident == 1:
+        lines.insert(draw.randrange(len(lines) + 1), draw.choice(lines))
+    content = b"\n".join(lines)
+    if accident == 2:
+        content = content.replace(b'"completion"', b'"prompt"', draw.randrange(1, 4))
+    elif accident == 3:
+        value = draw.choice([b"NaN", b"-Infinity", b"1" * 5000, b"[[[]]]", b'{"a": {"b": [1, {}]}}', b"null", b"1e999"])
+        content = content.replace(b'"What about', value + b', "b": "What about', 1)
+    elif accident == 4:
+        content += b"\0" * draw.randrange(1, 600)
+    elif accident == 5:
+        content += draw.choice(
+            [b'{"prompt": [', b"[1, 2", b'"', "\né".encode("latin-1"), "高".encode("utf-16"), b"\x1f\x8b"]
+        )
+    return content
+
+
+def write_files(folder: Path, count: int, draw: random.Random) -> list[Path]:
+    """Damaged files of all formats, and one that is whole."""
+    folder.mkdir(parents=True)
+    whole = folder / "whole.jsonl"
+    whole.write_bytes(FORMATS["lines.jsonl"](rows_of(draw) * 2 + rows_of(draw) + rows_of(draw)))
+    files = [whole]
+    for number in range(count):
+        name = list(FORMATS)[number % len(FORMATS)]
+        content = disorder(FORMATS[name](junk(rows_of(draw), draw)), draw)
+        files.append(folder / f"{number:05}-{name}")
+        files[-1].write_bytes(damage(content, draw) if draw.random() < 0.8 else content)
+    return files
+
+
+def is_unreadable(path: str) -> bool:
+    try:
+        list(read_source(Source("", "file", path), DataSpec()))
+    except DataError:
+        return True
+    return False
+
+
+def ingest_readable(store: Store, files: list[Path]) -> Snapshot:
+    """Leave out the files that are wrong as a whole: each error has to name some."""
+    left = {str(path) for path in files}
     while True:
         try:
-            return ingest(store, DataSpec(source=sources)), refused
+            return ingest(store, DataSpec(source=sorted(left)))
         except DataError as error:
-            told = " ".join(f"{problem.where} {problem.what}" for problem in error.problems)
-            named = [source for source in sources if "/".join(Path(source).parts[-2:]) in told]
-            assert named, told
-            refused += len(named)
-            sources = [source for source in sources if source not in named]
+            named = {file for file in left for problem in error.problems if problem.where.startswith(file)}
+            assert named, error
+            assert str(files[0]) not in named, error
+            # Damage deep in a file is told when it is reached: one file at a time.
+            left -= named | set(filter(is_unreadable, left))
 
 
-def places(store: Store, dataset: DatasetManifest) -> Counter[tuple[str, int]]:
-    """Where every row of the data set came from."""
-    refs = [*(getattr(dataset, split) for split in SPLITS), dataset.duplicate_rows, dataset.quarantine]
-    lines = [json.loads(line) for ref in refs for line in store.path(ref).read_text(encoding="utf-8").splitlines()]
-    return Counter((line["source"], line["line"]) for line in lines)
+def lines(store: Store, ref: FileRef) -> list[dict[str, str]]:
+    return [json.loads(line) for line in store.path(ref).read_bytes().splitlines()]
 
 
-def test_no_damaged_file_makes_a_row_vanish_or_come_twice(tmp_path: Path) -> None:
-    draw = random.Random(int(os.environ.get("TUNEGATE_FUZZ_SEED", "5")))
-    seen = Counter[str]()
-    for run in range(-(-CASES // FILES_A_RUN)):
-        folder, store = tmp_path / f"run{run}", Store(tmp_path / f"store{run}")
-        good = [
-            {"prompt": f"What is good{i}?", "completion": f"It is good{i}, and {draw.random()}."} for i in range(60)
-        ]
-        sources = [write(folder, "good/good.jsonl", "".join(json.dumps(row) + "\n" for row in good))]
-        for case in range(min(FILES_A_RUN, CASES)):
-            kind = draw.choice(["jsonl", "json", "csv", "tsv", "gz", "zst", "parquet", "utf16"])
-            name, whole = as_file(kind, rows(draw), folder)
-            sources.append(write(folder, f"case{case:05}/{name}", damage(whole, draw)))
-        snapshot, refused = readable(store, sources)
-        dataset = curate(store, validate(store, snapshot, RulesSpec(), LENIENT, []), KEEPING, "model")
-        came_in = Counter(
-            (row["source"], row["line"])
-            for part in snapshot.parts
-            for row in pq.read_table(store.path(part), columns=["source", "line"]).to_pylist()
-        )
-        assert places(store, dataset) == came_in
-        assert dataset.rows_in == dataset.kept + dataset.quarantined + dataset.duplicates == came_in.total()
-        seen.update({"refused": refused, "rows": dataset.rows_in}, **dataset.reasons)
-    assert 0 < seen["refused"] < CASES
-    assert seen["unparsable"] > 0
+def check_sums(store: Store, snapshot: Snapshot, dataset: DatasetManifest) -> None:
+    def place(row: dict[str, str]) -> tuple[str, str, str]:
+        return row["source"], row["line"], row["row_id"]
+
+    came_in = [row for part in snapshot.parts for row in pq.read_table(store.path(part)).to_pylist()]
+    kept = [row for name in ("train", "validation", "test") for row in lines(store, getattr(dataset, name))]
+    quarantined, duplicates = lines(store, dataset.quarantine), lines(store, dataset.duplicate_rows)
+    assert (len(kept), len(quarantined), len(duplicates)) == (dataset.kept, dataset.quarantined, dataset.duplicates)
+    assert len(came_in) == dataset.rows_in == dataset.kept + dataset.quarantined + dataset.duplicates
+    assert Counter(map(place, came_in)) == Counter(map(place, [*kept, *quarantined, *duplicates]))
+    assert Counter(Reason(row["reason"]).value for row in quarantined) == dataset.reasons
+    assert not [row for row in came_in if row["source"] == "whole.jsonl" and row["reason"]]
+
+
+def test_every_row_of_damaged_files_is_found_in_one_file_of_the_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TUNEGATE_FUZZ_CASES=20000 for a long run."""
+    monkeypatch.setattr("tasks.parts.free_cores", lambda: 1)  # no second for each process
+    draw = random.Random(SEED)
+    read_through = 0
+    for first in range(0, CASES, FILES_IN_ONE_RUN):
+        here = tmp_path / str(first)
+        files = write_files(here / "raw", min(FILES_IN_ONE_RUN, CASES - first), draw)
+        store = Store(here / "store")
+        snapshot = ingest_readable(store, files)
+        budgets = ContractSpec(max_quarantine_rate=1.0, max_duplicate_rate=1.0, min_rows=1)
+        validated = validate(store, snapshot, RulesSpec(), budgets)
+        dataset = curate(store, validated, CurateSpec(test_fraction=0.3), "model")
+        check_sums(store, snapshot, dataset)
+        assert min(dataset.kept, dataset.quarantined, dataset.duplicates) > 0
+        read_through += len(snapshot.sources)
+        shutil.rmtree(here)
+    assert read_through > CASES / 3

@@ -121,7 +121,12 @@ def test_the_encoding_of_a_file_is_found_and_its_reason_told(tmp_path: Path) -> 
         + "\n"
         for i in range(30)
     )
-    found = {"utf-8": "most of its lines", "utf-16": "byte order mark", "utf-32": "byte order mark", "gb18030": "guess"}
+    found = {
+        "utf-8": "most of its records",
+        "utf-16": "byte order mark",
+        "utf-32": "byte order mark",
+        "gb18030": "guess",
+    }
     for encoding, reason in found.items():
         path = write(tmp_path, f"{encoding}.jsonl", chinese.encode(encoding))
         assert resolve_encoding(Path(path), "auto")[0] == encoding
@@ -175,6 +180,13 @@ def test_utf_16_without_a_mark_is_found(tmp_path: Path, encoding: str, text: str
     assert len(read(write(tmp_path, "a.csv", table.encode(encoding)))) == 3
 
 
+def test_one_byte_that_is_wrong_rejects_one_record_of_an_array_on_one_line(tmp_path: Path) -> None:
+    content = json.dumps([FOREIGN["gb18030"]] * 9, ensure_ascii=False).encode()
+    path = write(tmp_path, "a.json", content.replace("党".encode(), b"\xff", 1))
+    assert ingest(Store(tmp_path / "store"), DataSpec(source=[path])).unreadable == 1
+    assert reasons(read(path)) == ["undecodable"] + [None] * 8
+
+
 def test_zeros_in_a_file_do_not_make_it_utf_16(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", LINE.encode() * 3 + b"\0a\0b\0c\0d\n" + LINE.encode() + b"\0" * 512)
     assert resolve_encoding(Path(path), "auto")[0] == "utf-8"
@@ -212,6 +224,8 @@ def test_a_delimiter_in_doubt_is_a_comma_and_a_named_one_overrules(tmp_path: Pat
 def test_one_broken_record_in_ten_does_not_hide_the_delimiter(tmp_path: Path) -> None:
     rows = read(write(tmp_path, "a.csv", "prompt;completion\n" + "a, b;c\n" * 9 + "broken\n"))
     assert reasons(rows) == [None] * 9 + ["unparsable"]
+    few = write(tmp_path, "few.csv", "prompt;completion\na, b;c\nbroken\n")
+    assert reasons(read(few)) == [None, "unparsable"]
 
 
 def test_a_delimiter_that_was_found_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -281,8 +295,14 @@ def test_the_content_tells_an_array_from_lines_whatever_the_file_is_called(tmp_p
         assert reasons(read(write(tmp_path, "a.jsonl", text))) == [None, None, "not_an_object"]
     assert reasons(read(write(tmp_path, "two.json", pretty + pretty))) == [None, None, "not_an_object"] * 2
     assert reasons(read(write(tmp_path, "more.json", pretty + "\nmore"))) == [None, None, "not_an_object", "unparsable"]
-    lists = write(tmp_path, "lists.json", '[{"role": "user"}, {"role": "x"}]\n[{"role": "user"}]\n')
+    one_line = json.dumps([GOOD, GOOD, 5]) + "\n"
+    assert reasons(read(write(tmp_path, "lines.json", one_line * 2))) == [None, None, "not_an_object"] * 2
+    lists = write(tmp_path, "lists.json", '["q", {"a": 1}]\n["q", "a"]\n')
     assert reasons(read(lists)) == ["not_an_object"] * 2
+    assert reasons(read(write(tmp_path, "first.jsonl", '[{"a": 1}]\n' + LINE * 2))) == ["not_an_object", None, None]
+    assert (
+        reasons(read(write(tmp_path, "talks.json", '[[{"role": "user"}], [{"role": "x"}]]'))) == ["not_an_object"] * 2
+    )
     assert reasons(read(write(tmp_path, "cut.jsonl", f'["cut\n{LINE}{LINE}'))) == ["unparsable", None, None]
 
 
@@ -308,6 +328,14 @@ def test_a_line_that_was_cut_swallows_no_good_line_below(tmp_path: Path, cut: st
     rows = read(write(tmp_path, "a.jsonl", LINE + cut + "\n" + LINE * 3))
     assert reasons(rows) == [None, "unparsable", None, None, None]
     assert rows[1].raw == cut.strip()
+
+
+def test_no_broken_record_takes_in_the_good_ones_below_even_where_the_brackets_fit(tmp_path: Path) -> None:
+    open_, close = '{"prompt": "a", "completion": "b", "tags": [', '{"prompt": "c", "completion": "d"}]}'
+    lines = write(tmp_path, "a.json", f"{open_}\n{LINE.strip()},\n{close}\n{LINE}")
+    assert [row.raw for row in read(lines)].count(LINE.strip()) == 2
+    array = write(tmp_path, "b.json", f"[{LINE.strip()},\n{open_}\n{LINE.strip()},\n{close}]")
+    assert [row.raw for row in read(array)].count(LINE.strip()) == 2
 
 
 def test_two_records_run_together_by_a_lost_line_end_are_told_apart(tmp_path: Path) -> None:
