@@ -84,10 +84,10 @@ def test_a_base_without_formulas_is_refused():
 # --- cards --------------------------------------------------------------------------------------------------
 
 
-def test_7b_lora_needs_about_15_gb_not_24():
+def test_7b_lora_needs_about_16_gb_not_24():
     arch = decoder(SHAPES["llama-2-7b"])
     asked = Settings("lora", 1024, checkpointing=True)
-    assert 13.5 < needed(arch, asked) / 2**30 < 15
+    assert 13.5 < needed(arch, asked) / 2**30 < 16
     assert card(arch, asked, 16).fits
     assert not card(arch, dataclasses.replace(asked, checkpointing=False, length=2048), 24).fits
 

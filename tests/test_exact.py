@@ -61,7 +61,7 @@ def gradients(model, way: str) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(("kind", "fused"), COVERED.items())
 def test_losses_and_gradients_equal_the_padded_forward(kind, fused):
     model = tiny(kind)
-    assert choose_way(model, some_sequences()).way == "packed"
+    assert choose_way(model, some_sequences(), 32).way == "packed"
     tuned = with_lora(model)
     expected, wanted = gradients(tuned, "padded")
     assert fuse_lora(tuned) == fused
@@ -73,7 +73,7 @@ def test_losses_and_gradients_equal_the_padded_forward(kind, fused):
 @pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
 def test_attention_that_the_tree_does_not_compute_is_padded_and_says_why(kind):
     model = tiny(kind)
-    scoring = choose_way(model, some_sequences())
+    scoring = choose_way(model, some_sequences(), 32)
     assert scoring.way == "padded"
     assert "softcap or sinks" in scoring.reason
     gradients(with_lora(model), "padded")
@@ -82,13 +82,15 @@ def test_attention_that_the_tree_does_not_compute_is_padded_and_says_why(kind):
 
 
 def test_a_window_shorter_than_a_path_is_padded():
-    assert "window of 8" in choose_way(tiny("mistral", sliding_window=8), some_sequences()).reason
+    model = tiny("mistral", sliding_window=8)
+    assert "window of 8" in choose_way(model, some_sequences(), 32).reason
+    gradients(with_lora(model), "padded")
 
 
 def test_a_forward_that_differs_is_noticed(monkeypatch):
     model = tiny("llama")
     monkeypatch.setattr("tasks.workers.tree_attention._attend", lambda query, *_: query)
-    scoring = choose_way(model, some_sequences())
+    scoring = choose_way(model, some_sequences(), 32)
     assert scoring == Scoring("padded", scoring.reason)
     assert "differ" in scoring.reason
 

@@ -195,6 +195,8 @@ def test_the_page_sets_the_models_side_by_side_and_ends_with_what_to_do(tmp_path
     text = page_of(planted(tmp_path), capfd)
     loss = next(line for line in text.splitlines() if "held-out loss" in line)
     assert [part for part in loss.replace("│", " ").split() if part[0].isdigit()] == ["4.000", "2.000", "2.200"]
+    peak = next(line for line in text.splitlines() if "peak memory while" in line)
+    assert [part.strip() for part in peak.split("│")[3:5]] == ["1.40 GB (planned 1.50 GB)", "1.40 GB"]
     assert "QLoRA keeps 90.0% [85.0%, 95.0%] of LoRA's loss gain" in text
     assert "LoRA lowers held-out loss against base by 2.000 [1.900, 2.100] nats/token" in text
     assert "99 % does not hold on this run." in text

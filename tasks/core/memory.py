@@ -16,9 +16,9 @@ NF4_BLOCK, CONSTANTS_BLOCK = 64, 256
 # Code books kept with each quantised tensor: 16 NF4 levels; with double quantisation 256 levels and one offset, fp32.
 NF4_CODE, CONSTANTS_CODE = 16 * FP32, 256 * FP32 + FP32
 Device = Literal["cuda", "cpu"]
-CONTEXT: dict[Device, int] = {"cuda": 500 * 2**20, "cpu": 1_200_000_000}
+CONTEXT: dict[Device, int] = {"cuda": 500 * 2**20, "cpu": 700_000_000}
 """Beside all tensors. CUDA: kernels and handles of a process, 300-800 MiB by card and version. CPU: the interpreter and
-its libraries, 0.54 GB resident after import, 1.1-1.6 GB in 8 training runs (docs/planner.md)."""
+its libraries, 0.53 GB resident after import, 0.6-0.8 GB while training (docs/planner.md)."""
 FRAGMENTATION = 0.08
 """What an allocator holds beyond what is in use, as a share of what comes and goes: it rounds blocks up and cannot
 always use a free one again. The published pair (Answer.AI, 2 x 3090): 9.16 GiB allocated, 10.22 reserved."""

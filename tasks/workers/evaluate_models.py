@@ -30,8 +30,6 @@ from tasks.workers.scoring import Way, choose_way
 
 Target = dict[str, Any]
 
-_COMPARED_ITEMS = 4  # scored both ways before a model is
-
 
 def evaluate_models(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -46,9 +44,8 @@ def evaluate_models(spec: dict[str, Any], out: Path) -> dict[str, Any]:
             continue
         say("note", text=f"loading the base ({'NF4' if method == 'qlora' else device.precision})")
         model: Any = load_base(Path(spec["base"]), method, device)
-        way = choose_way(
-            model, [chat.sequence(item["prompt"], item["completion"]) for item in items[:_COMPARED_ITEMS]]
-        ).way
+        sequences = [chat.sequence(item["prompt"], item["completion"]) for item in items]
+        way = choose_way(model, sequences, spec["max_tokens"]).way
         for target in targets:
             results[target["name"]] = score(target, model, way, chat, tasks, items, spec, out)
         del model

@@ -15,6 +15,9 @@ from tasks.workers.harness import say
 from tasks.workers.scoring import Way
 
 _LARGEST = 16  # steps that are packed to find the largest
+_STEP_KERNELS, _MOST_KERNELS = 30_000_000, 900_000_000
+"""Bytes. oneDNN, which multiplies bf16 on a CPU, compiles kernels for every new shape and keeps about a thousand: measured
+30-45 MB a step, 0.9-1.1 GB in the end."""
 
 
 def predicted_train_bytes(
@@ -34,7 +37,8 @@ def predicted_train_bytes(
     steps = _largest_steps(spec, rows, plan, device, way)
     if device.device == "cuda":
         return max(predict(arch, settings, "cuda").allocated for settings in steps)
-    return max(predict(arch, settings, "cpu").total for settings in steps)
+    kernels = min(_STEP_KERNELS * len(plan), _MOST_KERNELS) if device.precision == "bf16" else 0
+    return max(predict(arch, settings, "cpu").total for settings in steps) + kernels
 
 
 def _largest_steps(

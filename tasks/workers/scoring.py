@@ -24,6 +24,8 @@ Way = Literal["packed", "padded"]
 # Largest difference of a token's loss, in nats, at which the two ways are the same arithmetic in another order.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
+_COMPARED = 4  # sequences scored both ways before a model is used
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -88,12 +90,19 @@ def scored_losses(model: Any, batch: Batch) -> torch.Tensor:
     return losses
 
 
-def choose_way(model: Any, sequences: Sequence[Scored]) -> Scoring:
-    """`packed` if the losses of these few sequences are what `padded` computes on this model.
+def choose_way(model: Any, sequences: Sequence[Scored], longest: int) -> Scoring:
+    """`packed` if the losses of the shortest few sequences are what `padded` computes on this model.
 
-    Otherwise the model is left with an attention that it is sure to have.
+    `longest`: most tokens of a sequence to come. Where the answer is `padded`, the model is left with an attention that it
+    is sure to have.
     """
     device = next(model.parameters()).device
+    window = getattr(_causal(model).config, "sliding_window", None)
+    if window and longest > window:
+        _causal(model).set_attn_implementation("sdpa")
+        return Scoring("padded", f"rows of up to {longest} tokens are longer than the attention's window of {window}")
+    # The shortest: a padded forward holds all logits, and must not be what takes the most memory in a run.
+    sequences = sorted(sequences, key=lambda sequence: len(sequence.ids))[:_COMPARED]
     with torch.no_grad():
         try:
             found = scored_losses(model, to_device(to_tensors(sequences), device))

@@ -30,7 +30,6 @@ from tasks.workers.scoring import choose_way
 from tasks.workers.watch import Clock, KeepBest, LossWatch, StopOnSignal, stopped_early
 
 _CHECKED_ROWS = 64  # decoded before training starts
-_COMPARED_ROWS = 4  # scored both ways before training starts
 
 
 def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -45,7 +44,7 @@ def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
 
     model = adapted_base(spec, device)
     load_peak = reset_peak_rss()
-    scoring = choose_way(model, rows[:_COMPARED_ROWS])
+    scoring = choose_way(model, rows, max(lengths))
     say("note", text=f"{scoring.way} forward: {scoring.reason}")
     fuse_lora(model)
     work = Work(rows, row_ids, plan, validation, spec["batch_tokens"], scoring.way)
