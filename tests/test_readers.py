@@ -193,6 +193,12 @@ def test_zeros_in_a_file_do_not_make_it_utf_16(tmp_path: Path) -> None:
     assert reasons(read(path)) == [None] * 3 + ["unparsable", None, "unparsable"]
 
 
+def test_a_mark_in_the_middle_of_a_file_does_not_make_it_utf_16(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.json", b"[\n\xff\xfe\xe9\x00\xd8\x9a")
+    assert resolve_encoding(Path(path), "auto")[0] == "utf-8"
+    assert reasons(read(path)) == ["undecodable"]
+
+
 def test_a_long_utf_16_file_is_not_taken_for_undecodable_where_its_sample_ends(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", (LINE * 4000).encode("utf-16"))
     assert ingest(Store(tmp_path / "store"), DataSpec(source=[path])).unreadable == 0
@@ -516,6 +522,12 @@ WHOLE_FILE: dict[str, tuple[str, str | bytes, dict[str, Any], list[str]]] = {
         ["--set data.encoding=gb18030"],
     ),
     "utf-16": ("a.jsonl", LINE.encode("utf-16"), {"encoding": "utf-8"}, ["--set data.encoding=utf_16"]),
+    "utf-16 without its mark": (
+        "a.jsonl",
+        LINE.encode("utf-16-le"),
+        {"encoding": "utf-16"},
+        ["hardly a line of it is utf-16", "data.encoding"],
+    ),
     "unknown encoding": ("a.jsonl", LINE, {"encoding": "utf9"}, ["data.encoding", "utf9"]),
     "unknown columns": (
         "a.jsonl",
