@@ -109,6 +109,8 @@ def _find_encoding(path: Path, size: int, modified: int) -> tuple[str, str]:
     if few or len(wrong) <= len(telling) / 2:
         return "utf-8", "most of its records are"
     guess = guess_encoding(b"\n".join(wrong))
+    if guess and "{".encode(guess) != b"{":  # a mark in the middle of the file
+        guess = None
     reason = "most records that are not ASCII are not utf-8; a guess, look at some rows"
     return (guess, reason) if guess else ("utf-8", "nothing fits")
 
@@ -151,8 +153,8 @@ def mostly_undecodable(sample: bytes, encoding: str) -> bool:
     decoder = codecs.getincrementaldecoder(codec(encoding))("surrogateescape")
     try:
         text = decoder.decode(sample)  # its end may be cut
-    except UnicodeDecodeError:
-        return True  # UTF-16 and UTF-32 have no byte that could be escaped
+    except UnicodeError:
+        return True  # UTF-16 and UTF-32 have no byte that could be escaped, and may miss their mark
     records = [record for record in re.split(_RECORD_END.pattern.decode(), text) if record.strip(" \r,]")]
     return sum(not decodes(record) for record in records) > len(records) / 2
 

@@ -193,6 +193,12 @@ def test_zeros_in_a_file_do_not_make_it_utf_16(tmp_path: Path) -> None:
     assert reasons(read(path)) == [None] * 3 + ["unparsable", None, "unparsable"]
 
 
+def test_a_mark_in_the_middle_of_a_file_does_not_make_it_utf_16(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.json", b"[\n\xff\xfe\xe9\x00\xd8\x9a")
+    assert resolve_encoding(Path(path), "auto")[0] == "utf-8"
+    assert reasons(read(path)) == ["undecodable"]
+
+
 def test_a_long_utf_16_file_is_not_taken_for_undecodable_where_its_sample_ends(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", (LINE * 4000).encode("utf-16"))
     assert ingest(Store(tmp_path / "store"), DataSpec(source=[path])).unreadable == 0
@@ -223,6 +229,8 @@ def test_a_delimiter_in_doubt_is_a_comma_and_a_named_one_overrules(tmp_path: Pat
 
 def test_one_broken_record_in_ten_does_not_hide_the_delimiter(tmp_path: Path) -> None:
     rows = read(write(tmp_path, "a.csv", "prompt;completion\n" + "a, b;c\n" * 9 + "broken\n"))
+    assert reasons(rows) == [None] * 9 + ["unparsable"]
+    rows = read(write(tmp_path, "b.csv", "prompt, short;completion\n" + "a;c, d, e\n" * 9 + "broken\n"))
     assert reasons(rows) == [None] * 9 + ["unparsable"]
     few = write(tmp_path, "few.csv", "prompt;completion\na, b;c\nbroken\n")
     assert reasons(read(few)) == [None, "unparsable"]
@@ -303,7 +311,8 @@ def test_the_content_tells_an_array_from_lines_whatever_the_file_is_called(tmp_p
     assert (
         reasons(read(write(tmp_path, "talks.json", '[[{"role": "user"}], [{"role": "x"}]]'))) == ["not_an_object"] * 2
     )
-    assert reasons(read(write(tmp_path, "cut.jsonl", f'["cut\n{LINE}{LINE}'))) == ["unparsable", None, None]
+    rows = read(write(tmp_path, "cut.jsonl", f'["cut\n\n{LINE}{LINE}'))
+    assert [(row.line, isinstance(row.value, Rejection)) for row in rows] == [(1, True), (3, False), (4, False)]
 
 
 def test_a_broken_record_of_many_lines_is_one_row_and_the_next_record_is_read(tmp_path: Path) -> None:
@@ -343,6 +352,8 @@ def test_two_records_run_together_by_a_lost_line_end_are_told_apart(tmp_path: Pa
     rows = read(write(tmp_path, "a.jsonl", LINE + half + LINE + LINE.strip() + LINE))
     assert reasons(rows) == [None, "unparsable", None, None, None]
     assert rows[1].raw == half
+    other_fields = write(tmp_path, "c.jsonl", '{"a": "x"}{"b": "y"}{"c" "z"}{"d": "z"}\n')
+    assert reasons(read(other_fields)) == [None, None, "unparsable", None]
     junk = LINE.strip() + ' and "more"}\n'
     assert reasons(read(write(tmp_path, "b.jsonl", LINE + junk + LINE))) == [None, "unparsable", None]
 
@@ -352,6 +363,14 @@ def test_what_a_broken_item_leaves_behind_ends_no_array(tmp_path: Path) -> None:
     flat = write(tmp_path, "a.json", f"[{item}, {item.replace(':', '', 1)}, {item}, {item}]")
     assert reasons(read(flat)).count(None) >= 3
     assert [row.raw for row in read(flat)].count(item) == 3
+    last = '{"c": [{"n": 1}, {"n": 2}]}'
+    other_fields = write(tmp_path, "b.json", f'[{{"a": "x"}}, {{"b" [{{"n": 1}}, {{"n": 2}}]}}, {last}]')
+    assert read(other_fields)[-1].raw == last
+
+
+def test_a_bracket_too_many_swallows_no_items(tmp_path: Path) -> None:
+    item = LINE.strip()
+    assert reasons(read(write(tmp_path, "a.json", f"[{item}, [{item}, {item}], {item}]"))) == [None] * 4
 
 
 def test_a_field_named_twice_is_rejected_and_not_lost(tmp_path: Path) -> None:
@@ -359,6 +378,24 @@ def test_a_field_named_twice_is_rejected_and_not_lost(tmp_path: Path) -> None:
     rows = read(twice)
     assert reasons(rows) == ["duplicate_key", None]
     assert isinstance(rows[0].value, Rejection) and rows[0].value.detail == "completion"
+
+
+def test_a_broken_first_item_does_not_hide_where_the_others_start(tmp_path: Path) -> None:
+    item = json.dumps({"prompt": "q", "tags": [{"n": 1}, {"n": 2}]})
+    cut = '{"prompt": "q", "tags": [{"n": 1'
+    path = write(tmp_path, "a.json", f"[{item.replace(':', '', 1)}, {item}, {cut}, {item}, {item}]")
+    assert [row.raw for row in read(path)].count(item) == 3
+
+
+def test_a_broken_item_at_the_edge_of_what_is_in_memory_spoils_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.json_records._READ_CHARS", 100)
+    broken = '{"prompt" "' + "x" * 300 + '"}'
+    path = write(tmp_path, "a.json", f"[{LINE.strip()}, {broken}, {LINE.strip()}, {LINE.strip()}]")
+    assert reasons(read(path)) == [None, "unparsable", None, None]
+    lines = write(tmp_path, "a.jsonl", f"{LINE}{broken}\n{LINE}{LINE}")
+    assert reasons(read(lines)) == [None, "unparsable", None, None]
 
 
 # --- whatever is in the files -------------------------------------------------------------------------------
@@ -485,6 +522,12 @@ WHOLE_FILE: dict[str, tuple[str, str | bytes, dict[str, Any], list[str]]] = {
         ["--set data.encoding=gb18030"],
     ),
     "utf-16": ("a.jsonl", LINE.encode("utf-16"), {"encoding": "utf-8"}, ["--set data.encoding=utf_16"]),
+    "utf-16 without its mark": (
+        "a.jsonl",
+        LINE.encode("utf-16-le"),
+        {"encoding": "utf-16"},
+        ["hardly a line of it is utf-16", "data.encoding"],
+    ),
     "unknown encoding": ("a.jsonl", LINE, {"encoding": "utf9"}, ["data.encoding", "utf9"]),
     "unknown columns": (
         "a.jsonl",
