@@ -53,42 +53,40 @@ class Drift(Report):
     values: dict[str, float]
 
 
-class ValidatedData(Report):
+class CheckedRows(Report):
+    """What rules, drift and contract said of the rows of a snapshot: it stays with them to the end."""
+
+    snapshot_id: str
+    rows_in: int
+    reasons: dict[str, int]
+    flags: dict[str, int]
+    repairs: dict[str, Repaired]
+    languages: dict[str, int]
+    drift: Drift
+    contract_result: FileRef
+    data_docs: str
+
+
+class ValidatedData(CheckedRows):
     """Rows that passed the rules, rows in quarantine with their reason, and the batch contract's result.
 
     `kept` are Parquet parts with the columns row_id, source, line, messages, language.
     """
 
-    snapshot_id: str
     kept: list[FileRef]
     quarantine: FileRef
-    rows_in: int
     rows_kept: int
-    reasons: dict[str, int]
-    flags: dict[str, int]
-    repairs: dict[str, Repaired]
-    languages: dict[str, int]
-    drift: Drift
     profile: FileRef
-    contract_result: FileRef
-    data_docs: str
 
 
-class DatasetManifest(Report):
+class DatasetManifest(CheckedRows):
     """The splits. rows_in = kept + quarantined + duplicates, and kept = sum of the splits."""
 
-    snapshot_id: str
-    rows_in: int
     kept: int
     quarantined: int
     duplicates: int
     exact_duplicates: int
     near_duplicates: int
-    reasons: dict[str, int]
-    flags: dict[str, int]
-    repairs: dict[str, Repaired]
-    languages: dict[str, int]
-    drift: Drift
     splits: dict[str, int]
     known_rows: int
     contamination: dict[str, int]  # train rows taken out, by what they share most of an item with
@@ -97,8 +95,6 @@ class DatasetManifest(Report):
     test: FileRef
     quarantine: FileRef
     duplicate_rows: FileRef
-    contract_result: FileRef
-    data_docs: str
 
 
 class DataState(Report):

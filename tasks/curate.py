@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_contracts.data_reports import DatasetManifest, FileRef, ValidatedData
+from data_contracts.data_reports import CheckedRows, DatasetManifest, FileRef, ValidatedData
 from data_contracts.errors import DataError, Problem
 from data_contracts.rules import Action, Reason
 from data_contracts.run_spec import CurateSpec
@@ -223,25 +223,20 @@ def _manifest(
     added = Counter(decision.reason for decision in decisions if decision.fate == "quarantined")
     splits = Counter(decision.split for decision in decisions if decision.fate == "kept")
     refs = {split: store.ref(folder / f"{split}.jsonl") for split in SPLITS}
+    carried = {name: getattr(validated, name) for name in CheckedRows.model_fields}
+    carried["flags"] = flags
+    carried["reasons"] = dict((Counter(validated.reasons) + added).most_common())
     return DatasetManifest(
-        snapshot_id=validated.snapshot_id,
-        rows_in=validated.rows_in,
+        **carried,
         kept=fates["kept"],
         quarantined=validated.rows_in - validated.rows_kept + fates["quarantined"],
         duplicates=fates["duplicate"],
         exact_duplicates=kinds["exact"],
         near_duplicates=kinds["near"],
-        reasons=dict((Counter(validated.reasons) + added).most_common()),
-        flags=flags,
-        repairs=validated.repairs,
-        languages=validated.languages,
-        drift=validated.drift,
         splits={split: splits[split] for split in SPLITS},
         known_rows=known_rows,
         contamination=hits,
         **refs,
         quarantine=store.ref(folder / "quarantine.jsonl"),
         duplicate_rows=store.ref(folder / "duplicates.jsonl"),
-        contract_result=validated.contract_result,
-        data_docs=validated.data_docs,
     )

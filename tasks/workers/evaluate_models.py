@@ -26,7 +26,7 @@ from tasks.workers.device import choose_device
 from tasks.workers.domain_tasks import DOMAIN_TASKS, Item, build_items, domain_choice, domain_nll
 from tasks.workers.harness import main, say, write_json
 from tasks.workers.packed_lm import PackedLM
-from tasks.workers.scoring import Way, choose_way
+from tasks.workers.scoring import COMPARED, Way, choose_way
 
 Target = dict[str, Any]
 
@@ -44,7 +44,8 @@ def evaluate_models(spec: dict[str, Any], out: Path) -> dict[str, Any]:
             continue
         say("note", text=f"loading the base ({'NF4' if method == 'qlora' else device.precision})")
         model: Any = load_base(Path(spec["base"]), method, device)
-        sequences = [chat.sequence(item["prompt"], item["completion"]) for item in items]
+        shortest = sorted(items, key=lambda item: item["total_tokens"])[:COMPARED]
+        sequences = [chat.sequence(item["prompt"], item["completion"]) for item in shortest]
         way = choose_way(model, sequences, spec["max_tokens"]).way
         for target in targets:
             results[target["name"]] = score(target, model, way, chat, tasks, items, spec, out)

@@ -24,7 +24,7 @@ Way = Literal["packed", "padded"]
 # Largest difference of a token's loss, in nats, at which the two ways are the same arithmetic in another order.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
-_COMPARED = 4  # sequences scored both ways before a model is used
+COMPARED = 4  # sequences scored both ways before a model is used
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def choose_way(model: Any, sequences: Sequence[Scored], longest: int) -> Scoring
         _causal(model).set_attn_implementation("sdpa")
         return Scoring("padded", f"rows of up to {longest} tokens are longer than the attention's window of {window}")
     # The shortest: a padded forward holds all logits, and must not be what takes the most memory in a run.
-    sequences = sorted(sequences, key=lambda sequence: len(sequence.ids))[:_COMPARED]
+    sequences = sorted(sequences, key=lambda sequence: len(sequence.ids))[:COMPARED]
     with torch.no_grad():
         try:
             found = scored_losses(model, to_device(to_tensors(sequences), device))
