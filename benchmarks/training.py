@@ -102,10 +102,13 @@ def documentation_rows(out: Path) -> Iterator[list[dict[str, str]]]:
 
 
 def run(way: str, python: str, folder: Path, spec: dict[str, Any]) -> dict[str, float]:
+    from tasks.processes import worker_environment
+
     out = Path(tempfile.mkdtemp(dir=folder))
     (out / "spec.json").write_text(json.dumps(spec | {"out": str(out)}))
     command = [python, "-m", "benchmarks.training", "--way", way, "--spec", str(out / "spec.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = worker_environment() if python == sys.executable and way.startswith("tunegate") else None
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not found:
         raise SystemExit(f"{way} failed:\n{done.stderr[-3000:]}")

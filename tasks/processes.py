@@ -46,7 +46,7 @@ def run_worker(
         Display(title or module.rpartition(".")[2].replace("_", " ")) as display,
     ):
         command = [sys.executable, "-m", module, str(spec_file), str(out)]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment())
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=worker_environment())
         try:
             _follow(child, display.show)
         finally:
@@ -64,9 +64,13 @@ def is_worker(process: psutil.Process) -> bool:
         return False
 
 
-def _environment() -> dict[str, str]:
-    # The worker decides on its threads itself; a limit the user has set is kept.
-    return {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+def worker_environment() -> dict[str, str]:
+    """A worker decides on its threads itself; what the user has set is kept.
+
+    THP_MEM_ALLOC_ENABLE: PyTorch takes large tensors in huge pages, apart from small ones, so that freed memory has no
+    holes: 16 % less resident memory in a training step (docs/training.md).
+    """
+    return {"THP_MEM_ALLOC_ENABLE": "1", **os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _follow(child: "subprocess.Popen[str]", show: Callable[[Event], None]) -> None:

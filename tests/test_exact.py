@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.core.packing import Scored
 from tasks.workers.fused_lora import fuse_lora
+from tasks.workers.fused_mlp import fuse_mlp
 from tasks.workers.head_loss import HeadLoss
 from tasks.workers.scoring import Scoring, choose_way, scored_logits, scored_losses, to_tensors
 from tasks.workers.tree_attention import NAME
@@ -21,6 +22,7 @@ COVERED = {
     "llama": 14, "mistral": 14, "qwen2": 14, "qwen3": 14, "gemma": 14, "gemma3_text": 14, "phi": 12, "phi3": 8,
     "gpt_neox": 8, "granite": 14, "olmo2": 14,
 }  # fmt: skip
+SWIGLU = {"llama", "mistral", "qwen2", "qwen3", "granite", "olmo2"}  # their feed-forward part is one node
 
 
 def tiny(kind: str, **changes):
@@ -65,6 +67,7 @@ def test_losses_and_gradients_equal_the_padded_forward(kind, fused):
     tuned = with_lora(model)
     expected, wanted = gradients(tuned, "padded")
     assert fuse_lora(tuned) == fused
+    assert fuse_mlp(tuned) == (2 if kind in SWIGLU else 0)
     losses, found = gradients(tuned, "packed")
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
@@ -105,6 +108,7 @@ def test_a_model_that_changes_its_logits_is_scored_from_its_logits():
 def test_activation_checkpointing_changes_no_gradient():
     tuned = with_lora(tiny("llama"))
     fuse_lora(tuned)
+    fuse_mlp(tuned)
     _, wanted = gradients(tuned, "packed")
     tuned.enable_input_require_grads()
     tuned.activation_checkpointing_enable({"use_reentrant": False})
@@ -117,6 +121,7 @@ def test_dropout_works_in_training_and_only_there():
     tuned, batch = with_lora(tiny("llama"), dropout=0.5), to_tensors(some_sequences())
     expected = scored_losses(tuned.eval(), batch)
     assert fuse_lora(tuned) == 14
+    assert fuse_mlp(tuned) == 2
     torch.testing.assert_close(scored_losses(tuned, batch), expected)
     dropped = scored_losses(tuned.train(), batch)
     assert (dropped - expected).abs().max() > 1e-3

@@ -36,6 +36,7 @@ from tasks.workers.bases import load_base
 from tasks.workers.describe_base import architecture_of
 from tasks.workers.device import Device
 from tasks.workers.fused_lora import fuse_lora
+from tasks.workers.fused_mlp import fuse_mlp
 from tasks.workers.head_loss import HeadLoss
 from tasks.workers.planned import predicted_train_bytes
 from tasks.workers.scoring import choose_way, scored_losses, to_tensors
@@ -216,6 +217,7 @@ def adapted_model(base: Path, method: str, checkpointing: bool, device: Device, 
         model.enable_input_require_grads()
         model.activation_checkpointing_enable({"use_reentrant": False})
     fuse_lora(model)
+    fuse_mlp(model)
     return model.train(), arch
 
 

@@ -1,7 +1,7 @@
 """Activations and logits at the moments that can be the peak of a training step, from what PyTorch's autograd keeps.
 
 A frozen linear layer keeps nothing, an adapter keeps its input, a norm keeps its input in fp32, attention keeps q, k, v
-and its output, a gated feed-forward part keeps three tensors of its inner width. Bytes everywhere.
+and its output, a gated feed-forward part keeps three tensors of its inner width, two if it is one node. Bytes everywhere.
 """
 
 from typing import Literal
@@ -68,7 +68,8 @@ def _alive(arch: Architecture, settings: Settings) -> Alive:
 
 def block_bytes(arch: Architecture, settings: Settings) -> int:
     """What one block keeps for the backward pass."""
-    inner = settings.compute_bytes * arch.inner * (3 if arch.gated else 1)
+    tensors = (2 if settings.is_mlp_fused(arch) else 3) if arch.gated else 1
+    inner = settings.compute_bytes * arch.inner * tensors
     each = norm_bytes(arch, settings) + inner + input_bytes(arch, settings)
     return settings.tokens * each + attention_bytes(arch, settings)
 
@@ -119,6 +120,8 @@ def input_bytes(arch: Architecture, settings: Settings) -> int:
     widths = {linear.reads: linear.inputs for linear in shared}
     if stack.mask != "segments":
         widths.pop("attention_out", None)
+    if settings.is_mlp_fused(arch):
+        widths.pop("mlp_out")
     kept = size * sum(widths.values()) + settings.rank * size * len(own)
     if is_copied:
         copy = size if stack.autocast else stack.adapter_bytes
@@ -138,6 +141,8 @@ def gradient_bytes(arch: Architecture, settings: Settings) -> int:
     whole = dequantised_bytes(arch, settings)
     if not settings.is_fused:
         return ((2 if arch.gated else 1) + (1 if settings.casts else 0)) * inner + whole
+    if settings.is_mlp_fused(arch):
+        return 3 * inner + whole
     freed = any(linear.reads == "mlp_out" for linear in settings.adapted(arch))
     return max((3 if arch.gated else 2) * inner - (inner if freed else 0), inner + whole)
 
@@ -164,7 +169,7 @@ def cast_adapter_bytes(arch: Architecture, settings: Settings) -> int:
 def logit_bytes(arch: Architecture, settings: Settings) -> int:
     """Vocabulary-wide tensors when the loss is taken.
 
-    A frozen head: a chunk's logits in fp32, and a copy while their exponentials are summed; scored hidden states and
+    A frozen head: a chunk's logits in fp32, and before and after that in a 16-bit compute format; scored hidden states and
     their gradient. Cross-entropy keeps the log-probabilities; their gradient and the logits' gradient are made beside
     them: three tensors. Chunked and compiled: the logits in the compute format, and for an eighth of the tokens their gradient.
     """
@@ -174,7 +179,8 @@ def logit_bytes(arch: Architecture, settings: Settings) -> int:
     is_plain = settings.method != "full" and not arch.head_bias and not arch.logits_changed
     if loss == "frozen head" and is_plain:
         chunk = min(scored, max(1, CHUNK_LOGITS // arch.vocab)) * arch.vocab
-        return 2 * FP32 * chunk + 2 * size * scored * arch.hidden
+        copies = FP32 if size == FP32 else FP32 + 2 * size
+        return copies * chunk + 2 * size * scored * arch.hidden
     if loss == "chunked":
         return int(count * size * (1 + 1 / 8))
     copies = 3 + settings.stack.loss_copies

@@ -46,6 +46,7 @@ class Architecture:
     head_bias: bool = False
     logits_changed: bool = False
     softcap: bool = False
+    activation: str = "silu"
 
     @cached_property
     def linear_parameters(self) -> int:
@@ -71,6 +72,12 @@ class Architecture:
     @property
     def gated(self) -> bool:
         return sum(linear.outputs for linear in self.linears if linear.reads == "mlp_in") >= 2 * self.inner
+
+    @property
+    def swiglu(self) -> bool:
+        """down(silu(gate(x)) * up(x)), in three layers of these names (arXiv 2002.05202)."""
+        names = {linear.name for linear in self.linears if linear.reads in ("mlp_in", "mlp_out")}
+        return self.activation == "silu" and names == {"gate_proj", "up_proj", "down_proj"}
 
     @property
     def fused_qkv(self) -> bool:

@@ -117,6 +117,11 @@ class Settings:
     def is_fused(self) -> bool:
         return self.method != "full" and self.stack.fused_adapters and self.dropout == 0
 
+    def is_mlp_fused(self, arch: Architecture) -> bool:
+        """The feed-forward part is one node (tasks/workers/fused_mlp.py), which makes what `down` reads a second time."""
+        names = {linear.name for linear in self.adapted(arch)}
+        return self.is_fused and arch.swiglu and names >= {"gate_proj", "up_proj", "down_proj"}
+
     @property
     def casts(self) -> bool:
         """Adapters have another format than the base's arithmetic, so their inputs are copied."""

@@ -5,6 +5,7 @@ one output (addmm), and a 4-bit weight is dequantised once each way. Shapes: N t
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,33 +13,50 @@ import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora import LoraLayer
 
-Weight = Callable[[torch.dtype], torch.Tensor]
+
+@dataclass(frozen=True)
+class Lora:
+    """One adapted linear layer: its frozen weight [O, I] in the number format asked for, and its adapter."""
+
+    weight: Callable[[torch.dtype], torch.Tensor]
+    bias_O: torch.Tensor | None
+    down: torch.nn.Linear
+    up: torch.nn.Linear
+    scale: float
+
+
+def product(
+    x_NI: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, lora: Lora
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = x W' + bias + scale (x A') B', and x A'."""
+    low_NR = x_NI @ a_RI.T
+    y_NO = F.linear(x_NI, lora.weight(x_NI.dtype), lora.bias_O)
+    return y_NO.addmm_(low_NR, b_OR.T, alpha=lora.scale), low_NR
+
+
+def product_backward(
+    dy_NO: torch.Tensor, x_NI: torch.Tensor, low_NR: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, lora: Lora,
+    wants_dx: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of x (if it is wanted), A and B."""
+    dlow_NR = (dy_NO @ b_OR).mul_(lora.scale)
+    dx_NI = (dy_NO @ lora.weight(dy_NO.dtype)).addmm_(dlow_NR, a_RI) if wants_dx else None
+    return dx_NI, dlow_NR.T @ x_NI, (dy_NO.T @ low_NR).mul_(lora.scale)
 
 
 class LoraLinear(torch.autograd.Function):
-    """y = x W' + bias + scale (x A') B', with gradients for x, A and B."""
+    """One layer, with gradients for x, A and B."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x_NI: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, scale: float, weight: Weight,
-        bias_O: torch.Tensor | None,
-    ) -> torch.Tensor:  # fmt: skip
-        low_NR = x_NI @ a_RI.T
-        y_NO = F.linear(x_NI, weight(x_NI.dtype), bias_O)
-        ctx.save_for_backward(x_NI, a_RI, b_OR, low_NR)
-        ctx.scale, ctx.weight = scale, weight
-        return y_NO.addmm_(low_NR, b_OR.T, alpha=scale)
+    def forward(ctx: Any, x_NI: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, lora: Lora) -> torch.Tensor:
+        y_NO, low_NR = product(x_NI, a_RI, b_OR, lora)
+        ctx.save_for_backward(x_NI, low_NR, a_RI, b_OR)
+        ctx.lora = lora
+        return y_NO
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (dy_NO,) = outer
-        x_NI, a_RI, b_OR, low_NR = ctx.saved_tensors
-        dlow_NR = (dy_NO @ b_OR).mul_(ctx.scale)
-        dx_NI = None
-        if ctx.needs_input_grad[0]:
-            dx_NI = (dy_NO @ ctx.weight(dy_NO.dtype)).addmm_(dlow_NR, a_RI)
-        db_OR = (dy_NO.T @ low_NR).mul_(ctx.scale)
-        return dx_NI, dlow_NR.T @ x_NI, db_OR, None, None, None
+        return *product_backward(outer[0], *ctx.saved_tensors, ctx.lora, ctx.needs_input_grad[0]), None
 
 
 def fuse_lora(model: torch.nn.Module) -> int:
@@ -46,17 +64,19 @@ def fuse_lora(model: torch.nn.Module) -> int:
 
     While dropout is at work, a layer computes as PEFT does.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _is_plain(layer)]
-    for layer in layers:
-        layer.forward = _forward(layer)
-    return len(layers)
+    found = [(layer, lora_of(layer)) for layer in model.modules()]
+    plain = [(layer, lora) for layer, lora in found if lora is not None]
+    for layer, lora in plain:
+        layer.forward = _forward(layer, lora)
+    return len(plain)
 
 
-def _is_plain(layer: Any) -> bool:
-    """One vanilla adapter on a linear layer, frozen."""
-    base = layer.get_base_layer()
-    names = list(layer.lora_A)
-    return (
+def lora_of(layer: Any) -> Lora | None:
+    """The layer's parts if it is linear, frozen, and has one vanilla adapter."""
+    if not isinstance(layer, LoraLayer):
+        return None
+    base, names = layer.get_base_layer(), list(layer.lora_A)
+    is_plain = (
         isinstance(base, torch.nn.Linear)
         and not any(parameter.requires_grad for parameter in base.parameters())
         and len(names) == 1
@@ -64,31 +84,35 @@ def _is_plain(layer: Any) -> bool:
         and not getattr(layer, "fan_in_fan_out", False)
         and not layer.lora_bias[names[0]]
     )
+    if not is_plain:
+        return None
+    (name,) = names
+    return Lora(_weight(base), base.bias, layer.lora_A[name], layer.lora_B[name], float(layer.scaling[name]))
 
 
-def _forward(layer: Any) -> Callable[..., torch.Tensor]:
-    (name,) = layer.lora_A
-    down, up, scale = layer.lora_A[name], layer.lora_B[name], float(layer.scaling[name])
-    dropout, plain, base = layer.lora_dropout[name], layer.forward, layer.get_base_layer()
-    weight, bias = _weight(base), base.bias
+def drops(layer: Any) -> bool:
+    """Whether the layer has something to do now that the fused forward leaves out."""
+    (dropout,) = layer.lora_dropout.values()
+    is_dropping = dropout.training and not isinstance(dropout, torch.nn.Identity)
+    return bool(is_dropping or layer.disable_adapters or layer.merged)
+
+
+def _forward(layer: Any, lora: Lora) -> Callable[..., torch.Tensor]:
+    plain = layer.forward
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        drops = dropout.training and not isinstance(dropout, torch.nn.Identity)
-        if drops or layer.disable_adapters or layer.merged or args or kwargs:
+        if args or kwargs or drops(layer):
             found: torch.Tensor = plain(x, *args, **kwargs)
             return found
-        flat = x.reshape(-1, x.shape[-1])
-        low_rank = down.weight.to(x.dtype), up.weight.to(x.dtype), scale
+        low_rank = lora.down.weight.to(x.dtype), lora.up.weight.to(x.dtype)
         apply: Any = LoraLinear.apply
-        y: torch.Tensor = apply(flat, *low_rank, weight, bias)
+        y: torch.Tensor = apply(x.reshape(-1, x.shape[-1]), *low_rank, lora)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     return forward
 
 
-def _weight(base: Any) -> Weight:
-    """The layer's weight [O, I] in the number format asked for."""
-
+def _weight(base: Any) -> Callable[[torch.dtype], torch.Tensor]:
     def weight(dtype: torch.dtype) -> torch.Tensor:
         state = getattr(base.weight, "quant_state", None)
         stored: torch.Tensor = base.weight.data

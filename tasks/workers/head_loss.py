@@ -17,12 +17,14 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         rows = max(1, CHUNK_LOGITS // len(weight_VD))
+        # One buffer for all chunks: fresh memory of this size costs as much as the arithmetic on it.
+        logits_CV = hidden_ND.new_empty(min(rows, len(targets_N)), len(weight_VD))
         losses = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
         gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets_N), rows):
             chunk = slice(start, start + rows)
             gradient_CD = None if gradient_ND is None else gradient_ND[chunk]
-            losses[chunk] = _chunk(hidden_ND[chunk], weight_VD, targets_N[chunk, None], gradient_CD)
+            losses[chunk] = _chunk(hidden_ND[chunk], weight_VD, targets_N[chunk], logits_CV, gradient_CD)
         ctx.save_for_backward(gradient_ND)
         return losses
 
@@ -33,15 +35,20 @@ class HeadLoss(torch.autograd.Function):
 
 
 def _chunk(
-    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, targets_C1: torch.Tensor, gradient_CD: torch.Tensor | None
-) -> torch.Tensor:
-    """Losses [C]; their gradient is written to `gradient_CD`. A function, so that its logits are gone at the next chunk."""
-    logits = (hidden_CD @ weight_VD.T).float()
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    losses = (total - logits.gather(1, targets_C1))[:, 0]
+    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, targets_C: torch.Tensor, buffer_CV: torch.Tensor,
+    gradient_CD: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """Losses [C] in fp32; their gradient is written to `gradient_CD`.
+
+    d loss / d hidden = (softmax - one-hot) W. It is divided by the softmax's sum after the product, D wide and no longer V.
+    """
+    product = torch.mm(hidden_CD, weight_VD.T, out=buffer_CV[: len(hidden_CD)])
+    target_C1 = product.gather(1, targets_C[:, None]).float()
+    highest_C1 = product.amax(dim=-1, keepdim=True).float()
+    exponentials = product.float().sub_(highest_C1).exp_()
+    sum_C1 = exponentials.sum(dim=-1, keepdim=True)
+    losses = (sum_C1.log() + highest_C1 - target_C1)[:, 0]
     if gradient_CD is not None:
-        # d loss / d logits = softmax - one-hot
-        probabilities = logits.sub_(total).exp_()
-        probabilities.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1, dtype=torch.float32))
-        gradient_CD.copy_(probabilities.to(weight_VD.dtype) @ weight_VD)
+        exponentials.scatter_add_(1, targets_C[:, None], -sum_C1)
+        gradient_CD.copy_((exponentials.to(weight_VD.dtype) @ weight_VD).float().div_(sum_C1))
     return losses

@@ -23,6 +23,7 @@ from tasks.workers.chat import Chat, load_chat
 from tasks.workers.checkpoints import last_checkpoint, state_of, step_of
 from tasks.workers.device import Device, choose_device, peak_rss_bytes, reset_peak_rss
 from tasks.workers.fused_lora import fuse_lora
+from tasks.workers.fused_mlp import fuse_mlp
 from tasks.workers.harness import main, say
 from tasks.workers.packed_trainer import PackedTrainer, Work, mean_loss, training_arguments
 from tasks.workers.planned import predicted_train_bytes
@@ -47,6 +48,7 @@ def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     scoring = choose_way(model, rows, max(lengths))
     say("note", text=f"{scoring.way} forward: {scoring.reason}")
     fuse_lora(model)
+    fuse_mlp(model)
     work = Work(rows, row_ids, plan, validation, spec["batch_tokens"], scoring.way)
     checkpoint = last_checkpoint(out)
     state = run_trainer(model, work, spec, out, device, checkpoint)
