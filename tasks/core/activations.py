@@ -179,8 +179,7 @@ def logit_bytes(arch: Architecture, settings: Settings) -> int:
     is_plain = settings.method != "full" and not arch.head_bias and not arch.logits_changed
     if loss == "frozen head" and is_plain:
         chunk = min(scored, max(1, CHUNK_LOGITS // arch.vocab)) * arch.vocab
-        copies = FP32 if size == FP32 else FP32 + 2 * size
-        return copies * chunk + 2 * size * scored * arch.hidden
+        return (FP32 if size == FP32 else FP32 + 2 * size) * chunk + 2 * size * scored * arch.hidden
     if loss == "chunked":
         return int(count * size * (1 + 1 / 8))
     copies = 3 + settings.stack.loss_copies

@@ -73,7 +73,7 @@ def architecture_of(model: Any) -> Architecture:
         head_bias=getattr(head, "bias", None) is not None,
         logits_changed=any(getattr(config, name, None) for name in LOGIT_CHANGES),
         softcap=bool(getattr(config, "attn_logit_softcapping", None)),
-        activation=getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", ""),
+        activation=str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "")),
     )
     _check(model, arch, blocks.values())
     return arch

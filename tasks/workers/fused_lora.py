@@ -20,9 +20,13 @@ class Lora:
 
     weight: Callable[[torch.dtype], torch.Tensor]
     bias_O: torch.Tensor | None
-    down: torch.nn.Linear
-    up: torch.nn.Linear
+    down: Any  # torch.nn.Linear
+    up: Any
     scale: float
+
+    def matrices(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [R, I] and B [O, R]; read at each use, for loading an adapter may replace them."""
+        return self.down.weight.to(dtype), self.up.weight.to(dtype)
 
 
 def product(
@@ -104,7 +108,7 @@ def _forward(layer: Any, lora: Lora) -> Callable[..., torch.Tensor]:
         if args or kwargs or drops(layer):
             found: torch.Tensor = plain(x, *args, **kwargs)
             return found
-        low_rank = lora.down.weight.to(x.dtype), lora.up.weight.to(x.dtype)
+        low_rank = lora.matrices(x.dtype)
         apply: Any = LoraLinear.apply
         y: torch.Tensor = apply(x.reshape(-1, x.shape[-1]), *low_rank, lora)
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -44,7 +44,7 @@ class LoraMlp(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         dx_NI, dua, dub = product_backward(dup_NM, x_NI, up_low, ua, ub, up, wanted)
         more_NI, dga, dgb = product_backward(dgate_NM, x_NI, gate_low, ga, gb, gate, wanted)
-        if dx_NI is not None:
+        if dx_NI is not None and more_NI is not None:
             dx_NI.add_(more_NI)
         return dx_NI, None, dga, dgb, dua, dub, dda, ddb
 
@@ -85,7 +85,7 @@ def _forward(part: Any) -> Callable[..., torch.Tensor]:
         if args or kwargs or any(drops(layer) for layer in layers):
             found: torch.Tensor = plain(x, *args, **kwargs)
             return found
-        low_rank = [matrix.to(x.dtype) for lora in parameters for matrix in (lora.down.weight, lora.up.weight)]
+        low_rank = [matrix for lora in parameters for matrix in lora.matrices(x.dtype)]
         apply: Any = LoraMlp.apply
         y: torch.Tensor = apply(x.reshape(-1, x.shape[-1]), parameters, *low_rank)
         return y.view(*x.shape[:-1], y.shape[-1])
