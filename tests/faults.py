@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tasks.stores import digest
 from tasks.workers.harness import main
-from tests.conftest import toy_rows, write_rows
+from tests.conftest import LORA, toy_rows, write_rows
 
 _WORK = {"init_adapter": "init_adapter", "train_adapter": "train", "evaluate_models": "evaluate_models"}
 # One clean process imports torch once and forks a fresh worker each time.
@@ -27,7 +27,8 @@ DIALS = {
     "batch_tokens": 256, "epochs": 2, "seed": 5, "max_steps": 10, "learning_rate": 1e-2, "warmup_ratio": 0.1,
     "weight_decay": 0.0, "max_grad_norm": 1.0, "optimizer": "adamw_torch", "activation_checkpointing": False,
     "checkpoint_steps": 3, "validation_steps": None, "early_stopping_patience": None, "max_loss_rise_nats": None,
-    "rank": 4, "target_modules": "all-linear", "dropout": 0.1,
+    "rank": 4, "target_modules": "all-linear", "dropout": 0.1, "init": "default", "lora_plus_ratio": None,
+    "neftune_alpha": None, "quant_type": "nf4", "double_quant": True,
 }  # fmt: skip
 STEP = ("tasks.workers.packed_trainer", "scored_losses")  # called once each step, then once to validate
 TRAINER = "tasks.workers.packed_trainer:PackedTrainer"
@@ -35,7 +36,14 @@ TRAINER = "tasks.workers.packed_trainer:PackedTrainer"
 
 def training_spec(base: Path, folder: Path, dropout: float = 0.1) -> dict:
     """A spec of ten steps with checkpoints 3, 6, 9 and 10."""
-    dials = {"base": str(base), "seed": 5, "rank": 4, "alpha": 8, "dropout": dropout, "target_modules": "all-linear"}
+    dials = {
+        "base": str(base),
+        "seed": 5,
+        "rank": 4,
+        "alpha": 8,
+        "dropout": dropout,
+        "target_modules": "all-linear",
+    } | LORA
     assert run("init_adapter", dials, folder / "step0") == 0
     return DIALS | {
         "method": "lora",

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora import LoraLayer
+
+from tasks.workers.bases import dequantised
 
 Weight = Callable[[torch.dtype], torch.Tensor]
 
@@ -44,7 +45,8 @@ class LoraLinear(torch.autograd.Function):
 def fuse_lora(model: torch.nn.Module) -> int:
     """Give every plain LoRA linear layer the fused forward; answers with how many got it.
 
-    While dropout is at work, a layer computes as PEFT does.
+    While dropout is at work, a layer computes as PEFT does; with DoRA always. A start that is taken off
+    (tasks/workers/lora_starts.py) is one more part of A and B, which gets no gradient.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _is_plain(layer)]
     for layer in layers:
@@ -78,9 +80,11 @@ def _forward(layer: Any) -> Callable[..., torch.Tensor]:
             found: torch.Tensor = plain(x, *args, **kwargs)
             return found
         flat = x.reshape(-1, x.shape[-1])
-        low_rank = down.weight.to(x.dtype), up.weight.to(x.dtype), scale
+        a, b = down.weight, up.weight
+        if hasattr(base, "start_A"):
+            a, b = torch.cat([a, base.start_A]), torch.cat([b, -base.start_B], dim=1)
         apply: Any = LoraLinear.apply
-        y: torch.Tensor = apply(flat, *low_rank, weight, bias)
+        y: torch.Tensor = apply(flat, a.to(x.dtype), b.to(x.dtype), scale, weight, bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     return forward
@@ -90,8 +94,6 @@ def _weight(base: Any) -> Weight:
     """The layer's weight [O, I] in the number format asked for."""
 
     def weight(dtype: torch.dtype) -> torch.Tensor:
-        state = getattr(base.weight, "quant_state", None)
-        stored: torch.Tensor = base.weight.data
-        return (dequantize_4bit(stored, state) if state is not None else stored).to(dtype)
+        return dequantised(base.weight).to(dtype)
 
     return weight
