@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from data_contracts.run_spec import TrainSpec
 from tasks.stores import digest
 from tasks.workers.harness import main
 from tests.conftest import LORA, toy_rows, write_rows
@@ -22,13 +23,12 @@ _CONTEXT.set_forkserver_preload([f"tasks.workers.{name}" for name in _WORK])
 Patch = Callable[[], None]
 
 
-DIALS = {
+DIALS = TrainSpec().model_dump() | {
     "base_name": "tiny", "precision": "fp32", "threads": 1, "max_tokens": 256, "too_long": "leave_out",
     "batch_tokens": 256, "epochs": 2, "seed": 5, "max_steps": 10, "learning_rate": 1e-2, "warmup_ratio": 0.1,
     "weight_decay": 0.0, "max_grad_norm": 1.0, "optimizer": "adamw_torch", "activation_checkpointing": False,
     "checkpoint_steps": 3, "validation_steps": None, "early_stopping_patience": None, "max_loss_rise_nats": None,
-    "rank": 4, "target_modules": "all-linear", "dropout": 0.1, "init": "default", "lora_plus_ratio": None,
-    "neftune_alpha": None, "quant_type": "nf4", "double_quant": True,
+    "rank": 4, "target_modules": "all-linear", "dropout": 0.1,
 }  # fmt: skip
 STEP = ("tasks.workers.packed_trainer", "scored_losses")  # called once each step, then once to validate
 TRAINER = "tasks.workers.packed_trainer:PackedTrainer"

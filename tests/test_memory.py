@@ -26,6 +26,7 @@ from transformers import (
 )
 
 import data_contracts
+from data_contracts.run_spec import TrainSpec
 from tasks.core.activations import block_bytes, logit_bytes
 from tasks.core.architecture import Architecture, decoder
 from tasks.core.memory import constant_bytes, predict
@@ -47,13 +48,7 @@ SMALL = {
     "num_key_value_heads": 2, "vocab_size": 1000,
 }  # fmt: skip
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "gemma": GemmaConfig, "qwen2": Qwen2Config}
-DIALS = {
-    "rank": 8,
-    "target_modules": "all-linear",
-    "dropout": 0.0,
-    "optimizer": "adamw_torch",
-    "activation_checkpointing": False,
-}
+DIALS = TrainSpec(rank=8).model_dump()
 
 
 def small_config(name: str):
@@ -344,7 +339,8 @@ def test_the_largest_step_of_a_plan_is_the_one_predicted(base):
 
 @pytest.mark.parametrize(("config", "dials", "why"), [
     (MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=100), {}, "it has no attention heads"),
-    (LlamaConfig(**SMALL), {"optimizer": "apollo_adamw"}, "its states are not known here"),
+    (LlamaConfig(**SMALL), {"optimizer": "apollo_adamw"}, "apollo_adamw: its states are not known here"),
+    (LlamaConfig(**SMALL), {"use_dora": True}, "DoRA's memory is not planned"),
 ])  # fmt: skip
 def test_what_cannot_be_planned_is_noted_and_stops_nothing(tmp_path, capsys, config, dials, why):
     config.save_pretrained(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_contracts.errors import ConfigError, DataError
-from data_contracts.run_spec import EvaluateSpec
+from data_contracts.run_spec import EvaluateSpec, TrainSpec
 from tasks.core.packing import Scored
 from tasks.evaluate import task_files
 from tasks.processes import run_worker
@@ -25,12 +25,12 @@ from tasks.workers.train_adapter import check_batch, encode_rows
 from tests.conftest import LORA, toy_rows, write_rows
 
 CPU = Device("cpu", "fp32", "test", 1, "test")
-DIALS = {
+DIALS = TrainSpec().model_dump() | {
     "base_name": "tiny", "precision": "fp32", "threads": 1, "max_tokens": 256, "too_long": "leave_out",
     "batch_tokens": 256, "epochs": 2, "seed": 5, "max_steps": None, "learning_rate": 1e-2, "warmup_ratio": 0.1, "weight_decay": 0.0,
     "max_grad_norm": 1.0, "optimizer": "adamw_torch", "activation_checkpointing": False, "checkpoint_steps": 3,
-    "rank": 4, "target_modules": "all-linear", "dropout": 0.1, "validation_steps": None, "lora_plus_ratio": None, "neftune_alpha": None, "init": "default", "quant_type": "nf4",
-    "double_quant": True, "early_stopping_patience": None, "max_loss_rise_nats": None,
+    "rank": 4, "target_modules": "all-linear", "dropout": 0.1, "validation_steps": None, 
+    "early_stopping_patience": None, "max_loss_rise_nats": None,
 }  # fmt: skip
 
 

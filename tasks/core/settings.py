@@ -52,6 +52,9 @@ class Stack:
 PADDED = Stack(mask="padded", loss="padded", eager_attention=True)
 """Tunegate's step for a base that cannot be packed."""
 
+PREFIX = Stack(mask="padded", loss="padded")
+"""Tunegate's step for a prefix, which cannot be packed either, on a base that can."""
+
 Segments = tuple[tuple[int, int], ...]
 """Of each segment of a packed row: its own tokens, and those it sees: its own and all that it follows."""
 
@@ -174,11 +177,17 @@ def settings_of(
         double_quant=dials["double_quant"],
         optimiser=dials["optimizer"],
         checkpointing=dials["activation_checkpointing"],
-        stack=Stack() if way == "packed" and method != "prefix" else PADDED,
+        stack=_stack(method, way),
         segments=segments,
         takes_off_start=method in LORA_ARMS and dials["init"] in ("pissa", "olora"),
         prefix_tokens=dials["prefix_tokens"] if method == "prefix" else 0,
     )
+
+
+def _stack(method: Method, way: Way) -> Stack:
+    if method == "prefix":
+        return PREFIX
+    return Stack() if way == "packed" else PADDED
 
 
 def unplanned(dials: Mapping[str, Any], method: Method) -> Problem | None:
