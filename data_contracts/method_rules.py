@@ -17,6 +17,9 @@ _READ_BY = {
     "prefix_tokens": ("prefix",),
 }
 
+_SORTING = ("galore", "apollo", "lomo", "adalomo")
+"""Optimisers of transformers that are made from a model instead of groups of weights."""
+
 
 def refusals(train: Any) -> Iterator[str]:
     """Every reason why the dials of a TrainSpec do not fit together; none if they do."""
@@ -32,6 +35,8 @@ def _unread(train: Any) -> Iterator[str]:
         is_turned = getattr(train, dial) != type(train).model_fields[dial].default
         if is_turned and not set(arms) & set(train.methods):
             yield f"{dial} has an effect on {' and '.join(arms)} only: add one to methods, or leave {dial} out"
+    for arm in sorted(set(train.learning_rates) - set(train.methods)):
+        yield f"learning_rates has one for {arm}, which is no arm of this run: add it to methods, or leave it out"
 
 
 def _impossible(train: Any) -> Iterator[str]:
@@ -41,5 +46,7 @@ def _impossible(train: Any) -> Iterator[str]:
         yield f"use_dora takes its magnitudes from the untouched base, and init={train.init} starts elsewhere: drop one"
     if train.init == "loftq" and "qlora" not in train.methods:
         yield "init=loftq makes up for what quantisation lost, and no arm is quantised: add qlora to methods"
+    if train.lora_plus_ratio is not None and train.optimizer.startswith(_SORTING):
+        yield f"{train.optimizer} sorts the weights itself, so LoRA's B cannot get a rate of its own: drop lora_plus_ratio"
     if "prefix" in train.methods and train.activation_checkpointing:
         yield "prefix hands its keys and values on in a cache, which activation_checkpointing drops: switch it off"

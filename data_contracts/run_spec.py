@@ -182,6 +182,8 @@ class TrainSpec(Section):
     (NEFTune, arXiv 2310.05914). null: none."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
     """Peak learning rate; cosine decay to zero after the warm-up."""
+    learning_rates: dict[Method, Annotated[float, Field(gt=0.0)]] = {}
+    """Peak learning rates of single arms instead: `full` wants about a tenth of LoRA's, `prefix` ten times and more."""
     warmup_ratio: Fraction = 0.05
     """Share of the steps in which the rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0

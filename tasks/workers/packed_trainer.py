@@ -11,7 +11,6 @@ from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_optimizer import is_optimizer_factory
 
 from data_contracts.errors import ConfigError, Problem
 from tasks.core.packing import Scored, group_for_packing
@@ -63,16 +62,11 @@ class PackedTrainer(Trainer):
         return prepared
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Trainer's own, or with B's learning rate `lora_plus_ratio` times A's. Raises ConfigError where that cannot be."""
+        """Trainer's own, or with B's learning rate `lora_plus_ratio` times A's."""
         if self.lora_plus_ratio is None or self.optimizer is not None:
             return super().create_optimizer(model)
         adapted: Any = self.model
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, adapted)
-        if is_optimizer_factory(kind) or {"params", "model", "optimizer_dict"} & options.keys():
-            what = f"{self.args.optim} sorts the weights itself, so B cannot get a rate of its own"
-            raise ConfigError(
-                Problem(what, "train.optimizer", act="take adamw_torch, or set train.lora_plus_ratio to null")
-            )
         ratio = {"loraplus_lr_ratio": self.lora_plus_ratio, "loraplus_weight_decay": self.args.weight_decay}
         optimizer: torch.optim.Optimizer = create_loraplus_optimizer(adapted, kind, **ratio, **options)
         self.optimizer = optimizer
