@@ -11,7 +11,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import (
@@ -38,6 +38,7 @@ from tasks.workers.describe_base import architecture_of
 from tasks.workers.device import Device
 from tasks.workers.fused_lora import fuse_lora
 from tasks.workers.head_loss import HeadLoss
+from tasks.workers.lora_starts import take_off_start
 from tasks.workers.planned import predicted_train_bytes
 from tasks.workers.scoring import choose_way, scored_losses, to_tensors
 
@@ -266,6 +267,39 @@ def test_a_step_with_dropout_peaks_within_12_percent_of_the_plan(base, precision
     asked = packed_settings(SHARED, "lora", device, dropout=0.1)
     asked = dataclasses.replace(asked, stack=dataclasses.replace(asked.stack, noise_bytes=4))
     assert planned_peak(arch, asked) == pytest.approx(live_peak(model, to_tensors(SHARED), device), rel=0.12)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_start_that_is_taken_off_peaks_within_3_percent_of_the_plan(base, precision):
+    device = dataclasses.replace(CPU, precision=precision)
+    model, arch = adapted_model(base, "lora", False, device, init_lora_weights=False)
+    take_off_start(model)
+    fuse_lora(model)
+    asked = packed_settings(SHARED, "lora", device, init="pissa")
+    assert planned_peak(arch, asked) == pytest.approx(live_peak(model, to_tensors(SHARED), device), rel=0.03)
+
+
+@pytest.mark.parametrize(("precision", "off"), [("fp32", 0.02), ("bf16", 0.2)])
+def test_a_step_of_full_tuning_peaks_near_the_plan(base, precision, off):
+    """In bf16 the residual stream stays fp32, which the plan leaves out."""
+    device = dataclasses.replace(CPU, precision=precision)
+    model = load_base(base, "full", device, trains_all=True)
+    arch, asked = architecture_of(model), packed_settings(SHARED, "full", device)
+    assert planned_peak(arch, asked) == pytest.approx(live_peak(model, to_tensors(SHARED), device), rel=off)
+    assert predict(arch, asked).weights == 4 * arch.parameters
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_of_prefix_tuning_peaks_within_6_percent_of_the_plan(base, precision):
+    device = dataclasses.replace(CPU, precision=precision)
+    model = load_base(base, "prefix", device)
+    arch = architecture_of(model)
+    model = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16))
+    rows = [Scored(list(range(i, i + 200)), 100) for i in (0, 100, 200, 300)]
+    asked = settings_of(DIALS, "prefix", device.dtype.itemsize, 199, len(rows), scored=400)
+    assert sum(a * b for a, b in asked.trainable(arch)) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    measured = live_peak(model, to_tensors(rows, "padded"), device)
+    assert planned_peak(arch, asked) == pytest.approx(measured, rel=0.06)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
