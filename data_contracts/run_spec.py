@@ -220,7 +220,7 @@ class TrainSpec(Section):
     @model_validator(mode="after")
     def _dials_fit_together(self) -> "TrainSpec":
         if found := list(refusals(self)):
-            raise ValueError("; ".join(found))
+            raise ValueError("\n".join(found))
         return self
 
 

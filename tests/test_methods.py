@@ -7,6 +7,7 @@ import torch
 
 from data_contracts.errors import ConfigError
 from data_contracts.run_spec import TrainSpec
+from flows.spec_files import load_spec
 from tasks.base import start_dials
 from tasks.core.packing import Scored
 from tasks.registry import _quantisation
@@ -252,8 +253,14 @@ def test_dials_that_cannot_work_together_are_refused_with_the_reason(dials, why)
 
 
 def test_all_refusals_are_told_at_once():
-    with pytest.raises(ValueError, match=r"use_dora has an effect.*prefix hands its keys"):
-        TrainSpec(methods=["prefix"], use_dora=True, activation_checkpointing=True)
+    asked = ["train.methods=[prefix]", "train.use_dora=true", "train.activation_checkpointing=true"]
+    with pytest.raises(ConfigError) as refused:
+        load_spec("smoke", asked)
+    assert [(p.where, p.limit.partition(" ")[0]) for p in refused.value.problems] == [
+        ("train.methods (--set), train.use_dora (--set)", "use_dora"),
+        ("train.activation_checkpointing (--set)", "prefix"),
+    ]
+    assert refused.value.exit_code == 2
 
 
 def test_a_version_says_how_its_base_was_quantised_and_an_old_one_as_it_was():
