@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from data_contracts.run_spec import TrainSpec
 from tasks.processes import run_worker
 
 RUNS = {
@@ -74,8 +75,8 @@ def short_rows(file: Path) -> Path:
 
 
 def train(out: Path, base: Path, method: str, precision: str, rows: Path, arguments: argparse.Namespace) -> Any:
-    dials = {"seed": 17, "rank": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
-    run_worker("tasks.workers.init_adapter", {"base": str(base), **dials}, out / "step0")
+    dials = TrainSpec(rank=16, alpha=32).model_dump()
+    run_worker("tasks.workers.init_adapter", {"base": str(base), "kind": "lora", **dials}, out / "step0")
     spec = dials | {
         "method": method, "base": str(base), "base_name": "random", "step0": str(out / "step0" / "adapter"),
         "train": str(rows), "validation": "/dev/null", "precision": precision, "threads": arguments.threads,

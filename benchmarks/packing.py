@@ -20,6 +20,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 
+from data_contracts.run_spec import TrainSpec
 from tasks.core.choice import TestRow, choose_distractors
 from tasks.core.packing import Scored
 from tasks.processes import run_worker
@@ -45,8 +46,8 @@ def main() -> None:
 def run(folder: Path, pairs: int, device: Device) -> None:
     base = Path(prepare({"base": "builtin:smollm2-135m", "revision": None}, folder / "base")["path"])
     rows = documentation_rows(folder / "docs")
-    dials = {"seed": 17, "rank": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
-    run_worker("tasks.workers.init_adapter", {"base": str(base), **dials}, folder / "step0")
+    dials = TrainSpec(rank=16, alpha=32).model_dump()
+    run_worker("tasks.workers.init_adapter", {"base": str(base), "kind": "lora", **dials}, folder / "step0")
     chat = load_chat(base)
     for method in ("lora", "qlora"):
         model = load_base(base, method, device)

@@ -60,13 +60,14 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Base, step-0 adapter, rows as text and as tokens; what every way gets."""
+    from data_contracts.run_spec import TrainSpec
     from tasks.processes import run_worker
     from tasks.workers.chat import load_chat
     from tasks.workers.prepare_base import prepare as prepare_base
 
     base = Path(prepare_base({"base": "builtin:smollm2-135m", "revision": None}, folder / "base")["path"])
-    dials = {"seed": 17, "rank": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
-    run_worker("tasks.workers.init_adapter", {"base": str(base), **dials}, folder / "step0")
+    dials = TrainSpec(rank=16, alpha=32).model_dump()
+    run_worker("tasks.workers.init_adapter", {"base": str(base), "kind": "lora", **dials}, folder / "step0")
     chat = load_chat(base)
     conversations = list(own_rows(arguments.data) if arguments.data else documentation_rows(folder / "docs"))
     texts = [chat.split(messages) for messages in conversations]

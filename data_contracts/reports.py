@@ -8,6 +8,7 @@ import math
 from typing import Any, Literal
 
 from data_contracts.data_reports import DatasetManifest, FileRef, Report
+from data_contracts.run_spec import Method, QuantType
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 Interval = tuple[float, float]
@@ -29,10 +30,17 @@ class BaseModelRef(Report):
 
 
 class AdapterRef(Report):
-    """A LoRA adapter: its folder, and the sha256 of adapter_model.safetensors."""
+    """What an arm has learned: the folder of its adapter, or of all weights if its method is full; and their sha256."""
 
     folder: str
     sha256: str
+
+
+class Quantisation(Report):
+    """How a base was quantised to 4 bits: another way gives other weights, on which an adapter does not fit."""
+
+    quant_type: QuantType
+    double_quant: bool
 
 
 class LossPoint(Report):
@@ -51,10 +59,11 @@ class TrainReport(Report):
     """One trained arm. Memory in bytes: the base's weights as stored, the peak of the worker process from its start, and
     the peak while it trained (device memory on CUDA, resident memory on a CPU), measured and as planned."""
 
-    method: Literal["lora", "qlora"]
+    method: Method
     seed: int
     adapter: AdapterRef
-    step0_sha256: str
+    step0_sha256: str | None  # None: training began with the base itself
+    quantisation: Quantisation | None  # of the base; None in full precision
     steps: int
     resumed_from_step: int
     train_rows: int
@@ -86,11 +95,12 @@ class TrainReport(Report):
 
 
 class EvalTarget(Report):
-    """A model to score: the base itself, or an adapter on the base in the form that it was trained on."""
+    """A model to score: the base itself, an adapter on the base in the form that it was trained on, or own weights."""
 
     name: str
-    method: Literal["lora", "qlora"]
+    method: Method
     adapter: AdapterRef | None = None  # its folder may be absolute: the registry's
+    quantisation: Quantisation | None = None
 
 
 class SampleAnswer(Report):

@@ -5,10 +5,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from data_contracts.method_rules import refusals
 from data_contracts.rules import LEAKS, UNREADABLE, Action, Reason
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Method = Literal["lora", "qlora"]
+Method = Literal["lora", "qlora", "full", "prefix"]
+QuantType = Literal["nf4", "fp4"]
 Format = Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion"]
 
 
@@ -147,7 +149,8 @@ class ModelSpec(Section):
 
 class TrainSpec(Section):
     methods: Annotated[list[Method], Field(min_length=1)] = ["lora", "qlora"]
-    """Arms to train, in this order; the verdict needs both."""
+    """Arms to train, in this order: `lora`, `qlora`, `full` (every weight), `prefix` (arXiv 2101.00190); see
+    docs/methods.md. The verdict needs lora and qlora; of several arms qlora may be released, else lora, else the last."""
     seed: Annotated[int, Field(ge=0)] = 17
     """Seed of the step-0 adapter, of dropout and of the data order: the same for every arm."""
     rank: Annotated[int, Field(ge=1)] = 16
@@ -158,8 +161,29 @@ class TrainSpec(Section):
     """Dropout before LoRA's A matrix."""
     target_modules: str | list[str] = "all-linear"
     """Layers that get an adapter; all linear ones are needed to match full tuning (arXiv 2305.14314)."""
+    use_rslora: bool = False
+    """Scale LoRA's update by alpha / sqrt(rank) instead: a high rank learns no slower (rsLoRA, arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Train a magnitude for each output beside LoRA's direction (DoRA, arXiv 2402.09353). Slower, more memory."""
+    init: Literal["default", "pissa", "olora", "loftq"] = "default"
+    """Start of LoRA's A and B: random and zero; the base's principal parts (`pissa`, arXiv 2404.02948) or its QR parts
+    (`olora`, arXiv 2406.01775), taken off again; or, in the qlora arm, what quantisation lost (`loftq`, arXiv 2310.08659)."""
+    lora_plus_ratio: Annotated[float, Field(ge=1.0)] | None = None
+    """How many times A's learning rate LoRA's B gets: the authors advise 16 and a lower learning_rate (LoRA+, arXiv
+    2402.12354). null: one rate for both."""
+    quant_type: QuantType = "nf4"
+    """4-bit numbers of the qlora arm's base: spaced as a normal distribution, or as floats (arXiv 2305.14314)."""
+    double_quant: bool = True
+    """Quantise the quantisation constants too: 0.127 bit a weight instead of 0.5 (arXiv 2305.14314)."""
+    prefix_tokens: Annotated[int, Field(ge=1)] = 16
+    """Virtual tokens of the prefix arm, whose keys and values in every layer are trained (arXiv 2101.00190)."""
+    neftune_alpha: Annotated[float, Field(gt=0.0)] | None = None
+    """Uniform noise on the embeddings while training, up to alpha / sqrt(tokens x hidden size); 5 to 15 were tried
+    (NEFTune, arXiv 2310.05914). null: none."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
     """Peak learning rate; cosine decay to zero after the warm-up."""
+    learning_rates: dict[Method, Annotated[float, Field(gt=0.0)]] = {}
+    """Peak learning rates of single arms instead: `full` wants about a tenth of LoRA's, `prefix` ten times and more."""
     warmup_ratio: Fraction = 0.05
     """Share of the steps in which the rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
@@ -194,9 +218,9 @@ class TrainSpec(Section):
     """CPU threads of a worker; null takes the cores that are free."""
 
     @model_validator(mode="after")
-    def _patience_has_something_to_count(self) -> "TrainSpec":
-        if self.early_stopping_patience is not None and self.validation_steps is None:
-            raise ValueError("early_stopping_patience counts validations: set validation_steps too")
+    def _dials_fit_together(self) -> "TrainSpec":
+        if found := list(refusals(self)):
+            raise ValueError("\n".join(found))
         return self
 
 

@@ -41,7 +41,7 @@ def gate_flow(spec: RunSpec, model_uri: str) -> tuple[GateReport, Comparison | N
     adapter = AdapterRef(folder=version.adapter, sha256=version.adapter_sha256)
     rival = registry.rival(spec.store, version.name, adapter, base)
     targets = [EvalTarget(name="base", method="lora")]
-    targets += [EvalTarget(name="candidate", method=version.method, adapter=adapter)]
+    targets += [EvalTarget(name="candidate", method=version.method, adapter=adapter, quantisation=version.quantisation)]
     targets += [rival.target] if rival and rival.target else []
     evaluations = evaluate(run, spec, base, dataset.test, targets)
     comparison = run.run(stages.compare, store, [], evaluations, "candidate", spec.gates)

@@ -16,7 +16,7 @@ from tasks.plan import Plan, plan_methods, room_of
 if TYPE_CHECKING:
     from rich.console import Console
 
-_METHODS = (*get_args(Method), "full")
+_METHODS = get_args(Method)
 _GIGABYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:gi?b)?\s*", re.IGNORECASE)
 _GIB = 2**30
 _PARTS = {
@@ -132,8 +132,9 @@ def _told(plan: Plan) -> str:
     made = plan.settings
     rows = "1 row" if made.batch == 1 else f"{made.batch} rows"
     told = [f"{rows} x {made.length} tokens, all with a loss", f"peak at the {plan.parts.moment}"]
-    told += [] if made.method == "full" else [f"rank {made.rank} on {made.targets}"]
-    told += ["NF4 with double quantisation"] if made.is_quantised else []
+    told += [f"rank {made.rank} on {made.targets}"] if made.has_lora else []
+    told += [f"{made.prefix_tokens} virtual tokens"] if made.prefix_tokens else []
+    told += [f"4 bits with {'double' if made.double_quant else 'single'} quantisation"] if made.is_quantised else []
     told += [f"{'bf16' if made.compute_bytes == 2 else 'fp32'}", made.optimiser]
     return ", ".join([*told, f"checkpointing {'on' if made.checkpointing else 'off'}"])
 

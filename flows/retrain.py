@@ -7,12 +7,12 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from data_contracts.data_reports import DatasetManifest, DataState, FileRef
-from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget, RunReport, Stage, TrainReport
+from data_contracts.reports import AdapterRef, BaseModelRef, EvalReport, EvalTarget, RunReport, Stage, TrainReport
 from data_contracts.rules import Reason, action_of
-from data_contracts.run_spec import RunSpec
+from data_contracts.run_spec import Method, RunSpec
 from flows.stages import Stages
 from tasks import ledger, registry, stages
-from tasks.base import ADAPTER_DIALS, base_identity
+from tasks.base import base_identity, start_dials
 from tasks.evaluate import task_files
 from tasks.explain import write_state
 from tasks.sources import source_digests
@@ -56,10 +56,10 @@ def retrain_flow(spec: RunSpec, force: bool = False) -> Any:
     dataset = data_stages(run, spec)
     base, arms = train_stages(run, spec, dataset)
 
-    candidate = next((arm for arm in arms if arm.method == "qlora"), arms[-1])
+    candidate = candidate_of(arms)
     rival = registry.rival(spec.store, spec.model.name, candidate.adapter, base)
     targets = [EvalTarget(name="base", method="lora")]
-    targets += [EvalTarget(name=arm.method, method=arm.method, adapter=arm.adapter) for arm in arms]
+    targets += [target_of(arm) for arm in arms]
     targets += [rival.target] if rival and rival.target else []
     evaluations = evaluate(run, spec, base, dataset.test, targets)
     scores = next(report for report in evaluations if report.target == candidate.method)
@@ -114,10 +114,10 @@ def data_stages(run: Stages, spec: RunSpec) -> DatasetManifest:
 
 
 def train_stages(run: Stages, spec: RunSpec, data: DatasetManifest) -> tuple[BaseModelRef, list[TrainReport]]:
-    """Every arm from the same step-0 adapter, over the same rows in the same order."""
+    """Every arm over the same rows in the same order; LoRA's from the same step-0 adapter."""
     store = Store(Path(spec.store.root))
     base = run.run(stages.prepare_base, store, spec.model.base, spec.model.revision, base_identity(spec.model))
-    step0 = run.run(stages.init_adapter, store, base, spec.train.model_dump(include=set(ADAPTER_DIALS)))
+    starts = make_starts(run, spec, base)
     precision = spec.model.precision
     if set(spec.evaluate.tasks) - OWN_TASKS:
         own = task_files(spec.evaluate)
@@ -128,9 +128,32 @@ def train_stages(run: Stages, spec: RunSpec, data: DatasetManifest) -> tuple[Bas
         # Arms on unlike threads could not be compared for speed: all take what was free for the first.
         dials = spec.train.model_copy(update={"threads": arms[0].threads}) if arms else spec.train
         arms.append(
-            run.run(stages.train_arm, store, method, base, step0, *rows, dials, precision, label=f"train {method}")
+            run.run(
+                stages.train_arm, store, method, base, starts[method], *rows, dials, precision, label=f"train {method}"
+            )
         )
     return base, arms
+
+
+def make_starts(run: Stages, spec: RunSpec, base: BaseModelRef) -> dict[Method, AdapterRef | None]:
+    """Each arm's step-0 adapter, or None; the same one where it is made from the same dials."""
+    store = Store(Path(spec.store.root))
+    dials = {method: start_dials(method, spec.train, spec.model.precision) for method in spec.train.methods}
+    made: dict[str, AdapterRef] = {}
+    for own in dials.values():
+        if own and str(own) not in made:
+            made[str(own)] = run.run(stages.init_adapter, store, base, own)
+    return {method: made.get(str(own)) for method, own in dials.items()}
+
+
+def candidate_of(arms: list[TrainReport]) -> TrainReport:
+    """The arm that may be released: qlora, else lora, else the last."""
+    trained = {arm.method: arm for arm in arms}
+    return trained.get("qlora") or trained.get("lora") or arms[-1]
+
+
+def target_of(arm: TrainReport) -> EvalTarget:
+    return EvalTarget(name=arm.method, method=arm.method, adapter=arm.adapter, quantisation=arm.quantisation)
 
 
 def evaluate(

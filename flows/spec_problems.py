@@ -82,7 +82,7 @@ def problems_of(error: ValidationError, given: dict[str, dict[str, Any]], origin
     for key, details in by_key.items():
         section, _, field = key.partition(".")
         if not field:
-            yield _section_problem(section, details[0], origins)
+            yield from _section_problems(section, details[0], origins)
             continue
         needs = " or ".join(dict.fromkeys(_needs(detail) for detail in details))
         value = details[0]["input"] if len(details) == 1 else given[section][field]
@@ -105,12 +105,13 @@ def _needs(detail: ErrorDetails) -> str:
     return _KINDS.get(kind) or detail["msg"].removeprefix("Value error, ")
 
 
-def _section_problem(section: str, detail: ErrorDetails, origins: dict[str, str]) -> Problem:
-    """A rule that binds several dials of one section."""
-    where = ", ".join(
-        f"{key} ({origin})" for key, origin in origins.items() if key.startswith(f"{section}.") and origin != "default"
-    )
-    return Problem(f"the {section} dials do not fit together", where, _needs(detail), "change one of them")
+def _section_problems(section: str, detail: ErrorDetails, origins: dict[str, str]) -> Iterator[Problem]:
+    """Rules that bind several dials of one section: a problem for each line of reasons, at the dials that it names."""
+    turned = {key: o for key, o in origins.items() if key.startswith(f"{section}.") and o != "default"}
+    for reason in _needs(detail).splitlines():
+        named = {key: o for key, o in turned.items() if re.search(rf"\b{key.partition('.')[2]}\b", reason)} or turned
+        where = ", ".join(f"{key} ({origin})" for key, origin in named.items())
+        yield Problem(f"the {section} dials do not fit together", where, reason, "change one of them")
 
 
 def _act(section: str, field: str, detail: ErrorDetails) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
-_LABELS = {"base": "base", "lora": "LoRA", "qlora": "QLoRA", "champion": "champion"}
+_LABELS = {"base": "base", "lora": "LoRA", "qlora": "QLoRA", "full": "full", "prefix": "prefix", "champion": "champion"}
 _NONE = "-"
 _DEFAULT_ROOT = "mlruns"
 

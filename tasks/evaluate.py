@@ -47,7 +47,8 @@ def evaluate_targets(
 
 def _key(target: EvalTarget, base: BaseModelRef, test: FileRef, dials: dict[str, Any]) -> str:
     code = code_digest(("tasks.workers.evaluate_models",))
-    what = [target.method, target.adapter.sha256 if target.adapter else "", base.digest, test.sha256, code]
+    quantised = target.quantisation.model_dump_json() if target.quantisation else ""
+    what = [target.method, quantised, target.adapter.sha256 if target.adapter else "", base.digest, test.sha256, code]
     return content_key(*what, json.dumps(dials, sort_keys=True))[:32]
 
 
@@ -65,7 +66,7 @@ def _score(
     spec = dials | {
         "base": str(store.path(base.path)),
         "test": str(store.path(test)),
-        "targets": [{"name": t.name, "method": t.method, "adapter": _folder(store, t)} for t in targets],
+        "targets": [t.model_dump(exclude={"adapter"}) | {"adapter": _folder(store, t)} for t in targets],
     }
     report = run_worker("tasks.workers.evaluate_models", spec, out, afresh=afresh)
     for target in targets:

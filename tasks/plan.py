@@ -9,12 +9,11 @@ from pathlib import Path
 
 import data_contracts
 from data_contracts.errors import ConfigError, Problem
-from data_contracts.run_spec import ModelSpec, RunSpec, TrainSpec
+from data_contracts.run_spec import Method, ModelSpec, RunSpec, TrainSpec
 from tasks.core.architecture import Architecture, decoder, from_json
 from tasks.core.fitting import CARDS_GB, Card, Change, card, changes, needed, usable_bytes
 from tasks.core.memory import Parts, predict
-from tasks.core.optimisers import NAMES
-from tasks.core.settings import Method, Settings, Way, settings_of
+from tasks.core.settings import Settings, Way, settings_of, unplanned
 from tasks.processes import run_worker
 
 _SHAPES = Path(data_contracts.__file__).parent / "architectures.json"
@@ -31,7 +30,7 @@ class Plan:
     gpu: Card | None
     changes: tuple[Change, ...]
     alternatives: dict[str, int]
-    """What QLoRA would need more (bytes) in forms that Tunegate does not use."""
+    """What QLoRA would need more (bytes) in other forms."""
 
     @property
     def fits(self) -> bool:
@@ -59,7 +58,7 @@ def plan_methods(
 ) -> tuple[Architecture, list[Plan]]:
     """A plan for each method. length, batch: rows of one step; left out, they come from the spec's dials."""
     arch = find_architecture(spec.model)
-    _check_targets(spec.train, arch)
+    _check(spec.train, methods, arch)
     length = length or min(spec.train.max_tokens, spec.train.batch_tokens)
     batch = batch or max(1, spec.train.batch_tokens // length)
     compute_bytes = 4 if spec.model.precision == "fp32" else 2
@@ -85,8 +84,8 @@ def _plan(arch: Architecture, settings: Settings, gpu: float | None) -> Plan:
 def _alternatives(arch: Architecture, settings: Settings) -> dict[str, int]:
     if not settings.is_quantised:
         return {}
-    other = {
-        "without double quantisation": replace(settings, double_quant=False),
+    plain = {"without double quantisation": replace(settings, double_quant=False)} if settings.double_quant else {}
+    other = plain | {
         "after PEFT's prepare_model_for_kbit_training": replace(
             settings, stack=replace(settings.stack, kbit_upcast=True)
         ),
@@ -95,8 +94,9 @@ def _alternatives(arch: Architecture, settings: Settings) -> dict[str, int]:
     return {name: predict(arch, changed).static - static for name, changed in other.items()}
 
 
-def _check_targets(train: TrainSpec, arch: Architecture) -> None:
-    problems = []
+def _check(train: TrainSpec, methods: Sequence[Method], arch: Architecture) -> None:
+    found = (unplanned(train.model_dump(), method) for method in methods)
+    problems = list({problem.what: problem for problem in found if problem}.values())
     names = [linear.name for linear in arch.linears]
     wanted = [train.target_modules] if isinstance(train.target_modules, str) else train.target_modules
     for name in wanted:
@@ -104,9 +104,6 @@ def _check_targets(train: TrainSpec, arch: Architecture) -> None:
             problems.append(
                 Problem(f"{name} is no layer of this base", "train.target_modules", f"all-linear or {', '.join(names)}")
             )
-    if train.optimizer not in NAMES:
-        limit = f"one of {', '.join(NAMES)}"
-        problems.append(Problem(f"{train.optimizer}: its states are not known here", "train.optimizer", limit))
     if problems:
         raise ConfigError(*problems)
 

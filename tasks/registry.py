@@ -6,7 +6,7 @@ import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 from data_contracts.data_reports import DatasetManifest
 from data_contracts.errors import ConfigError, Problem, StoreError
@@ -18,10 +18,11 @@ from data_contracts.reports import (
     GateReport,
     LoadedBack,
     ModelVersion,
+    Quantisation,
     RecordedRun,
     TrainReport,
 )
-from data_contracts.run_spec import RunSpec, StoreSpec
+from data_contracts.run_spec import Method, RunSpec, StoreSpec
 from tasks.processes import run_worker
 from tasks.stores import Store
 from tasks.tracking import KEY_TAG, SPEC_FILE, connect, open_experiment, resumed
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 CHAMPION, CHALLENGER = "champion", "challenger"
 _CODE = Path(__file__).parent / "workers" / "served_model.py"
 _EXAMPLE = "What do you know?"
+_QUANTISATION_TAG = "tunegate.quantisation"
+_NF4 = Quantisation(quant_type="nf4", double_quant=True)  # of versions from before there was a choice
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Registered:
 
     name: str
     version: str
-    method: Literal["lora", "qlora"]
+    method: Method
+    quantisation: Quantisation | None
     adapter: str
     adapter_sha256: str
     base_digest: str
@@ -75,6 +79,8 @@ def register_version(
         "tunegate.run": recorded.mlflow_run_id,
         "tunegate.nll_nats": f"{scores.nll_nats}",
     }
+    if arm.quantisation:
+        tags[_QUANTISATION_TAG] = arm.quantisation.model_dump_json()
     run_id = recorded.arm_run_ids[arm.method]
     version = str(found[0].version) if found else _make_version(client, spec, run_id, _meta(spec, base, arm), arm, tags)
     client.set_registered_model_alias(name, CHALLENGER, version)
@@ -89,6 +95,7 @@ def _meta(spec: RunSpec, base: BaseModelRef, arm: TrainReport) -> dict[str, Any]
         "base_path": base.path,
         "base_revision": base.revision,
         "method": arm.method,
+        "quantisation": arm.quantisation.model_dump() if arm.quantisation else None,
         "precision": arm.precision,
         "system_prompt": spec.data.system_prompt,
         "stops": base.stops,
@@ -201,6 +208,7 @@ def rival(store: StoreSpec, name: str, candidate: AdapterRef, base: BaseModelRef
         name="champion",
         method=found.method,
         adapter=AdapterRef(folder=found.adapter, sha256=found.adapter_sha256),
+        quantisation=found.quantisation,
     )
     return Rival(f"{name} version {found.version}", target if found.base_digest == base.digest else None)
 
@@ -221,13 +229,21 @@ def _registered(client: "MlflowClient", found: "MlflowVersion") -> Registered:
     return Registered(
         name=found.name,
         version=str(found.version),
-        method="qlora" if tags["tunegate.method"] == "qlora" else "lora",
+        method=cast(Method, tags["tunegate.method"]),
+        quantisation=_quantisation(tags),
         adapter=str(Path(folder) / "artifacts" / "adapter"),
         adapter_sha256=tags["tunegate.adapter_sha256"],
         base_digest=tags["tunegate.base_digest"],
         verdict=tags["tunegate.verdict"],
         run_id=tags["tunegate.run"],
     )
+
+
+def _quantisation(tags: dict[str, str]) -> Quantisation | None:
+    if tags["tunegate.method"] != "qlora":
+        return None
+    told = tags.get(_QUANTISATION_TAG)
+    return Quantisation.model_validate_json(told) if told else _NF4
 
 
 def offer(client: "MlflowClient", name: str) -> str:

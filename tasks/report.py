@@ -14,7 +14,9 @@ from tasks.drafts import content_key
 from tasks.stores import Store
 from tasks.tracking import attach
 
-_COLOURS = {"lora": "#0969da", "qlora": "#bf3989", "champion": "#6e7781", "base": "#6e7781"}
+_COLOURS = {
+    "lora": "#0969da", "qlora": "#bf3989", "full": "#1a7f37", "prefix": "#9a6700", "champion": "#6e7781", "base": "#6e7781",
+}  # fmt: skip
 
 
 def write_report(

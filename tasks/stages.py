@@ -24,6 +24,7 @@ from data_contracts.run_spec import (
     DataSpec,
     EvaluateSpec,
     GateSpec,
+    Method,
     RulesSpec,
     RunSpec,
     StoreSpec,
@@ -85,7 +86,7 @@ def check_tasks(
 
 @stage("train")
 def train_arm(
-    store: Store, method: str, base: BaseModelRef, step0: AdapterRef, rows: FileRef, validation: FileRef,
+    store: Store, method: Method, base: BaseModelRef, step0: AdapterRef | None, rows: FileRef, validation: FileRef,
     dials: TrainSpec, precision: str,
 ) -> TrainReport:  # fmt: skip
     inputs = {"method": method, "base": base, "step0": step0, "rows": rows, "validation": validation}

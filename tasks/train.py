@@ -5,7 +5,7 @@ from typing import Any
 
 from data_contracts.data_reports import FileRef
 from data_contracts.reports import AdapterRef, BaseModelRef, LossPoint, TrainReport
-from data_contracts.run_spec import TrainSpec
+from data_contracts.run_spec import Method, TrainSpec
 from tasks.base import adapter_ref
 from tasks.processes import run_worker
 from tasks.stores import Store
@@ -14,9 +14,9 @@ from tasks.stores import Store
 def train_arm(
     store: Store,
     key: str,
-    method: str,
+    method: Method,
     base: BaseModelRef,
-    step0: AdapterRef,
+    step0: AdapterRef | None,
     rows: FileRef,
     validation: FileRef,
     train: TrainSpec,
@@ -26,11 +26,12 @@ def train_arm(
     """Run the worker in a folder named by the stage's key, so that the same work finds its own checkpoints."""
     store.check_room()
     out = store.files / "training" / f"{method}-{key[-16:]}"
-    spec: dict[str, Any] = train.model_dump(exclude={"methods"}) | {
+    spec: dict[str, Any] = train.model_dump(exclude={"methods", "learning_rates"}) | {
         "method": method,
+        "learning_rate": train.learning_rates.get(method, train.learning_rate),
         "base": str(store.path(base.path)),
         "base_name": base.name,
-        "step0": str(store.path(step0.folder)),
+        "step0": str(store.path(step0.folder)) if step0 else None,
         "train": str(store.path(rows)),
         "validation": str(store.path(validation)),
         "precision": precision,
@@ -43,7 +44,7 @@ def train_arm(
         **report,
         seed=train.seed,
         adapter=adapter_ref(store, out / "adapter"),
-        step0_sha256=step0.sha256,
+        step0_sha256=step0.sha256 if step0 else None,
         useful_tokens_per_s=report["train_tokens"] / report["train_seconds"],
         loss=loss,
     )

@@ -17,6 +17,10 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
+LORA = {"kind": "lora", "use_rslora": False, "use_dora": False, "init": "default"}
+"""Dials of a plain step-0 adapter, beside rank and the like."""
+
+
 def toy_rows(count: int, first: int = 0) -> list[dict]:
     """Rows whose answer follows from the question."""
     return [

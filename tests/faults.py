@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from data_contracts.run_spec import TrainSpec
 from tasks.stores import digest
 from tasks.workers.harness import main
-from tests.conftest import toy_rows, write_rows
+from tests.conftest import LORA, toy_rows, write_rows
 
 _WORK = {"init_adapter": "init_adapter", "train_adapter": "train", "evaluate_models": "evaluate_models"}
 # One clean process imports torch once and forks a fresh worker each time.
@@ -22,7 +23,7 @@ _CONTEXT.set_forkserver_preload([f"tasks.workers.{name}" for name in _WORK])
 Patch = Callable[[], None]
 
 
-DIALS = {
+DIALS = TrainSpec().model_dump() | {
     "base_name": "tiny", "precision": "fp32", "threads": 1, "max_tokens": 256, "too_long": "leave_out",
     "batch_tokens": 256, "epochs": 2, "seed": 5, "max_steps": 10, "learning_rate": 1e-2, "warmup_ratio": 0.1,
     "weight_decay": 0.0, "max_grad_norm": 1.0, "optimizer": "adamw_torch", "activation_checkpointing": False,
@@ -35,7 +36,14 @@ TRAINER = "tasks.workers.packed_trainer:PackedTrainer"
 
 def training_spec(base: Path, folder: Path, dropout: float = 0.1) -> dict:
     """A spec of ten steps with checkpoints 3, 6, 9 and 10."""
-    dials = {"base": str(base), "seed": 5, "rank": 4, "alpha": 8, "dropout": dropout, "target_modules": "all-linear"}
+    dials = {
+        "base": str(base),
+        "seed": 5,
+        "rank": 4,
+        "alpha": 8,
+        "dropout": dropout,
+        "target_modules": "all-linear",
+    } | LORA
     assert run("init_adapter", dials, folder / "step0") == 0
     return DIALS | {
         "method": "lora",

@@ -9,6 +9,7 @@ from tasks.core.packing import Scored
 from tasks.workers.fused_lora import fuse_lora
 from tasks.workers.fused_mlp import fuse_mlp
 from tasks.workers.head_loss import HeadLoss
+from tasks.workers.lora_starts import take_off_start
 from tasks.workers.scoring import Scoring, choose_way, scored_logits, scored_losses, to_tensors
 from tasks.workers.tree_attention import NAME
 
@@ -46,9 +47,11 @@ def some_sequences() -> list[Scored]:
     return rows
 
 
-def with_lora(model, dropout: float = 0.0):
+def with_lora(model, dropout: float = 0.0, **dials):
     torch.manual_seed(2)
-    adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, lora_dropout=dropout)
+    adapter = LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, lora_dropout=dropout, **dials
+    )
     return get_peft_model(model, adapter)
 
 
@@ -71,6 +74,53 @@ def test_losses_and_gradients_equal_the_padded_forward(kind, fused):
     losses, found = gradients(tuned, "packed")
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize(("dials", "fused"), [({"use_rslora": True}, 14), ({"use_dora": True}, 0)])
+def test_rslora_is_fused_with_its_own_scale_and_dora_stays_pefts(dials, fused):
+    tuned = with_lora(tiny("llama"), **dials)
+    expected, wanted = gradients(tuned, "padded")
+    assert fuse_lora(tuned) == fused
+    losses, found = gradients(tuned, "packed")
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_a_start_that_is_taken_off_is_fused_with_the_same_gradients():
+    tuned = with_lora(tiny("llama"))
+    take_off_start(tuned)
+    with torch.no_grad():  # a step away from the start, where nothing is left of it
+        for parameter in tuned.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) if parameter.requires_grad else 0)
+    expected, wanted = gradients(tuned, "padded")
+    assert fuse_lora(tuned) == 14
+    losses, found = gradients(tuned, "packed")
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("chunk", [300 * 5, 2**24])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma"])
+def test_full_tuning_has_the_gradients_of_the_padded_forward_also_where_the_embedding_is_the_head(
+    monkeypatch, kind, tied, chunk
+):
+    monkeypatch.setattr("tasks.workers.head_loss.CHUNK_LOGITS", chunk)
+    model = tiny(kind, tie_word_embeddings=tied).requires_grad_(True)
+    expected, wanted = gradients(model, "padded")
+    losses, found = gradients(model, "packed")
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+    assert torch.equal(scored_losses(model, to_tensors(some_sequences())).detach(), losses)
+
+
+def test_full_tuning_under_autocast_keeps_fp32_gradients_near_those_of_fp32():
+    model = tiny("llama").requires_grad_(True)
+    _, wanted = gradients(model, "packed")
+    with torch.autocast("cpu", torch.bfloat16):
+        _, found = gradients(model, "packed")
+    assert found.dtype == torch.float32
+    assert 0 < (found - wanted).norm() <= 0.05 * wanted.norm()
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])

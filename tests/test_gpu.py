@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tasks.processes import run_worker
-from tests.conftest import toy_rows, write_rows
+from tests.conftest import LORA, toy_rows, write_rows
 from tests.test_workers import DIALS
 
 pytestmark = pytest.mark.gpu
@@ -24,7 +24,7 @@ def _needs_cuda():
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_an_arm_learns_on_the_gpu(tiny_base, tmp_path, method):
     step0 = {"base": str(tiny_base), "seed": 5, "rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear"}
-    run_worker("tasks.workers.init_adapter", step0, tmp_path / "step0")
+    run_worker("tasks.workers.init_adapter", step0 | LORA, tmp_path / "step0")
     spec = DIALS | {"method": method, "base": str(tiny_base), "step0": str(tmp_path / "step0" / "adapter")}
     spec |= {"precision": "auto", "train": str(write_rows(tmp_path / "train", toy_rows(80)))}
     spec |= {"validation": str(write_rows(tmp_path / "validation", toy_rows(6, first=200)))}

@@ -42,7 +42,7 @@ PLACES = {
     "as the files are there, but not the manifest": ("tasks.workers.checkpoints", "_seal", 2, 3),
     "as old checkpoints are let go": ("tasks.workers.checkpoints", "_let_go_of_old_ones", 3, 9),
     "in the validation after training": (*STEP, 11, 10),
-    "as the adapter is saved": ("tasks.workers.train_adapter", "save_adapter", 1, 10),
+    "as the adapter is saved": ("tasks.workers.train_adapter", "save", 1, 10),
 }
 
 
@@ -190,7 +190,7 @@ def test_a_killed_run_keeps_its_best_and_its_patience(stopping, stopped, tmp_pat
 
 
 def test_a_run_killed_after_its_early_end_trains_no_further(stopping, stopped, tmp_path):
-    saving = partial(before_call, "tasks.workers.train_adapter", "save_adapter", 1, kill)
+    saving = partial(before_call, "tasks.workers.train_adapter", "save", 1, kill)
     assert run("train_adapter", stopping, tmp_path, saving) == KILLED
     ends_as_if_never_killed(stopping, tmp_path, stopped, from_step=7)
 
@@ -214,8 +214,8 @@ def test_a_store_can_be_moved_between_a_kill_and_the_next_run(stopping, stopped,
 
 def test_a_killed_evaluation_scores_only_what_is_missing(spec, whole, tmp_path):
     targets = [
-        {"name": "base", "method": "lora", "adapter": None},
-        {"name": "lora", "method": "lora", "adapter": str(whole / "adapter")},
+        {"name": "base", "method": "lora", "adapter": None, "quantisation": None},
+        {"name": "lora", "method": "lora", "adapter": str(whole / "adapter"), "quantisation": None},
     ]
     dials = EvaluateSpec(tasks=["domain_nll"], sample_questions=1, sample_tokens=4).model_dump()
     place = {"base": spec["base"], "test": spec["validation"], "max_tokens": 256, "precision": "fp32", "threads": 1}

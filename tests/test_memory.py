@@ -11,7 +11,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import (
@@ -26,6 +26,7 @@ from transformers import (
 )
 
 import data_contracts
+from data_contracts.run_spec import TrainSpec
 from tasks.core.activations import block_bytes, logit_bytes
 from tasks.core.architecture import Architecture, decoder
 from tasks.core.memory import constant_bytes, predict
@@ -38,6 +39,7 @@ from tasks.workers.device import Device
 from tasks.workers.fused_lora import fuse_lora
 from tasks.workers.fused_mlp import fuse_mlp
 from tasks.workers.head_loss import HeadLoss
+from tasks.workers.lora_starts import take_off_start
 from tasks.workers.planned import predicted_train_bytes
 from tasks.workers.scoring import choose_way, scored_losses, to_tensors
 
@@ -48,13 +50,7 @@ SMALL = {
     "num_key_value_heads": 2, "vocab_size": 1000,
 }  # fmt: skip
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "gemma": GemmaConfig, "qwen2": Qwen2Config}
-DIALS = {
-    "rank": 8,
-    "target_modules": "all-linear",
-    "dropout": 0.0,
-    "optimizer": "adamw_torch",
-    "activation_checkpointing": False,
-}
+DIALS = TrainSpec(rank=8).model_dump()
 
 
 def small_config(name: str):
@@ -275,6 +271,39 @@ def test_a_step_with_dropout_peaks_within_12_percent_of_the_plan(base, precision
     assert planned_peak(arch, asked) == pytest.approx(live_peak(model, to_tensors(SHARED), device), rel=0.12)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_start_that_is_taken_off_peaks_within_3_percent_of_the_plan(base, precision):
+    device = dataclasses.replace(CPU, precision=precision)
+    model, arch = adapted_model(base, "lora", False, device, init_lora_weights=False)
+    take_off_start(model)
+    fuse_lora(model)
+    asked = packed_settings(SHARED, "lora", device, init="pissa")
+    assert planned_peak(arch, asked) == pytest.approx(live_peak(model, to_tensors(SHARED), device), rel=0.03)
+
+
+@pytest.mark.parametrize(("precision", "off"), [("fp32", 0.02), ("bf16", 0.2)])
+def test_a_step_of_full_tuning_peaks_near_the_plan(base, precision, off):
+    """In bf16 the residual stream stays fp32, which the plan leaves out."""
+    device = dataclasses.replace(CPU, precision=precision)
+    model = load_base(base, "full", device, trains_all=True)
+    arch, asked = architecture_of(model), packed_settings(SHARED, "full", device)
+    assert planned_peak(arch, asked) == pytest.approx(live_peak(model, to_tensors(SHARED), device), rel=off)
+    assert predict(arch, asked).weights == 4 * arch.parameters
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_of_prefix_tuning_peaks_within_6_percent_of_the_plan(base, precision):
+    device = dataclasses.replace(CPU, precision=precision)
+    model = load_base(base, "prefix", device)
+    arch = architecture_of(model)
+    model = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16))
+    rows = [Scored(list(range(i, i + 200)), 100) for i in (0, 100, 200, 300)]
+    asked = settings_of(DIALS, "prefix", device.dtype.itemsize, 199, len(rows), scored=400)
+    assert sum(a * b for a, b in asked.trainable(arch)) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    measured = live_peak(model, to_tensors(rows, "padded"), device)
+    assert planned_peak(arch, asked) == pytest.approx(measured, rel=0.06)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_padded_step_of_a_base_with_softcaps_peaks_within_12_percent_of_the_plan(tmp_path, precision, checkpointing):
@@ -346,7 +375,8 @@ def test_the_largest_step_of_a_plan_is_the_one_predicted(base):
 
 @pytest.mark.parametrize(("config", "dials", "why"), [
     (MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=100), {}, "it has no attention heads"),
-    (LlamaConfig(**SMALL), {"optimizer": "apollo_adamw"}, "its states are not known here"),
+    (LlamaConfig(**SMALL), {"optimizer": "apollo_adamw"}, "apollo_adamw: its states are not known here"),
+    (LlamaConfig(**SMALL), {"use_dora": True}, "DoRA's memory is not planned"),
 ])  # fmt: skip
 def test_what_cannot_be_planned_is_noted_and_stops_nothing(tmp_path, capsys, config, dials, why):
     config.save_pretrained(tmp_path)

@@ -148,7 +148,7 @@ def test_a_section_is_no_dial():
         ("contract.max_quarantine_rate=1.5", "at most 1.0"),
         ("contract.max_quarantine_rate=.nan", "a finite number"),
         ("train.activation_checkpointing=yes", "true or false"),
-        ("train.methods=[lora, qlra]", "one of 'lora' or 'qlora'"),
+        ("train.methods=[lora, qlra]", "one of 'lora', 'qlora', 'full' or 'prefix'"),
         ("train.methods=[]", "at least 1 item"),
         ("data.delimiter=;;", "text that matches ^(auto|.)$"),
         ("data.columns=[a]", "a mapping, such as {prompt: question, completion: answer}"),

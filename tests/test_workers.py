@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_contracts.errors import ConfigError, DataError
-from data_contracts.run_spec import EvaluateSpec
+from data_contracts.run_spec import EvaluateSpec, TrainSpec
 from tasks.core.packing import Scored
 from tasks.evaluate import task_files
 from tasks.processes import run_worker
@@ -22,14 +22,14 @@ from tasks.workers.fused_lora import fuse_lora
 from tasks.workers.prepare_base import prepare
 from tasks.workers.scoring import choose_way, scored_losses, to_tensors
 from tasks.workers.train_adapter import check_batch, encode_rows
-from tests.conftest import toy_rows, write_rows
+from tests.conftest import LORA, toy_rows, write_rows
 
 CPU = Device("cpu", "fp32", "test", 1, "test")
-DIALS = {
+DIALS = TrainSpec().model_dump() | {
     "base_name": "tiny", "precision": "fp32", "threads": 1, "max_tokens": 256, "too_long": "leave_out",
     "batch_tokens": 256, "epochs": 2, "seed": 5, "max_steps": None, "learning_rate": 1e-2, "warmup_ratio": 0.1, "weight_decay": 0.0,
     "max_grad_norm": 1.0, "optimizer": "adamw_torch", "activation_checkpointing": False, "checkpoint_steps": 3,
-    "rank": 4, "target_modules": "all-linear", "dropout": 0.1, "validation_steps": None,
+    "rank": 4, "target_modules": "all-linear", "dropout": 0.1, "validation_steps": None, 
     "early_stopping_patience": None, "max_loss_rise_nats": None,
 }  # fmt: skip
 
@@ -37,7 +37,14 @@ DIALS = {
 @pytest.fixture(scope="module")
 def step0(tiny_base, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("step0")
-    spec = {"base": str(tiny_base), "seed": 5, "rank": 4, "alpha": 8, "dropout": 0.1, "target_modules": "all-linear"}
+    spec = {
+        "base": str(tiny_base),
+        "seed": 5,
+        "rank": 4,
+        "alpha": 8,
+        "dropout": 0.1,
+        "target_modules": "all-linear",
+    } | LORA
     run_worker("tasks.workers.init_adapter", spec, out)
     return out / "adapter"
 

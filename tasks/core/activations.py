@@ -112,7 +112,7 @@ def input_bytes(arch: Architecture, settings: Settings) -> int:
     size, stack = settings.compute_bytes, settings.stack
     own = settings.adapted(arch)
     trained = arch.linears if settings.method == "full" else own
-    is_copied = settings.method != "full" and (settings.casts or settings.dropout > 0)
+    is_copied = settings.has_lora and (settings.casts or settings.dropout > 0)
     shared = trained if not is_copied else []
     if settings.is_quantised and stack.quantised_inputs:
         shared = arch.linears
@@ -122,7 +122,7 @@ def input_bytes(arch: Architecture, settings: Settings) -> int:
         widths.pop("attention_out", None)
     if settings.is_mlp_fused(arch):
         widths.pop("mlp_out")
-    kept = size * sum(widths.values()) + settings.rank * size * len(own)
+    kept = size * sum(widths.values()) + settings.computed_rank * size * len(own)
     if is_copied:
         copy = size if stack.autocast else stack.adapter_bytes
         kept += sum((copy + (stack.noise_bytes if settings.dropout > 0 else 0)) * linear.inputs for linear in own)
@@ -155,12 +155,15 @@ def dequantised_bytes(arch: Architecture, settings: Settings) -> int:
 
 
 def cast_adapter_bytes(arch: Architecture, settings: Settings) -> int:
-    """16-bit copies of fp32 adapters, of all blocks: autocast keeps them until the forward pass ends, autograd longer."""
+    """16-bit copies of fp32 adapters, or of all weights, of all blocks: autocast keeps them until the forward pass ends,
+    autograd longer."""
     stack = settings.stack
     makes_copies = settings.is_fused or stack.autocast
-    if settings.method == "full" or not makes_copies or stack.adapter_bytes == settings.compute_bytes:
+    kept_bytes = stack.full_bytes if settings.method == "full" else stack.adapter_bytes
+    if not makes_copies or kept_bytes == settings.compute_bytes:
         return 0
-    return settings.compute_bytes * sum(rows * columns for rows, columns in settings.trainable(arch))
+    count = sum(rows * columns for rows, columns in settings.trainable(arch))
+    return settings.compute_bytes * count * (2 if settings.takes_off_start else 1)
 
 
 # --- the vocabulary -----------------------------------------------------------------------------------------
@@ -169,17 +172,20 @@ def cast_adapter_bytes(arch: Architecture, settings: Settings) -> int:
 def logit_bytes(arch: Architecture, settings: Settings) -> int:
     """Vocabulary-wide tensors when the loss is taken.
 
-    A frozen head: a chunk's logits in fp32, and before and after that in a 16-bit compute format; scored hidden states and
-    their gradient. Cross-entropy keeps the log-probabilities; their gradient and the logits' gradient are made beside
+    A chunk's logits in fp32, and before and after that in a 16-bit compute format; scored hidden states and their gradient;
+    of a head that is trained its gradient in fp32, and in the compute format before it is added. Cross-entropy keeps the
+    log-probabilities; their gradient and the logits' gradient are made beside
     them: three tensors. Chunked and compiled: the logits in the compute format, and for an eighth of the tokens their gradient.
     """
     size, loss = settings.compute_bytes, settings.stack.loss
     scored = settings.tokens if settings.scored is None else settings.scored
     count = scored * arch.vocab
-    is_plain = settings.method != "full" and not arch.head_bias and not arch.logits_changed
-    if loss == "frozen head" and is_plain:
+    if loss == "frozen head" and not arch.head_bias and not arch.logits_changed:
         chunk = min(scored, max(1, CHUNK_LOGITS // arch.vocab)) * arch.vocab
-        return (FP32 if size == FP32 else FP32 + 2 * size) * chunk + 2 * size * scored * arch.hidden
+        is_trained = settings.method == "full"
+        formats = FP32 if size == FP32 else FP32 + 2 * size
+        trained = (FP32 + size) * arch.vocab * arch.hidden if is_trained else 0
+        return (2 * FP32 if is_trained else formats) * chunk + 2 * size * scored * arch.hidden + trained
     if loss == "chunked":
         return int(count * size * (1 + 1 / 8))
     copies = 3 + settings.stack.loss_copies

@@ -90,7 +90,7 @@ def _ladder(settings: Settings) -> Iterator[tuple[str, Settings]]:
     now = settings
     if now.is_quantised and not now.double_quant:
         now = replace(now, double_quant=True)
-        yield "double quantisation", now
+        yield "train.double_quant=true", now
     if not now.checkpointing:
         now = replace(now, checkpointing=True)
         yield "train.activation_checkpointing=true", now

@@ -68,7 +68,7 @@ def predict(arch: Architecture, settings: Settings, device: Device = "cuda") -> 
     """
     trainable = settings.trainable(arch)
     count = sum(rows * columns for rows, columns in trainable)
-    trained_bytes = settings.compute_bytes if settings.method == "full" else settings.stack.adapter_bytes
+    trained_bytes = settings.weight_bytes if settings.method == "full" else settings.stack.adapter_bytes
     weights, constants = base_bytes(arch, settings)
     states, paged = state_bytes(settings.optimiser, trainable, trained_bytes)
     gradients = count * trained_bytes
@@ -84,7 +84,7 @@ def predict(arch: Architecture, settings: Settings, device: Device = "cuda") -> 
         moment=moment,
         weights=weights,
         constants=constants,
-        adapters=0 if settings.method == "full" else count * trained_bytes,
+        adapters=0 if settings.method == "full" else count * trained_bytes * (2 if settings.takes_off_start else 1),
         gradients=gradients,
         optimiser=states,
         activations=activations,
@@ -96,10 +96,10 @@ def predict(arch: Architecture, settings: Settings, device: Device = "cuda") -> 
 
 
 def base_bytes(arch: Architecture, settings: Settings) -> tuple[int, int]:
-    """(weights, quantisation constants) of the base. NF4: half a byte a weight, see `constant_bytes`."""
+    """(weights, quantisation constants) of the base. NF4 and FP4: half a byte a weight, see `constant_bytes`."""
     other = FP32 if settings.is_quantised and settings.stack.kbit_upcast else settings.compute_bytes
     if not settings.is_quantised:
-        return arch.parameters * settings.compute_bytes, 0
+        return arch.parameters * settings.weight_bytes, 0
     tensors = [linear.weights for linear in arch.linears for _ in range(arch.layers)]
     packed = sum(ceil(weights / 2) for weights in tensors)
     constants = sum(constant_bytes(weights, settings.double_quant) for weights in tensors)

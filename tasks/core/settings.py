@@ -4,9 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from data_contracts.errors import Problem
+from data_contracts.method_rules import LORA_ARMS
 from tasks.core.architecture import Architecture, Linear
+from tasks.core.optimisers import NAMES
 
-Method = Literal["lora", "qlora", "full"]
+Method = Literal["lora", "qlora", "full", "prefix"]
 Way = Literal["packed", "padded"]
 FP32, FP16 = 4, 2
 
@@ -17,6 +20,8 @@ class Stack:
 
     adapter_bytes: int = FP32
     """PEFT keeps adapters in fp32 (`autocast_adapter_dtype`); torchtune, litgpt and fsdp_qlora in the base's format."""
+    full_bytes: int = FP32
+    """Of every weight where all are trained: Tunegate keeps fp32 ones and computes in the compute format."""
     autocast: bool = True
     """Trainer's `bf16=True`: fp32 adapters and their inputs are cast to 16 bit for each product."""
     fused_adapters: bool = True
@@ -47,6 +52,9 @@ class Stack:
 PADDED = Stack(mask="padded", loss="padded", eager_attention=True)
 """Tunegate's step for a base that cannot be packed."""
 
+PREFIX = Stack(mask="padded", loss="padded")
+"""Tunegate's step for a prefix, which cannot be packed either, on a base that can."""
+
 Segments = tuple[tuple[int, int], ...]
 """Of each segment of a packed row: its own tokens, and those it sees: its own and all that it follows."""
 
@@ -72,6 +80,9 @@ class Settings:
     accumulation: bool = False
     stack: Stack = Stack()
     segments: Segments | None = None
+    takes_off_start: bool = False
+    """PiSSA and OLoRA: each adapter has a frozen copy of its start, and twice the rank in its products."""
+    prefix_tokens: int = 0
 
     @property
     def tokens(self) -> int:
@@ -93,9 +104,22 @@ class Settings:
     def is_quantised(self) -> bool:
         return self.method == "qlora"
 
+    @property
+    def has_lora(self) -> bool:
+        return self.method in LORA_ARMS
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a weight of the base that is not quantised."""
+        return self.stack.full_bytes if self.method == "full" else self.compute_bytes
+
+    @property
+    def computed_rank(self) -> int:
+        return 2 * self.rank if self.takes_off_start else self.rank
+
     def adapted(self, arch: Architecture) -> list[Linear]:
         """The linear layers of one block that get an adapter."""
-        if self.method == "full":
+        if not self.has_lora:
             return []
         if self.targets == "all-linear":
             return list(arch.linears)
@@ -103,9 +127,12 @@ class Settings:
         return [linear for linear in arch.linears if linear.name in names]
 
     def trainable(self, arch: Architecture) -> list[tuple[int, int]]:
-        """(rows, columns) of every trained tensor: A [rank, inputs] and B [outputs, rank] of each adapted layer."""
+        """(rows, columns) of every trained tensor: A [rank, inputs] and B [outputs, rank] of each adapted layer; all
+        weights; or a prefix's keys and values in every layer."""
         if self.method == "full":
             return [(1, arch.parameters)]
+        if self.method == "prefix":
+            return [(self.prefix_tokens, arch.layers * 2 * arch.kv_heads * arch.head_dim)]
         pairs = [
             shape
             for linear in self.adapted(arch)
@@ -115,7 +142,7 @@ class Settings:
 
     @property
     def is_fused(self) -> bool:
-        return self.method != "full" and self.stack.fused_adapters and self.dropout == 0
+        return self.has_lora and self.stack.fused_adapters and self.dropout == 0
 
     def is_mlp_fused(self, arch: Architecture) -> bool:
         """The feed-forward part is one node (tasks/workers/fused_mlp.py), which makes what `down` reads a second time."""
@@ -125,7 +152,7 @@ class Settings:
     @property
     def casts(self) -> bool:
         """Adapters have another format than the base's arithmetic, so their inputs are copied."""
-        return self.method != "full" and not self.is_fused and self.stack.adapter_bytes != self.compute_bytes
+        return self.has_lora and not self.is_fused and self.stack.adapter_bytes != self.compute_bytes
 
 
 def settings_of(
@@ -138,7 +165,7 @@ def settings_of(
     segments: Segments | None = None,
     way: Way = "packed",
 ) -> Settings:
-    """Tunegate's own training step. dials: those of a TrainSpec, by name. scored: None plans for a loss on all tokens.
+    """Tunegate's own training step. dials: those of a TrainSpec, by name, without DoRA (see `unplanned`). scored: None plans for a loss on all tokens.
 
     For one packed row of T tokens, as the training worker has at hand: length T, batch 1, its completion tokens and its
     segments.
@@ -152,8 +179,28 @@ def settings_of(
         targets=dials["target_modules"],
         dropout=dials["dropout"],
         compute_bytes=compute_bytes,
+        double_quant=dials["double_quant"],
         optimiser=dials["optimizer"],
         checkpointing=dials["activation_checkpointing"],
-        stack=Stack() if way == "packed" else PADDED,
+        stack=_stack(method, way),
         segments=segments,
+        takes_off_start=method in LORA_ARMS and dials["init"] in ("pissa", "olora"),
+        prefix_tokens=dials["prefix_tokens"] if method == "prefix" else 0,
     )
+
+
+def _stack(method: Method, way: Way) -> Stack:
+    if method == "prefix":
+        return PREFIX
+    return Stack() if way == "packed" else PADDED
+
+
+def unplanned(dials: Mapping[str, Any], method: Method) -> Problem | None:
+    """What of a training step has no formulas here."""
+    if method in LORA_ARMS and dials["use_dora"]:
+        act = "plan without it, and leave room: DoRA makes each adapted layer's whole weight once more"
+        return Problem("DoRA's memory is not planned", "train.use_dora", act=act)
+    if dials["optimizer"] not in NAMES:
+        what = f"{dials['optimizer']}: its states are not known here"
+        return Problem(what, "train.optimizer", f"one of {', '.join(NAMES)}")
+    return None

@@ -1,10 +1,12 @@
-"""Load a base model in one of its two forms: as stored, or quantised to NF4 with double quantisation."""
+"""Load a base model in one of its forms: as stored, in fp32 to train all of it, or quantised to 4 bits."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 from safetensors import safe_open
 from transformers import (
@@ -19,16 +21,24 @@ from transformers import (
 from tasks.workers.device import Device
 from tasks.workers.tree_attention import NAME
 
+QLORA = {"quant_type": "nf4", "double_quant": True}
+"""As in arXiv 2305.14314: normal floats in blocks of 64, constants quantised again."""
 
-def load_base(folder: Path, method: str, device: Device) -> PreTrainedModel:
-    """`lora` gives the full-precision base, `qlora` NF4 (arXiv 2305.14314: blocks of 64, constants quantised again).
 
-    Safetensors only; no code from the base is run.
+def load_base(
+    folder: Path, method: str, device: Device, quantisation: Mapping[str, Any] = QLORA, trains_all: bool = False
+) -> PreTrainedModel:
+    """`qlora` gives the base in 4 bits, by quantisation's quant_type and double_quant; all else as stored, frozen.
+
+    trains_all: every weight may be trained, in fp32 whatever the arithmetic: at 1e-5 of a weight a step is lost in bf16's
+    8 bits. Safetensors only; no code from the base is run.
     """
-    options: dict[str, Any] = {"dtype": device.dtype, "attn_implementation": NAME, "device_map": {"": device.device}}
-    model = _quantised(folder, device, options) if method == "qlora" else _stored(folder, options)
+    dtype = torch.float32 if trains_all else device.dtype
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": NAME, "device_map": {"": device.device}}
+    is_quantised = method == "qlora"
+    model = _quantised(folder, device, options, quantisation) if is_quantised else _stored(folder, options)
     model.config.use_cache = False
-    model.requires_grad_(False)
+    model.requires_grad_(trains_all)
     model.eval()
     return model
 
@@ -40,24 +50,26 @@ def _stored(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
-def _quantised(folder: Path, device: Device, options: dict[str, Any]) -> PreTrainedModel:
-    """NF4, one tensor after the other: read through its own mapping of the file, which is let go at once.
+def _quantised(
+    folder: Path, device: Device, options: dict[str, Any], quantisation: Mapping[str, Any]
+) -> PreTrainedModel:
+    """4 bits, one tensor after the other: read through its own mapping of the file, which is let go at once.
 
     transformers maps the whole file until the end, and every page that quantisation has read stays in memory.
     """
-    nf4 = BitsAndBytesConfig(
+    bits = BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type=quantisation["quant_type"],
+        bnb_4bit_use_double_quant=quantisation["double_quant"],
         bnb_4bit_compute_dtype=device.dtype,
     )
     tensors = {name: _Tensor(file, name) for file in sorted(folder.glob("*.safetensors")) for name in _names(file)}
     if not tensors:
-        return _stored(folder, options | {"quantization_config": nf4})  # says what is missing
+        return _stored(folder, options | {"quantization_config": bits})  # says what is missing
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model: PreTrainedModel = kind.from_pretrained(
-        None, config=config, state_dict=tensors, quantization_config=nf4, **options
+        None, config=config, state_dict=tensors, quantization_config=bits, **options
     )
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -98,13 +110,20 @@ def weights_bytes(model: torch.nn.Module) -> int:
     """Bytes of the base's weights as stored, with quantisation constants; adapters are not counted."""
     seen: dict[int, int] = {}
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name or "prompt_encoder" in name:
             continue
         seen[parameter.data_ptr()] = parameter.numel() * parameter.element_size()
         state = getattr(parameter, "quant_state", None)
         for tensor in _constants(state):
             seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
     return sum(seen.values())
+
+
+def dequantised(weight: Any) -> torch.Tensor:
+    """A layer's weight [O, I] as numbers, if it is quantised; else as it is."""
+    state = getattr(weight, "quant_state", None)
+    numbers: torch.Tensor = weight.data if state is None else dequantize_4bit(weight.data, state)
+    return numbers
 
 
 def _constants(state: Any) -> list[torch.Tensor]:

@@ -1,7 +1,8 @@
 """Score models with lm-eval: `python -m tasks.workers.evaluate_models spec.json out/`.
 
-spec: base, test, targets [{name, method, adapter or null}] and the dials of data_contracts.run_spec.EvaluateSpec.
-Each base is loaded once: in full precision for the base itself and LoRA adapters, in NF4 for QLoRA adapters. Writes
+spec: base, test, targets [{name, method, adapter or null, quantisation or null}] and the dials of
+data_contracts.run_spec.EvaluateSpec. Each form of the base is loaded once: in full precision for the base itself, LoRA
+adapters and prefixes, in 4 bits as they were trained for QLoRA adapters; fully tuned weights are loaded instead. Writes
 out/NAME/samples.jsonl (task, row_id, value, tokens) and out/NAME/result.json for every target; killed and started again
 with the same out/, it does not score again what was finished.
 """
@@ -10,7 +11,7 @@ import gc
 import json
 import logging
 import time
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from lm_eval.tasks import TaskManager
 from peft import PeftModel
 
 from data_contracts.errors import ConfigError, Problem
+from data_contracts.method_rules import LORA_ARMS
 from tasks.workers.bases import load_base
 from tasks.workers.chat import Chat, load_chat
-from tasks.workers.device import choose_device
+from tasks.workers.device import Device, choose_device
 from tasks.workers.domain_tasks import DOMAIN_TASKS, Item, build_items, domain_choice, domain_nll
 from tasks.workers.harness import main, say, write_json
 from tasks.workers.packed_lm import PackedLM
@@ -38,20 +40,44 @@ def evaluate_models(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     items = build_items(Path(spec["test"]), chat, spec["max_items"], spec["max_tokens"])
     tasks = load_tasks(spec["tasks"], items, spec["task_folder"])
     results = {target["name"]: finished(out / target["name"]) for target in spec["targets"]}
-    for method in ("lora", "qlora"):
-        targets = [t for t in spec["targets"] if t["method"] == method and results[t["name"]] is None]
-        if not targets:
-            continue
-        say("note", text=f"loading the base ({'NF4' if method == 'qlora' else device.precision})")
-        model: Any = load_base(Path(spec["base"]), method, device)
-        shortest = sorted(items, key=lambda item: item["total_tokens"])[:COMPARED]
-        sequences = [chat.sequence(item["prompt"], item["completion"]) for item in shortest]
-        way = choose_way(model, sequences, spec["max_tokens"]).way
-        for target in targets:
-            results[target["name"]] = score(target, model, way, chat, tasks, items, spec, out)
-        del model
+    waiting = [target for target in spec["targets"] if results[target["name"]] is None]
+    for form, targets in groupby(sorted(waiting, key=form_of), key=form_of):
+        for name, result in score_form(form, list(targets), chat, tasks, items, device, spec, out).items():
+            results[name] = result
         gc.collect()
     return {"results": results, "items": len(items), "overlap_accuracy": overlap_accuracy(items)}
+
+
+Form = tuple[str, str, str, bool]
+
+
+def form_of(target: Target) -> Form:
+    """What is loaded for a target: folder of own weights or empty for the base, method, and how it is quantised."""
+    if target["method"] == "full" and target["adapter"]:
+        return (target["adapter"], "full", "", False)
+    quantised = target["quantisation"]
+    return ("", "qlora", quantised["quant_type"], quantised["double_quant"]) if quantised else ("", "lora", "", False)
+
+
+def score_form(
+    form: Form, targets: list[Target], chat: Chat, tasks: dict[str, Any], items: list[Item], device: Device,
+    spec: dict[str, Any], out: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Results of the targets that stand on one form of the base."""
+    own, method, quant_type, double_quant = form
+    say("note", text=f"loading {'tuned weights' if own else 'the base'} ({quant_type.upper() or device.precision})")
+    quantisation = {"quant_type": quant_type, "double_quant": double_quant}
+    model: Any = load_base(Path(own or spec["base"]), method, device, quantisation)
+    shortest = sorted(items, key=lambda item: item["total_tokens"])[:COMPARED]
+    sequences = [chat.sequence(item["prompt"], item["completion"]) for item in shortest]
+    way = choose_way(model, sequences, spec["max_tokens"]).way
+    return {target["name"]: score(target, model, way, chat, tasks, items, spec, out) for target in targets}
+
+
+def attach(model: Any, target: Target) -> Any:
+    """The model with the target's adapter on it; itself where there is none."""
+    has_adapter = target["adapter"] and target["method"] != "full"
+    return PeftModel.from_pretrained(model, target["adapter"]).eval() if has_adapter else model
 
 
 def score(
@@ -60,7 +86,9 @@ def score(
 ) -> dict[str, Any]:  # fmt: skip
     """Attach the target's adapter, run every task, answer the sample questions, take the adapter off again."""
     started = time.monotonic()
-    tuned = PeftModel.from_pretrained(model, target["adapter"]).eval() if target["adapter"] else model
+    tuned = attach(model, target)
+    if target["method"] == "prefix":  # it cannot be packed, see choose_way
+        way = "padded"
     lm = PackedLM(tuned, chat, spec["batch_tokens"], spec["max_tokens"], target["name"], way)
     for task in tasks.values():
         task._instances = None  # built anew for each model: they keep the last model's answers
@@ -77,8 +105,8 @@ def score(
     answers = [
         answer(tuned, chat, item, spec["sample_tokens"]) for item in pick_samples(items, spec["sample_questions"])
     ]
-    if target["adapter"]:
-        tuned.unload()
+    if target["method"] in LORA_ARMS and target["adapter"]:
+        tuned.unload()  # a prefix is no part of the model
     result = {"scores": scores, "answers": answers, "seconds": time.monotonic() - started}
     write_json(folder / "result.json", result)
     return result

@@ -10,23 +10,30 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora import LoraLayer
+
+from tasks.workers.bases import dequantised
 
 
 @dataclass(frozen=True)
 class Lora:
-    """One adapted linear layer: its frozen weight [O, I] in the number format asked for, and its adapter."""
+    """One adapted linear layer: a frozen base, and the adapter's two matrices on it."""
 
-    weight: Callable[[torch.dtype], torch.Tensor]
-    bias_O: torch.Tensor | None
-    down: Any  # torch.nn.Linear
+    base: Any  # torch.nn.Linear, 4-bit ones too
+    down: Any
     up: Any
     scale: float
 
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """[O, I] in the number format asked for."""
+        return dequantised(self.base.weight).to(dtype)
+
     def matrices(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A [R, I] and B [O, R]; read at each use, for loading an adapter may replace them."""
-        return self.down.weight.to(dtype), self.up.weight.to(dtype)
+        a_RI, b_OR = self.down.weight, self.up.weight
+        if hasattr(self.base, "start_A"):
+            a_RI, b_OR = torch.cat([a_RI, self.base.start_A]), torch.cat([b_OR, -self.base.start_B], dim=1)
+        return a_RI.to(dtype), b_OR.to(dtype)
 
 
 def product(
@@ -34,7 +41,7 @@ def product(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y = x W' + bias + scale (x A') B', and x A'."""
     low_NR = x_NI @ a_RI.T
-    y_NO = F.linear(x_NI, lora.weight(x_NI.dtype), lora.bias_O)
+    y_NO = F.linear(x_NI, lora.weight(x_NI.dtype), lora.base.bias)
     return y_NO.addmm_(low_NR, b_OR.T, alpha=lora.scale), low_NR
 
 
@@ -60,13 +67,15 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *product_backward(outer[0], *ctx.saved_tensors, ctx.lora, ctx.needs_input_grad[0]), None
+        x_NI, low_NR, a_RI, b_OR = ctx.saved_tensors
+        return *product_backward(outer[0], x_NI, low_NR, a_RI, b_OR, ctx.lora, ctx.needs_input_grad[0]), None
 
 
 def fuse_lora(model: torch.nn.Module) -> int:
     """Give every plain LoRA linear layer the fused forward; answers with how many got it.
 
-    While dropout is at work, a layer computes as PEFT does.
+    While dropout is at work, a layer computes as PEFT does; with DoRA always. A start that is taken off
+    (tasks/workers/lora_starts.py) is one more part of A and B, which gets no gradient.
     """
     found = [(layer, lora_of(layer)) for layer in model.modules()]
     plain = [(layer, lora) for layer, lora in found if lora is not None]
@@ -91,7 +100,7 @@ def lora_of(layer: Any) -> Lora | None:
     if not is_plain:
         return None
     (name,) = names
-    return Lora(_weight(base), base.bias, layer.lora_A[name], layer.lora_B[name], float(layer.scaling[name]))
+    return Lora(base, layer.lora_A[name], layer.lora_B[name], float(layer.scaling[name]))
 
 
 def drops(layer: Any) -> bool:
@@ -108,18 +117,8 @@ def _forward(layer: Any, lora: Lora) -> Callable[..., torch.Tensor]:
         if args or kwargs or drops(layer):
             found: torch.Tensor = plain(x, *args, **kwargs)
             return found
-        low_rank = lora.matrices(x.dtype)
         apply: Any = LoraLinear.apply
-        y: torch.Tensor = apply(x.reshape(-1, x.shape[-1]), *low_rank, lora)
+        y: torch.Tensor = apply(x.reshape(-1, x.shape[-1]), *lora.matrices(x.dtype), lora)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     return forward
-
-
-def _weight(base: Any) -> Callable[[torch.dtype], torch.Tensor]:
-    def weight(dtype: torch.dtype) -> torch.Tensor:
-        state = getattr(base.weight, "quant_state", None)
-        stored: torch.Tensor = base.weight.data
-        return (dequantize_4bit(stored, state) if state is not None else stored).to(dtype)
-
-    return weight

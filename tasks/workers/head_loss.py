@@ -1,9 +1,10 @@
-"""Losses of scored tokens from their hidden states, through a frozen vocabulary projection, in chunks.
+"""Losses of scored tokens from their hidden states, through the vocabulary projection, frozen or trained, in chunks.
 
 The logits of a chunk live only until its losses and its gradient are known, so memory does not grow with the tokens
 scored (the idea is Liger's, arXiv 2410.10989). Shapes: N scored tokens, D hidden size, V vocabulary.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,17 +13,15 @@ from tasks.core.activations import CHUNK_LOGITS
 
 
 class HeadLoss(torch.autograd.Function):
-    """[N] losses in nats of `targets_N`, given hidden_ND and weight_VD, which gets no gradient."""
+    """[N] losses in nats of `targets_N`, given hidden_ND and a frozen weight_VD."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        rows = max(1, CHUNK_LOGITS // len(weight_VD))
         # One buffer for all chunks: fresh memory of this size costs as much as the arithmetic on it.
-        logits_CV = hidden_ND.new_empty(min(rows, len(targets_N)), len(weight_VD))
+        logits_CV = _logits_of_a_chunk(hidden_ND, weight_VD, targets_N)
         losses = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
         gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(targets_N), rows):
-            chunk = slice(start, start + rows)
+        for chunk in _chunks(weight_VD, targets_N):
             gradient_CD = None if gradient_ND is None else gradient_ND[chunk]
             losses[chunk] = _chunk(hidden_ND[chunk], weight_VD, targets_N[chunk], logits_CV, gradient_CD)
         ctx.save_for_backward(gradient_ND)
@@ -32,6 +31,48 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient_ND,) = ctx.saved_tensors
         return gradient_ND * outer[0][:, None].to(gradient_ND.dtype), None, None
+
+
+class TrainedHeadLoss(torch.autograd.Function):
+    """The same with a gradient for weight_VD, where what comes from above has to be known first: logits are made twice.
+
+    hidden_ND and weight_VD in one format; the weight's gradient is summed in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
+        logits_CV = _logits_of_a_chunk(hidden_ND, weight_VD, targets_N)
+        chunks = _chunks(weight_VD, targets_N)
+        pieces = [_chunk(hidden_ND[c], weight_VD, targets_N[c], logits_CV, None) for c in chunks]
+        return torch.cat(pieces)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        hidden_ND, weight_VD, targets_N = ctx.saved_tensors
+        dhidden_ND = torch.empty_like(hidden_ND)
+        dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        for c in _chunks(weight_VD, targets_N):
+            slopes_CV = _slopes(hidden_ND[c], weight_VD, targets_N[c, None]).mul_(outer[0][c, None])
+            dhidden_ND[c] = slopes_CV.to(weight_VD.dtype) @ weight_VD
+            dweight_VD += slopes_CV.to(weight_VD.dtype).T @ hidden_ND[c]
+        return dhidden_ND, dweight_VD.to(weight_VD.dtype), None
+
+
+def _chunks(weight_VD: torch.Tensor, targets_N: torch.Tensor) -> Iterator[slice]:
+    rows = max(1, CHUNK_LOGITS // len(weight_VD))
+    return (slice(start, start + rows) for start in range(0, len(targets_N), rows))
+
+
+def _logits_of_a_chunk(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    rows = max(1, CHUNK_LOGITS // len(weight_VD))
+    return hidden_ND.new_empty(min(rows, len(targets_N)), len(weight_VD))
+
+
+def _slopes(hidden_CD: torch.Tensor, weight_VD: torch.Tensor, targets_C1: torch.Tensor) -> torch.Tensor:
+    """d loss / d logits [C,V] in fp32: softmax - one-hot."""
+    probabilities = (hidden_CD @ weight_VD.T).float().softmax(dim=-1)
+    return probabilities.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1, dtype=torch.float32))
 
 
 def _chunk(

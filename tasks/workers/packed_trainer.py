@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -38,11 +39,17 @@ class PackedTrainer(Trainer):
     """
 
     def __init__(
-        self, model: Any, work: Work, args: TrainingArguments, callbacks: list[TrainerCallback], micro_batches: int
+        self,
+        model: Any,
+        work: Work,
+        args: TrainingArguments,
+        callbacks: list[TrainerCallback],
+        micro_batches: int,
+        lora_plus_ratio: float | None = None,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=work.sequences, eval_dataset=work.validation, callbacks=callbacks)  # fmt: skip
         self.remove_callback(PrinterCallback)
-        self.work, self.micro_batches = work, micro_batches
+        self.work, self.micro_batches, self.lora_plus_ratio = work, micro_batches, lora_plus_ratio
         self.model_accepts_loss_kwargs = True
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
@@ -53,6 +60,21 @@ class PackedTrainer(Trainer):
         )
         prepared: DataLoader[Batch] = self.accelerator.prepare(loader)
         return prepared
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's own, or with B's learning rate `lora_plus_ratio` times A's."""
+        if self.lora_plus_ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        adapted: Any = self.model
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, adapted)
+        ratio = {"loraplus_lr_ratio": self.lora_plus_ratio, "loraplus_weight_decay": self.args.weight_decay}
+        optimizer: torch.optim.Optimizer = create_loraplus_optimizer(adapted, kind, **ratio, **options)
+        self.optimizer = optimizer
+        return optimizer
+
+    def load(self, checkpoint: Path) -> None:
+        """The weights of a checkpoint, an adapter's or all."""
+        self._load_from_checkpoint(str(checkpoint))
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         """Gradients and mean loss (nats per completion token) of one optimiser step, in as few parts as memory allows."""

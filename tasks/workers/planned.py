@@ -4,11 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from data_contracts.errors import ConfigError, Problem
+from data_contracts.errors import ConfigError
 from tasks.core.memory import predict
-from tasks.core.optimisers import NAMES
 from tasks.core.packing import Scored, pack
-from tasks.core.settings import FP32, Settings, settings_of
+from tasks.core.settings import FP32, Settings, settings_of, unplanned
 from tasks.workers.describe_base import architecture_at
 from tasks.workers.device import Device
 from tasks.workers.harness import say
@@ -28,8 +27,8 @@ def predicted_train_bytes(
     None, with a note, for a base or an optimiser that the planner has no formulas for: it must not stop training.
     """
     try:
-        if spec["optimizer"] not in NAMES:
-            raise ConfigError(Problem("its states are not known here", spec["optimizer"], f"one of {', '.join(NAMES)}"))
+        if problem := unplanned(spec, spec["method"]):
+            raise ConfigError(problem)
         arch = architecture_at(spec["base"], None)
     except ConfigError as error:
         say("note", text=f"memory of training is not planned: {error.problems[0].what}")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from tasks.core.packing import Pack, Scored, pack
-from tasks.workers.head_loss import HeadLoss
+from tasks.workers.head_loss import HeadLoss, TrainedHeadLoss
 from tasks.workers.tree_attention import NAME
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -79,15 +79,24 @@ def scored_logits(model: Any, batch: Batch) -> torch.Tensor:
 
 def scored_losses(model: Any, batch: Batch) -> torch.Tensor:
     """Loss of each scored token in nats: [N]."""
-    head = _frozen_head(model)
+    head = _plain_head(model)
     if "tree" not in batch or head is None:
         return F.cross_entropy(scored_logits(model, batch), batch["labels"], reduction="none")
     decoder = _causal(model).get_decoder()
     hidden_KD = decoder(**_inputs(model, batch)).last_hidden_state[0, batch["keep"]]
     hidden_ND = hidden_KD[batch["logit_index"]] if _shares(batch) else hidden_KD
     apply: Any = HeadLoss.apply
+    if head.requires_grad and torch.is_grad_enabled():
+        # Autocast reaches no custom backward, so it is done here, and autograd takes the gradients back to fp32.
+        apply, dtype = TrainedHeadLoss.apply, _arithmetic(head)
+        hidden_ND, head = hidden_ND.to(dtype), head.to(dtype)
     losses: torch.Tensor = apply(hidden_ND, head, batch["labels"])
     return losses
+
+
+def _arithmetic(weight: torch.Tensor) -> torch.dtype:
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def choose_way(model: Any, sequences: Sequence[Scored], longest: int) -> Scoring:
@@ -96,6 +105,10 @@ def choose_way(model: Any, sequences: Sequence[Scored], longest: int) -> Scoring
     `longest`: most tokens of a sequence to come. Where the answer is `padded`, the model is left with an attention that it
     is sure to have.
     """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return Scoring(
+            "padded", "a trained prefix comes as a cache of keys and values, which a packed row has no place for"
+        )
     device = next(model.parameters()).device
     window = getattr(_causal(model).config, "sliding_window", None)
     if window and longest > window:
@@ -141,9 +154,9 @@ def _causal(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _frozen_head(model: Any) -> torch.Tensor | None:
-    """The vocabulary projection [V, D] if losses may be computed from hidden states: plain, frozen, its logits as they are."""
+def _plain_head(model: Any) -> torch.Tensor | None:
+    """The vocabulary projection [V, D] if losses may be computed from hidden states: plain, its logits as they are."""
     head = _causal(model).get_output_embeddings()
-    if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
+    if type(head) is not torch.nn.Linear or head.bias is not None:
         return None
     return None if any(getattr(model.config, name, None) for name in LOGIT_CHANGES) else head.weight

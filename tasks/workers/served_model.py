@@ -1,7 +1,7 @@
-"""The registered model: an adapter on its base, answered through mlflow.pyfunc (models-from-code).
+"""The registered model: an adapter on its base, or all weights, answered through mlflow.pyfunc (models-from-code).
 
 MLflow copies this file into every model version and runs it on its own, so it imports nothing of Tunegate. `meta.json`
-beside the adapter names the base, the form it is loaded in (full precision or NF4, as evaluated), and the digest of
+beside the adapter names the base, the form it is loaded in (full precision or 4 bits, as evaluated), and the digest of
 its files. The base itself is found, in this order: in $TUNEGATE_BASE_DIR; in a store above this model or above the
 working directory; on the hub, if it came from there. torch is imported when a model is loaded, not when it is logged.
 """
@@ -30,10 +30,11 @@ class ServedModel(mlflow.pyfunc.PythonModel):
         if self.tokenizer.chat_template is None:
             self.tokenizer.chat_template = self.meta["chat_template"]
         self.stops: Any = self.tokenizer.convert_tokens_to_ids(self.meta["stops"])
+        is_full = self.meta["method"] == "full"
         model = AutoModelForCausalLM.from_pretrained(
-            base, use_safetensors=True, trust_remote_code=False, **self._form()
+            adapter if is_full else base, use_safetensors=True, trust_remote_code=False, **self._form()
         )
-        self.model = PeftModel.from_pretrained(model, adapter).eval()
+        self.model = model.eval() if is_full else PeftModel.from_pretrained(model, adapter).eval()
 
     def _form(self) -> dict[str, Any]:
         import torch
@@ -41,11 +42,12 @@ class ServedModel(mlflow.pyfunc.PythonModel):
 
         dtype = torch.bfloat16 if self.meta["precision"] == "bf16" and torch.cuda.is_available() else torch.float32
         form: dict[str, Any] = {"dtype": dtype, "device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"}}
-        if self.meta["method"] == "qlora":
+        quantisation = self.meta["quantisation"]
+        if quantisation:
             form["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
+                bnb_4bit_quant_type=quantisation["quant_type"],
+                bnb_4bit_use_double_quant=quantisation["double_quant"],
                 bnb_4bit_compute_dtype=dtype,
             )
         return form

@@ -1,8 +1,8 @@
-"""Train one arm from the step-0 adapter: `python -m tasks.workers.train_adapter spec.json out/`.
+"""Train one arm from its start: `python -m tasks.workers.train_adapter spec.json out/`.
 
-spec: method, base, step0 (folders), train, validation (JSONL of rows), model.precision and the dials of
+spec: method, base, step0 (folders; step0 is null for the method full, which starts from the base), train, validation (JSONL of rows), model.precision and the dials of
 data_contracts.run_spec.TrainSpec. Killed and started again with the same out/, it goes on from its last checkpoint.
-Writes out/adapter/ and out/report.json; out/rows_too_long.jsonl names the rows that were left out, truncated or split.
+Writes out/adapter/ (with all weights, if the method is full) and out/report.json; out/rows_too_long.jsonl names the rows that were left out, truncated or split.
 """
 
 import json
@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, get_peft_model
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import TrainerState
 
 from data_contracts.errors import DataError, Problem
+from data_contracts.method_rules import LORA_ARMS
 from tasks.core.packing import Scored, pack, plan_batches
 from tasks.core.too_long import TooLong, fit
 from tasks.workers.bases import load_base, weights_bytes
 from tasks.workers.chat import Chat, load_chat
 from tasks.workers.checkpoints import last_checkpoint, state_of, step_of
 from tasks.workers.device import Device, choose_device, peak_rss_bytes, reset_peak_rss
+from tasks.workers.embedding_noise import add_noise
 from tasks.workers.fused_lora import fuse_lora
 from tasks.workers.fused_mlp import fuse_mlp
 from tasks.workers.harness import main, say
+from tasks.workers.lora_starts import TAKEN_OFF, as_plain_lora, take_off_start
 from tasks.workers.packed_trainer import PackedTrainer, Work, mean_loss, training_arguments
 from tasks.workers.planned import predicted_train_bytes
 from tasks.workers.scoring import choose_way
@@ -43,7 +46,7 @@ def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     plan = plan_batches(lengths, spec["batch_tokens"], spec["epochs"], spec["seed"])[: spec["max_steps"]]
     validation = validation_rows(chat, spec)
 
-    model = adapted_base(spec, device)
+    model = trainable(spec, device)
     load_peak = reset_peak_rss()
     scoring = choose_way(model, rows, max(lengths))
     say("note", text=f"{scoring.way} forward: {scoring.reason}")
@@ -53,9 +56,10 @@ def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     checkpoint = last_checkpoint(out)
     state = run_trainer(model, work, spec, out, device, checkpoint)
     memory = {"peak_train_bytes": peak_train_bytes(device), "peak_rss_bytes": max(load_peak, peak_rss_bytes())}
-    save_adapter(model, out / "adapter", spec["base_name"])
+    save(model, spec, out / "adapter")
     return {
         "method": spec["method"],
+        "quantisation": quantisation_of(spec),
         "resumed_from_step": step_of(checkpoint),
         **count_work(rows, plan[: state.global_step]),
         "rows_too_long": len((out / "rows_too_long.jsonl").read_text().splitlines()),
@@ -73,14 +77,38 @@ def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     }
 
 
-def adapted_base(spec: dict[str, Any], device: Device) -> PeftModel:
-    """The base with the step-0 adapter on it, ready to train."""
-    base = load_base(Path(spec["base"]), spec["method"], device)
+def trainable(spec: dict[str, Any], device: Device) -> Any:
+    """The base with the step-0 adapter on it, or with all its weights free: ready to train."""
+    is_full = spec["method"] == "full"
+    model: Any = load_base(Path(spec["base"]), spec["method"], device, spec, trains_all=is_full)
     set_seed(spec["seed"])
-    model = PeftModel.from_pretrained(base, spec["step0"], is_trainable=True)
+    if not is_full:
+        model = with_adapter(model, spec["step0"])
+    model.eval()  # PEFT's dropout begins at work, and would make the packed losses differ from the padded ones
+    if is_taken_off(spec):
+        take_off_start(model)
     if spec["activation_checkpointing"]:
         model.enable_input_require_grads()
+    if spec["neftune_alpha"] is not None:
+        add_noise(model, spec["neftune_alpha"])
     return model
+
+
+def with_adapter(base: Any, folder: str) -> Any:
+    """The adapter in `folder`, trainable. PeftModel.from_pretrained does the same, but for a prefix it refuses to."""
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = False
+    model = get_peft_model(base, config)
+    model.load_adapter(folder, "default", is_trainable=True)
+    return model
+
+
+def is_taken_off(spec: dict[str, Any]) -> bool:
+    return spec["method"] in LORA_ARMS and spec["init"] in TAKEN_OFF
+
+
+def quantisation_of(spec: dict[str, Any]) -> dict[str, Any] | None:
+    return {name: spec[name] for name in ("quant_type", "double_quant")} if spec["method"] == "qlora" else None
 
 
 def run_trainer(
@@ -93,14 +121,16 @@ def run_trainer(
     if spec["validation_steps"] is not None:
         callbacks.append(KeepBest(spec["early_stopping_patience"]))
     split = before["log_history"][-1].get("micro_batches", 1) if before else 1
-    trainer = PackedTrainer(model, work, training_arguments(spec, out, device, len(work.plan)), callbacks, split)
+    ratio = spec["lora_plus_ratio"] if spec["method"] in LORA_ARMS else None
+    arguments = training_arguments(spec, out, device, len(work.plan))
+    trainer = PackedTrainer(model, work, arguments, callbacks, split, ratio)
     if checkpoint and stopped_early(before):
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     else:
         with stop.listening():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.best_global_step:
-        model.load_adapter(str(out / f"checkpoint-{trainer.state.best_global_step}"), "default", is_trainable=True)
+        trainer.load(out / f"checkpoint-{trainer.state.best_global_step}")
     return trainer.state
 
 
@@ -148,11 +178,17 @@ def count_work(rows: list[Scored], plan: list[list[int]]) -> dict[str, int]:
     }
 
 
-def save_adapter(model: Any, folder: Path, base_name: str) -> None:
+def save(model: Any, spec: dict[str, Any], folder: Path) -> None:
     """safetensors and configuration, without a path of this machine and without PEFT's empty README."""
-    model.peft_config["default"].base_model_name_or_path = base_name
+    if spec["method"] == "full":
+        model.config.use_cache = True  # it was off to train
+        model.save_pretrained(str(folder))
+        return
+    model.peft_config["default"].base_model_name_or_path = spec["base_name"]
     model.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)
+    if is_taken_off(spec):
+        as_plain_lora(folder, Path(spec["step0"]))
 
 
 def encode_rows(

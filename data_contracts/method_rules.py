@@ -1,0 +1,52 @@
+"""Which dials of training go together: what cannot work, or would be silently without effect, is refused with its reason."""
+
+from collections.abc import Iterator
+from typing import Any
+
+LORA_ARMS = ("lora", "qlora")
+"""Arms that train LoRA layers."""
+
+_READ_BY = {
+    "quant_type": ("qlora",),
+    "double_quant": ("qlora",),
+    "dropout": LORA_ARMS,
+    "use_rslora": LORA_ARMS,
+    "use_dora": LORA_ARMS,
+    "init": LORA_ARMS,
+    "lora_plus_ratio": LORA_ARMS,
+    "prefix_tokens": ("prefix",),
+}
+
+_SORTING = ("galore", "apollo", "lomo", "adalomo")
+"""Optimisers of transformers that are made from a model instead of groups of weights."""
+
+
+def refusals(train: Any) -> Iterator[str]:
+    """Every reason why the dials of a TrainSpec do not fit together; none if they do."""
+    yield from _unread(train)
+    yield from _impossible(train)
+    if train.early_stopping_patience is not None and train.validation_steps is None:
+        yield "early_stopping_patience counts validations: set validation_steps too"
+
+
+def _unread(train: Any) -> Iterator[str]:
+    """A dial that was turned, and that no arm reads."""
+    for dial, arms in _READ_BY.items():
+        is_turned = getattr(train, dial) != type(train).model_fields[dial].default
+        if is_turned and not set(arms) & set(train.methods):
+            yield f"{dial} has an effect on {' and '.join(arms)} only: add one to methods, or leave {dial} out"
+    for arm in sorted(set(train.learning_rates) - set(train.methods)):
+        yield f"learning_rates has one for {arm}, which is no arm of this run: add it to methods, or leave it out"
+
+
+def _impossible(train: Any) -> Iterator[str]:
+    if len(set(train.methods)) < len(train.methods):
+        yield "methods names an arm twice: each is trained once"
+    if train.use_dora and train.init != "default":
+        yield f"use_dora takes its magnitudes from the untouched base, and init={train.init} starts elsewhere: drop one"
+    if train.init == "loftq" and "qlora" not in train.methods:
+        yield "init=loftq makes up for what quantisation lost, and no arm is quantised: add qlora to methods"
+    if train.lora_plus_ratio is not None and train.optimizer.startswith(_SORTING):
+        yield f"{train.optimizer} sorts the weights itself, so LoRA's B cannot get a rate of its own: drop lora_plus_ratio"
+    if "prefix" in train.methods and train.activation_checkpointing:
+        yield "prefix hands its keys and values on in a cache, which activation_checkpointing drops: switch it off"
