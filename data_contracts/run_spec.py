@@ -192,6 +192,9 @@ class TrainSpec(Section):
     in nats per token: 2 is a perplexity 7.4 times as high. null never stops."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of a worker; null takes the cores that are free."""
+    workers: Annotated[int, Field(ge=1)] = 1
+    """Processes that train one arm together, each on a GPU of its own or a share of the cores, see docs/devices.md. A step
+    has the same rows, and its gradient is the same but for rounding."""
 
     @model_validator(mode="after")
     def _patience_has_something_to_count(self) -> "TrainSpec":

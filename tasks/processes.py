@@ -45,7 +45,8 @@ def run_worker(
         (out / "worker.log").open("a") as log,
         Display(title or module.rpartition(".")[2].replace("_", " ")) as display,
     ):
-        command = [sys.executable, "-m", module, str(spec_file), str(out)]
+        launcher = ["tasks.workers.launch"] if spec.get("workers", 1) > 1 else []
+        command = [sys.executable, "-m", *launcher, module, str(spec_file), str(out)]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment())
         try:
             _follow(child, display.show)

@@ -1,7 +1,9 @@
 """transformers.Trainer fed with packed rows, its loss taken over completion tokens only."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from data_contracts.errors import ConfigError, Problem
-from tasks.core.packing import Scored, group_for_packing
+from tasks.core.packing import Scored, group_for_packing, shares
 from tasks.workers.checkpoints import last_good, published
 from tasks.workers.device import Device
 from tasks.workers.harness import say
+from tasks.workers.ranks import largest, rank, ranks, sum_gradients, total, wait
 from tasks.workers.scoring import Batch, Way, scored_losses, to_device, to_tensors
 
 
@@ -30,9 +33,33 @@ class Work:
     batch_tokens: int
     way: Way
 
+    @cached_property
+    def shares(self) -> list[list[list[int]]]:
+        """Of each step: each rank's sequences."""
+        return [
+            [[step[i] for i in part] for part in shares([self.sequences[i] for i in step], ranks())]
+            for step in self.plan
+        ]
+
+    @cached_property
+    def mine(self) -> list[list[int]]:
+        """This rank's sequences of each step."""
+        return [step[rank()] for step in self.shares]
+
+    def largest_shares(self) -> list[list[int]]:
+        """Of each step: the share with the most tokens. Memory is each process's own."""
+        return [max(step, key=lambda part: sum(len(self.sequences[i].ids) for i in part)) for step in self.shares]
+
+    def scored_tokens(self, step: int) -> int:
+        """Of all ranks."""
+        return sum(len(self.sequences[i].ids) - self.sequences[i].start for i in self.plan[step])
+
 
 class PackedTrainer(Trainer):
     """Trainer whose steps, validation and checkpoints are those of packed rows.
+
+    Several ranks divide the rows of each step. Gradients are added up once a step, after the last backward pass, and not
+    by DistributedDataParallel during it: so a rank may have no row, or run out of memory and try again in smaller parts.
 
     `micro_batches` is how many parts an optimiser step is computed in: 1 until memory runs out, then doubled.
     """
@@ -44,23 +71,24 @@ class PackedTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.work, self.micro_batches = work, micro_batches
         self.model_accepts_loss_kwargs = True
+        if ranks() > 1:  # accelerate's way of not wrapping a model: nothing else depends on it
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """One pass over the plan: it holds all epochs, so a resumed run skips to where it was."""
         rows: Any = self.work.sequences
         loader: DataLoader[Batch] = DataLoader(
-            rows, batch_sampler=self.work.plan, collate_fn=lambda rows: to_tensors(rows, self.work.way)
+            rows, batch_sampler=self.work.mine, collate_fn=partial(_batch, way=self.work.way)
         )
-        prepared: DataLoader[Batch] = self.accelerator.prepare(loader)
-        return prepared
+        return loader
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         """Gradients and mean loss (nats per completion token) of one optimiser step, in as few parts as memory allows."""
-        tokens, part_step = len(inputs["labels"]), super().training_step
+        tokens, part_step = self.work.scored_tokens(self.state.global_step), super().training_step
         while True:
             parts = self._parts(inputs)
             try:
-                return torch.stack([part_step(model, part, tokens) for part in parts]).sum()
+                return self._agreed(model, [part_step(model, part, tokens) for part in parts])
             except (MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
@@ -69,16 +97,24 @@ class PackedTrainer(Trainer):
             model.zero_grad()
             clear_device_cache(garbage_collection=True)
 
+    def _agreed(self, model: Any, losses: list[torch.Tensor]) -> torch.Tensor:
+        """The step's loss, from all ranks; their gradients are added up, and the next step has the same parts on all."""
+        if ranks() == 1:
+            return torch.stack(losses).sum()
+        sum_gradients(parameter for parameter in model.parameters() if parameter.requires_grad)
+        self.micro_batches = int(largest([self.micro_batches])[0])
+        return torch.tensor(total([float(sum(losses))])[0], device=self.args.device)
+
     def _parts(self, inputs: Batch) -> list[Batch]:
-        if self.micro_batches == 1:
-            return [inputs]
-        rows = [self.work.sequences[index] for index in self.work.plan[self.state.global_step]]
-        most_tokens = self.work.batch_tokens // self.micro_batches
+        rows = [self.work.sequences[index] for index in self.work.mine[self.state.global_step]]
+        if self.micro_batches == 1 or not rows:
+            return [inputs] if rows else []
+        most_tokens = self.work.batch_tokens // self.micro_batches // ranks()
         return [to_tensors([rows[i] for i in group], self.work.way) for group in group_for_packing(rows, most_tokens)]
 
     def _halve(self, parts: int, cause: str) -> None:
         """Raise ConfigError if the step's rows are computed one by one already."""
-        rows = self.work.plan[self.state.global_step]
+        rows = self.work.mine[self.state.global_step]
         if parts == len(rows):
             longest = max(len(self.work.sequences[index].ids) for index in rows)
             act = "lower train.max_tokens, set train.activation_checkpointing, or take a smaller base"
@@ -119,21 +155,29 @@ class PackedTrainer(Trainer):
         states = [value for state in optimizer.state.values() for value in state.values()]
         tensors = weights + [value for value in states if isinstance(value, torch.Tensor)]
         needed_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        with published(out / f"checkpoint-{step}", needed_bytes):
+        with published(out / f"checkpoint-{step}", needed_bytes) if rank() == 0 else nullcontext():
             super()._save_checkpoint(model, trial)
+            wait()  # for the random states of all ranks: the seal covers them
+        wait()
+
+
+def _batch(rows: Sequence[Scored], way: Way) -> Batch:
+    """A rank that has no row in a step gets no tensors to compute with."""
+    return to_tensors(rows, way) if rows else {"labels": torch.empty(0, dtype=torch.long)}
 
 
 def mean_loss(model: Any, work: Work) -> float:
-    """Mean loss per completion token of the validation rows, in nats. There must be some."""
+    """Mean loss per completion token of the validation rows, in nats, divided among the ranks. There must be some."""
     model.eval()
     device = next(model.parameters()).device
-    total, tokens = 0.0, 0
+    summed, tokens = 0.0, 0
     with torch.inference_mode():
-        for group in group_for_packing(work.validation, work.batch_tokens):
+        for group in list(group_for_packing(work.validation, work.batch_tokens))[rank() :: ranks()]:
             rows: Sequence[Scored] = [work.validation[i] for i in group]
             losses = scored_losses(model, to_device(to_tensors(rows, work.way), device))
-            total, tokens = total + float(losses.sum()), tokens + len(losses)
-    return total / tokens
+            summed, tokens = summed + float(losses.sum()), tokens + len(losses)
+    summed, tokens_of_all = total([summed, tokens])
+    return summed / tokens_of_all
 
 
 def training_arguments(spec: dict[str, Any], out: Path, device: Device, steps: int) -> TrainingArguments:
@@ -152,6 +196,8 @@ def training_arguments(spec: dict[str, Any], out: Path, device: Device, steps: i
         gradient_checkpointing_kwargs={"use_reentrant": False} if spec["activation_checkpointing"] else None,
         bf16=device.precision == "bf16",
         use_cpu=device.device == "cpu",
+        ddp_backend="gloo" if ranks() > 1 and device.device == "cpu" else None,
+        average_tokens_across_devices=False,  # the plan says how many tokens a step scores
         seed=spec["seed"],
         save_steps=spec["checkpoint_steps"],
         eval_strategy="steps" if validates else "no",

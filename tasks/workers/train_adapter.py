@@ -6,12 +6,14 @@ Writes out/adapter/ and out/report.json; out/rows_too_long.jsonl names the rows 
 """
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import TrainerState
 
@@ -23,9 +25,10 @@ from tasks.workers.chat import Chat, load_chat
 from tasks.workers.checkpoints import last_checkpoint, state_of, step_of
 from tasks.workers.device import Device, choose_device, peak_rss_bytes, reset_peak_rss
 from tasks.workers.fused_lora import fuse_lora
-from tasks.workers.harness import main, say
+from tasks.workers.harness import is_first_rank, main, say
 from tasks.workers.packed_trainer import PackedTrainer, Work, mean_loss, training_arguments
 from tasks.workers.planned import predicted_train_bytes
+from tasks.workers.ranks import first_says, joined, largest, rank, ranks
 from tasks.workers.scoring import choose_way
 from tasks.workers.watch import Clock, KeepBest, LossWatch, StopOnSignal, stopped_early
 
@@ -33,11 +36,18 @@ _CHECKED_ROWS = 64  # decoded before training starts
 
 
 def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
+    with joined():
+        return train_rank(spec, out)
+
+
+def train_rank(spec: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The whole work, or this rank's part of it; what is answered is the same on all ranks but for times."""
     started = time.monotonic()
     device = choose_device(spec["precision"], spec["threads"])
     say("device", **vars(device))
     chat = load_chat(Path(spec["base"]))
-    rows, row_ids = encode_rows(chat, Path(spec["train"]), spec["max_tokens"], spec["too_long"], out / "rows_too_long.jsonl")  # fmt: skip
+    listed = out / "rows_too_long.jsonl" if is_first_rank() else Path(os.devnull)
+    rows, row_ids = encode_rows(chat, Path(spec["train"]), spec["max_tokens"], spec["too_long"], listed)
     lengths = [len(row.ids) for row in rows]
     plan = plan_batches(lengths, spec["batch_tokens"], spec["epochs"], spec["seed"])[: spec["max_steps"]]
     validation = validation_rows(chat, spec)
@@ -48,27 +58,35 @@ def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     say("note", text=f"{scoring.way} forward: {scoring.reason}")
     fuse_lora(model)
     work = Work(rows, row_ids, plan, validation, spec["batch_tokens"], scoring.way)
-    checkpoint = last_checkpoint(out)
+    checkpoint = agreed_checkpoint(out)
     state = run_trainer(model, work, spec, out, device, checkpoint)
-    memory = {"peak_train_bytes": peak_train_bytes(device), "peak_rss_bytes": max(load_peak, peak_rss_bytes())}
-    save_adapter(model, out / "adapter", spec["base_name"])
+    peaks = map(int, largest([peak_train_bytes(device), max(load_peak, peak_rss_bytes())]))
+    if is_first_rank():
+        save_adapter(model, out / "adapter", spec["base_name"])
     return {
         "method": spec["method"],
         "resumed_from_step": step_of(checkpoint),
         **count_work(rows, plan[: state.global_step]),
-        "rows_too_long": len((out / "rows_too_long.jsonl").read_text().splitlines()),
+        "rows_too_long": len(listed.read_text().splitlines()),
         "too_long": {"leave_out": "left out", "truncate": "truncated", "split": "split"}[spec["too_long"]],
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "weights_bytes": weights_bytes(model),
-        **memory,
-        "predicted_train_bytes": predicted_train_bytes(spec, rows, plan, device, scoring.way),
+        **dict(zip(("peak_train_bytes", "peak_rss_bytes"), peaks, strict=True)),
+        "predicted_train_bytes": predicted_train_bytes(spec, rows, work.largest_shares(), device, scoring.way),
         **told(state),
         "final_validation_nll_nats": mean_loss(model, work) if validation else None,
         "seconds": time.monotonic() - started,
+        "workers": ranks(),
         **vars(device),
         "scoring": scoring.way,
         "scoring_reason": scoring.reason,
     }
+
+
+def agreed_checkpoint(out: Path) -> Path | None:
+    """The newest complete checkpoint, as rank 0 finds it."""
+    step = first_says(step_of(last_checkpoint(out)) if is_first_rank() else 0)
+    return out / f"checkpoint-{step}" if step else None
 
 
 def adapted_base(spec: dict[str, Any], device: Device) -> PeftModel:
@@ -92,6 +110,8 @@ def run_trainer(
         callbacks.append(KeepBest(spec["early_stopping_patience"]))
     split = before["log_history"][-1].get("micro_batches", 1) if before else 1
     trainer = PackedTrainer(model, work, training_arguments(spec, out, device, len(work.plan)), callbacks, split)
+    if not is_first_rank():
+        set_seed(spec["seed"] + rank())  # no two ranks drop the same units
     if checkpoint and stopped_early(before):
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     else:
@@ -199,4 +219,4 @@ def loss_point(entry: dict[str, float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(train)
+    record(main)(train)  # torchrun is told by it what a rank broke on
