@@ -55,6 +55,7 @@ def _environment(ranks: int, threads: int | None, folder: Path) -> dict[str, str
         MEETING: str(folder / "ranks"),
         "GLOO_SOCKET_IFNAME": loopback,
         "NCCL_SOCKET_IFNAME": loopback,
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # it would listen everywhere, and the ranks need none
         "TORCHELASTIC_LOG_LEVEL": "ERROR",
         **share,
     }
