@@ -195,6 +195,15 @@ class TrainSpec(Section):
     workers: Annotated[int, Field(ge=1)] = 1
     """Processes that train one arm together, each on a GPU of its own or a share of the cores, see docs/devices.md. A step
     has the same rows, and its gradient is the same but for rounding."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """What each of several workers holds: `none` all weights; `fsdp` a part of every layer, which lets a base train that no
+    single GPU holds, and costs traffic between them."""
+
+    @model_validator(mode="after")
+    def _there_is_somebody_to_share_with(self) -> "TrainSpec":
+        if self.sharding != "none" and self.workers == 1:
+            raise ValueError("sharding divides the weights among workers: set workers to 2 or more, or sharding to none")
+        return self
 
     @model_validator(mode="after")
     def _patience_has_something_to_count(self) -> "TrainSpec":

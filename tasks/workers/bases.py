@@ -20,13 +20,13 @@ from tasks.workers.device import Device
 from tasks.workers.tree_attention import NAME
 
 
-def load_base(folder: Path, method: str, device: Device) -> PreTrainedModel:
+def load_base(folder: Path, method: str, device: Device, storage: torch.dtype = torch.uint8) -> PreTrainedModel:
     """`lora` gives the full-precision base, `qlora` NF4 (arXiv 2305.14314: blocks of 64, constants quantised again).
 
-    Safetensors only; no code from the base is run.
+    Safetensors only; no code from the base is run. `storage`: the number format of the tensors that hold 4-bit weights.
     """
     options: dict[str, Any] = {"dtype": device.dtype, "attn_implementation": NAME, "device_map": {"": device.device}}
-    model = _quantised(folder, device, options) if method == "qlora" else _stored(folder, options)
+    model = _quantised(folder, device, options, storage) if method == "qlora" else _stored(folder, options)
     model.config.use_cache = False
     model.requires_grad_(False)
     model.eval()
@@ -40,7 +40,7 @@ def _stored(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
-def _quantised(folder: Path, device: Device, options: dict[str, Any]) -> PreTrainedModel:
+def _quantised(folder: Path, device: Device, options: dict[str, Any], storage: torch.dtype) -> PreTrainedModel:
     """NF4, one tensor after the other: read through its own mapping of the file, which is let go at once.
 
     transformers maps the whole file until the end, and every page that quantisation has read stays in memory.
@@ -50,6 +50,7 @@ def _quantised(folder: Path, device: Device, options: dict[str, Any]) -> PreTrai
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=device.dtype,
+        bnb_4bit_quant_storage=storage,
     )
     tensors = {name: _Tensor(file, name) for file in sorted(folder.glob("*.safetensors")) for name in _names(file)}
     if not tensors:

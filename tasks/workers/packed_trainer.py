@@ -20,6 +20,7 @@ from tasks.workers.device import Device
 from tasks.workers.harness import say
 from tasks.workers.ranks import largest, rank, ranks, sum_gradients, total, wait
 from tasks.workers.scoring import Batch, Way, scored_losses, to_device, to_tensors
+from tasks.workers.shards import divide_states, is_sharded, shard, whole_states, whole_weights
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,30 @@ class PackedTrainer(Trainer):
 
     Several ranks divide the rows of each step. Gradients are added up once a step, after the last backward pass, and not
     by DistributedDataParallel during it: so a rank may have no row, or run out of memory and try again in smaller parts.
+    Where the weights are divided too (`sharding`), ranks compute in step: none may be idle or try again.
 
     `micro_batches` is how many parts an optimiser step is computed in: 1 until memory runs out, then doubled.
     """
 
     def __init__(
-        self, model: Any, work: Work, args: TrainingArguments, callbacks: list[TrainerCallback], micro_batches: int
-    ) -> None:
+        self, model: Any, work: Work, args: TrainingArguments, callbacks: list[TrainerCallback], micro_batches: int,
+        sharding: str = "none",
+    ) -> None:  # fmt: skip
         super().__init__(model=model, args=args, train_dataset=work.sequences, eval_dataset=work.validation, callbacks=callbacks)  # fmt: skip
         self.remove_callback(PrinterCallback)
-        self.work, self.micro_batches = work, micro_batches
+        self.work, self.micro_batches, self.sharding = work, micro_batches, sharding
         self.model_accepts_loss_kwargs = True
         if ranks() > 1:  # accelerate's way of not wrapping a model: nothing else depends on it
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        if sharding != "none":
+            self.accelerator.prepare_model = lambda model, **_: model
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """By now a checkpoint's weights are in the model, and the optimiser must see those that are divided."""
+        if self.sharding != "none" and not is_sharded(self.model):
+            shard(self.model, self.args.device.type)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        return optimizer
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """One pass over the plan: it holds all epochs, so a resumed run skips to where it was."""
@@ -92,6 +104,8 @@ class PackedTrainer(Trainer):
             except (MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
+                if is_sharded(model):
+                    raise self._no_room(str(error).splitlines()[0]) from error
                 self._halve(len(parts), str(error).splitlines()[0])
             # Outside of the except block: there the error still holds the tensors of the step.
             model.zero_grad()
@@ -101,12 +115,17 @@ class PackedTrainer(Trainer):
         """The step's loss, from all ranks; their gradients are added up, and the next step has the same parts on all."""
         if ranks() == 1:
             return torch.stack(losses).sum()
+        if is_sharded(model):  # which added up the gradients as it went back
+            return torch.tensor(total([float(sum(losses))])[0], device=self.args.device)
         sum_gradients(parameter for parameter in model.parameters() if parameter.requires_grad)
         self.micro_batches = int(largest([self.micro_batches])[0])
         return torch.tensor(total([float(sum(losses))])[0], device=self.args.device)
 
     def _parts(self, inputs: Batch) -> list[Batch]:
         rows = [self.work.sequences[index] for index in self.work.mine[self.state.global_step]]
+        if not rows and is_sharded(self.model):
+            (first, *_) = self.work.plan[self.state.global_step]
+            return [{**to_tensors([self.work.sequences[first]], self.work.way), "idle": True}]
         if self.micro_batches == 1 or not rows:
             return [inputs] if rows else []
         most_tokens = self.work.batch_tokens // self.micro_batches // ranks()
@@ -114,23 +133,30 @@ class PackedTrainer(Trainer):
 
     def _halve(self, parts: int, cause: str) -> None:
         """Raise ConfigError if the step's rows are computed one by one already."""
-        rows = self.work.mine[self.state.global_step]
-        if parts == len(rows):
-            longest = max(len(self.work.sequences[index].ids) for index in rows)
-            act = "lower train.max_tokens, set train.activation_checkpointing, or take a smaller base"
-            what = f"memory does not hold one row ({cause})"
-            raise ConfigError(Problem(what, f"step {self.state.global_step + 1}", f"{longest} tokens", act))
+        if parts == len(self.work.mine[self.state.global_step]):
+            raise self._no_room(cause)
         self.micro_batches *= 2
         step = self.state.global_step + 1
         text = f"out of memory at step {step}: from here each step is computed in {self.micro_batches} parts"
         say("note", text=f"{text}, with the same rows and the same gradient")
 
+    def _no_room(self, cause: str) -> ConfigError:
+        rows = self.work.mine[self.state.global_step]
+        longest = max(len(self.work.sequences[index].ids) for index in rows)
+        act = "lower train.max_tokens, set train.activation_checkpointing, or take a smaller base"
+        what = f"memory does not hold one row ({cause})"
+        if is_sharded(self.model):
+            act = "lower train.batch_tokens, set train.activation_checkpointing, or raise train.workers"
+            what = f"memory does not hold this worker's share of a step ({cause}), and weights that are divided forbid another try"
+        return ConfigError(Problem(what, f"step {self.state.global_step + 1}", f"{longest} tokens", act))
+
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Sum of the part's losses over the step's completion tokens: the parts add up to the step's mean, in nats."""
-        loss: torch.Tensor = scored_losses(model, inputs).sum() / num_items_in_batch
-        return loss
+        idle = inputs.pop("idle", False)
+        loss = _losses(model, inputs).sum() / num_items_in_batch
+        return loss * 0 if idle else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Keep with each step how it was computed, so that a resumed run goes on alike."""
@@ -148,7 +174,8 @@ class PackedTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step, out = self.state.global_step, Path(str(self.args.output_dir))
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if not all(bool(torch.isfinite(weight).all()) for weight in weights):
+        whole = whole_weights(model) if is_sharded(model) else None
+        if not all(bool(torch.isfinite(weight).all()) for weight in (whole.values() if whole else weights)):
             act = f"lower train.learning_rate; {last_good(out)}"
             raise ConfigError(Problem("a weight is no finite number any more", f"step {step}", act=act))
         optimizer: Any = self.optimizer
@@ -156,9 +183,29 @@ class PackedTrainer(Trainer):
         tensors = weights + [value for value in states if isinstance(value, torch.Tensor)]
         needed_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         with published(out / f"checkpoint-{step}", needed_bytes) if rank() == 0 else nullcontext():
+            self.whole = whole
             super()._save_checkpoint(model, trial)
             wait()  # for the random states of all ranks: the seal covers them
         wait()
+
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict or self.whole)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with whole_states(self.optimizer) if is_sharded(self.model) else nullcontext():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if is_sharded(self.model):
+            divide_states(self.optimizer)
+
+
+def _losses(model: Any, batch: Batch) -> torch.Tensor:
+    """Loss of each scored token, in nats: [N]."""
+    losses: torch.Tensor = model(batch=batch) if is_sharded(model) else scored_losses(model, batch)
+    return losses
 
 
 def _batch(rows: Sequence[Scored], way: Way) -> Batch:
@@ -171,10 +218,13 @@ def mean_loss(model: Any, work: Work) -> float:
     model.eval()
     device = next(model.parameters()).device
     summed, tokens = 0.0, 0
-    with torch.inference_mode():
-        for group in list(group_for_packing(work.validation, work.batch_tokens))[rank() :: ranks()]:
+    groups = list(group_for_packing(work.validation, work.batch_tokens))
+    # With weights that are divided all ranks compute each layer together, and its weights must be fit for training later.
+    sharded = is_sharded(model)
+    with torch.no_grad() if sharded else torch.inference_mode():
+        for group in groups if sharded else groups[rank() :: ranks()]:
             rows: Sequence[Scored] = [work.validation[i] for i in group]
-            losses = scored_losses(model, to_device(to_tensors(rows, work.way), device))
+            losses = _losses(model, to_device(to_tensors(rows, work.way), device))
             summed, tokens = summed + float(losses.sum()), tokens + len(losses)
     summed, tokens_of_all = total([summed, tokens])
     return summed / tokens_of_all

@@ -8,6 +8,7 @@ Writes out/adapter/ and out/report.json; out/rows_too_long.jsonl names the rows 
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import TrainerState
 
-from data_contracts.errors import DataError, Problem
+from data_contracts.errors import ConfigError, DataError, Problem
 from tasks.core.packing import Scored, pack, plan_batches
 from tasks.core.too_long import TooLong, fit
 from tasks.workers.bases import load_base, weights_bytes
@@ -30,6 +31,7 @@ from tasks.workers.packed_trainer import PackedTrainer, Work, mean_loss, trainin
 from tasks.workers.planned import predicted_train_bytes
 from tasks.workers.ranks import first_says, joined, largest, rank, ranks
 from tasks.workers.scoring import choose_way
+from tasks.workers.shards import is_sharded, load_weights, whole_weights
 from tasks.workers.watch import Clock, KeepBest, LossWatch, StopOnSignal, stopped_early
 
 _CHECKED_ROWS = 64  # decoded before training starts
@@ -55,22 +57,23 @@ def train_rank(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     model = adapted_base(spec, device)
     load_peak = reset_peak_rss()
     scoring = choose_way(model, rows, max(lengths))
+    if sharding(spec) != "none" and scoring.way != "packed":
+        raise ConfigError(Problem(f"rows are trained padded ({scoring.reason})", "train.sharding", "none"))
     say("note", text=f"{scoring.way} forward: {scoring.reason}")
     fuse_lora(model)
     work = Work(rows, row_ids, plan, validation, spec["batch_tokens"], scoring.way)
     checkpoint = agreed_checkpoint(out)
+    size = {"trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "weights_bytes": weights_bytes(model)}
     state = run_trainer(model, work, spec, out, device, checkpoint)
     peaks = map(int, largest([peak_train_bytes(device), max(load_peak, peak_rss_bytes())]))
-    if is_first_rank():
-        save_adapter(model, out / "adapter", spec["base_name"])
+    save_adapter(model, out / "adapter", spec["base_name"])
     return {
         "method": spec["method"],
         "resumed_from_step": step_of(checkpoint),
         **count_work(rows, plan[: state.global_step]),
         "rows_too_long": len(listed.read_text().splitlines()),
         "too_long": {"leave_out": "left out", "truncate": "truncated", "split": "split"}[spec["too_long"]],
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "weights_bytes": weights_bytes(model),
+        **size,
         **dict(zip(("peak_train_bytes", "peak_rss_bytes"), peaks, strict=True)),
         "predicted_train_bytes": predicted_train_bytes(spec, rows, work.largest_shares(), device, scoring.way),
         **told(state),
@@ -89,9 +92,16 @@ def agreed_checkpoint(out: Path) -> Path | None:
     return out / f"checkpoint-{step}" if step else None
 
 
+def sharding(spec: dict[str, Any]) -> str:
+    return str(spec.get("sharding", "none"))
+
+
 def adapted_base(spec: dict[str, Any], device: Device) -> PeftModel:
     """The base with the step-0 adapter on it, ready to train."""
-    base = load_base(Path(spec["base"]), spec["method"], device)
+    if sharding(spec) == "none":
+        base = load_base(Path(spec["base"]), spec["method"], device)
+    else:  # a device may hold its part only
+        base = load_base(Path(spec["base"]), spec["method"], replace(device, device="cpu"), device.dtype)
     set_seed(spec["seed"])
     model = PeftModel.from_pretrained(base, spec["step0"], is_trainable=True)
     if spec["activation_checkpointing"]:
@@ -109,7 +119,8 @@ def run_trainer(
     if spec["validation_steps"] is not None:
         callbacks.append(KeepBest(spec["early_stopping_patience"]))
     split = before["log_history"][-1].get("micro_batches", 1) if before else 1
-    trainer = PackedTrainer(model, work, training_arguments(spec, out, device, len(work.plan)), callbacks, split)
+    arguments = training_arguments(spec, out, device, len(work.plan))
+    trainer = PackedTrainer(model, work, arguments, callbacks, split, sharding(spec))
     if not is_first_rank():
         set_seed(spec["seed"] + rank())  # no two ranks drop the same units
     if checkpoint and stopped_early(before):
@@ -118,7 +129,7 @@ def run_trainer(
         with stop.listening():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.best_global_step:
-        model.load_adapter(str(out / f"checkpoint-{trainer.state.best_global_step}"), "default", is_trainable=True)
+        load_adapter(model, out / f"checkpoint-{trainer.state.best_global_step}")
     return trainer.state
 
 
@@ -166,10 +177,20 @@ def count_work(rows: list[Scored], plan: list[list[int]]) -> dict[str, int]:
     }
 
 
+def load_adapter(model: Any, folder: Path) -> None:
+    if is_sharded(model):
+        load_weights(model, folder)
+    else:
+        model.load_adapter(str(folder), "default", is_trainable=True)
+
+
 def save_adapter(model: Any, folder: Path, base_name: str) -> None:
     """safetensors and configuration, without a path of this machine and without PEFT's empty README."""
+    weights = whole_weights(model) if is_sharded(model) else None
+    if not is_first_rank():
+        return
     model.peft_config["default"].base_model_name_or_path = base_name
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)
 
 
