@@ -195,6 +195,8 @@ class TrainSpec(Section):
     workers: Annotated[int, Field(ge=1)] = 1
     """Processes that train one arm together, each on a GPU of its own or a share of the cores, see docs/devices.md. A step
     has the same rows, and its gradient is the same but for rounding."""
+    engine: Literal["local", "ray"] = "local"
+    """Where several workers run: on this machine, or on a Ray cluster that sees the store (`[ray]`)."""
     sharding: Literal["none", "fsdp"] = "none"
     """What each of several workers holds: `none` all weights; `fsdp` a part of every layer, which lets a base train that no
     single GPU holds, and costs traffic between them."""

@@ -50,25 +50,34 @@ def main(work: Work) -> None:
     """Run one worker from the command line's two arguments and exit with its code."""
     if len(sys.argv) != 3:
         raise SystemExit("usage: python -m tasks.workers.NAME spec.json out/")
-    spec = json.loads(Path(sys.argv[1]).read_text())
-    out = Path(sys.argv[2])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an end by signal, as SIGTERM is: no traceback of KeyboardInterrupt
+    try:
+        run(work, Path(sys.argv[1]), Path(sys.argv[2]))
+    except TunegateError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
+
+
+def run(work: Work, spec_file: Path, out: Path) -> None:
+    """Do the work of a spec file. An error that is ours is left in `out` and raised."""
     out.mkdir(parents=True, exist_ok=True)
     if "RANK" not in os.environ:
         (out / "error.json").unlink(missing_ok=True)
     _be_quiet()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an end by signal, as SIGTERM is: no traceback of KeyboardInterrupt
+    spec = json.loads(spec_file.read_text())
     try:
         with FileLock(out / ".lock", timeout=_LOCK_SECONDS) if is_first_rank() else nullcontext():
             report = work(spec, out)
             if is_first_rank():
                 write_json(out / "report.json", report)
     except Timeout:
-        problem = Problem(
-            "another worker is still busy here", str(out), f"{_LOCK_SECONDS:.0f} s", "wait for it or end it"
-        )
-        _end(out, TransientError(problem))
+        what = "another worker is still busy here"
+        busy = TransientError(Problem(what, str(out), f"{_LOCK_SECONDS:.0f} s", "wait for it or end it"))
+        write_error(out, busy)
+        raise busy from None
     except TunegateError as error:
-        _end(out, error)
+        write_error(out, error)
+        raise
 
 
 def write_error(out: Path, error: TunegateError) -> None:
@@ -79,12 +88,6 @@ def write_error(out: Path, error: TunegateError) -> None:
     with suppress(FileExistsError):
         os.link(draft, out / "error.json")
     draft.unlink()
-
-
-def _end(out: Path, error: TunegateError) -> None:
-    write_error(out, error)
-    sys.stderr.write(f"{error}\n")
-    sys.exit(error.exit_code)
 
 
 def _be_quiet() -> None:

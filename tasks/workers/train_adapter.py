@@ -239,5 +239,7 @@ def loss_point(entry: dict[str, float]) -> dict[str, float]:
     }
 
 
+WORK = train
+
 if __name__ == "__main__":
-    record(main)(train)  # torchrun is told by it what a rank broke on
+    record(main)(WORK)  # torchrun is told by it what a rank broke on

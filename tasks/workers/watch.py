@@ -3,6 +3,7 @@
 import math
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -121,6 +122,9 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # Ray's: signals are for its own process
+            yield
+            return
         numbers = (signal.SIGTERM, signal.SIGINT)
         before = {number: signal.signal(number, self._note) for number in numbers}
         try:
