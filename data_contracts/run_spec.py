@@ -204,7 +204,9 @@ class TrainSpec(Section):
     @model_validator(mode="after")
     def _there_is_somebody_to_share_with(self) -> "TrainSpec":
         if self.sharding != "none" and self.workers == 1:
-            raise ValueError("sharding divides the weights among workers: set workers to 2 or more, or sharding to none")
+            raise ValueError(
+                "sharding divides the weights among workers: set workers to 2 or more, or sharding to none"
+            )
         return self
 
     @model_validator(mode="after")

@@ -88,7 +88,9 @@ def _forward(layer: Any) -> Callable[..., torch.Tensor]:
 
 def _weight(base: Any) -> Weight:
     """The layer's weight [O, I] in the number format asked for."""
-    state = getattr(base.weight, "quant_state", None)  # once: weights that are gathered from several GPUs come without it
+    state = getattr(
+        base.weight, "quant_state", None
+    )  # once: weights that are gathered from several GPUs come without it
 
     def weight(dtype: torch.dtype) -> torch.Tensor:
         stored: torch.Tensor = base.weight.data

@@ -45,16 +45,23 @@ def launch(module: str, spec_file: Path, out: Path) -> int:
     return 0
 
 
+def loopback() -> str:
+    """The name of this machine's loopback interface."""
+    found = psutil.net_if_addrs().items()
+    return next(name for name, addresses in found if any(each.address == "127.0.0.1" for each in addresses))
+
+
 def _environment(ranks: int, threads: int | None, folder: Path) -> dict[str, str]:
     """What every rank finds in its environment."""
-    loopback = next(
-        name for name, found in psutil.net_if_addrs().items() if any(a.address == "127.0.0.1" for a in found)
+    share = (
+        {}
+        if threads or "OMP_NUM_THREADS" in os.environ
+        else {"OMP_NUM_THREADS": str(max(1, free_threads()[0] // ranks))}
     )
-    share = {} if threads or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, free_threads()[0] // ranks))}
     return {
         MEETING: str(folder / "ranks"),
-        "GLOO_SOCKET_IFNAME": loopback,
-        "NCCL_SOCKET_IFNAME": loopback,
+        "GLOO_SOCKET_IFNAME": loopback(),
+        "NCCL_SOCKET_IFNAME": loopback(),
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # it would listen everywhere, and the ranks need none
         "TORCHELASTIC_LOG_LEVEL": "ERROR",
         **share,
@@ -69,7 +76,9 @@ def _failed(failures: dict[int, ProcessFailure], ranks: int, out: Path) -> int:
 
 
 def _cause(failures: dict[int, ProcessFailure], ranks: int) -> TunegateError:
-    killed = [(rank, failure) for rank, failure in failures.items() if failure.exitcode in (-signal.SIGKILL, -signal.SIGBUS)]
+    killed = [
+        (rank, failure) for rank, failure in failures.items() if failure.exitcode in (-signal.SIGKILL, -signal.SIGBUS)
+    ]
     if killed:
         rank, failure = killed[0]
         act = "it goes on from its last checkpoint; if memory ran out: lower train.batch_tokens, or free some"
@@ -77,7 +86,9 @@ def _cause(failures: dict[int, ProcessFailure], ranks: int) -> TunegateError:
     rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
     told: Any = failure.message
     what = told.get("message", told) if isinstance(told, dict) else told
-    return WorkerError(Problem(f"ended with code {failure.exitcode}: {what}", f"rank {rank} of {ranks}", act="read worker.log"))
+    return WorkerError(
+        Problem(f"ended with code {failure.exitcode}: {what}", f"rank {rank} of {ranks}", act="read worker.log")
+    )
 
 
 if __name__ == "__main__":

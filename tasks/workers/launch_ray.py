@@ -16,7 +16,12 @@ from data_contracts.errors import ConfigError, Problem, TransientError, Tunegate
 from tasks.workers.harness import write_error
 
 _STATE = "ray-train"  # Ray's own records: of no use once it ended
-_SILENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
+_SILENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
 
 
 def launch(module: str, spec_file: Path, out: Path) -> int:
@@ -28,7 +33,9 @@ def launch(module: str, spec_file: Path, out: Path) -> int:
         _fit(module, spec_file.resolve(), out.resolve())
     except ImportError as error:
         act = "pip install 'tunegate[ray]'"
-        return _tell(out, ConfigError(Problem(f"Ray Train is not installed ({error})", "train.engine", "local or ray", act)))
+        return _tell(
+            out, ConfigError(Problem(f"Ray Train is not installed ({error})", "train.engine", "local or ray", act))
+        )
     except Exception as error:  # noqa: BLE001  Ray wraps whatever a rank raises, and has a dozen errors of its own
         return _tell(out, _cause(error, module))
     finally:
@@ -52,7 +59,9 @@ def _fit(module: str, spec_file: Path, out: Path) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     spec = json.loads(spec_file.read_text())
-    ray.init(include_dashboard=False, log_to_driver=True)
+    # A cluster of its own, where RAY_ADDRESS names none, is for this machine alone.
+    place = {} if os.environ.get("RAY_ADDRESS") else {"_node_ip_address": "127.0.0.1"}
+    ray.init(include_dashboard=False, log_to_driver=True, **place)
     on_gpus = ray.cluster_resources().get("GPU", 0) >= spec["workers"]
     resources = {"CPU": spec["threads"] or 1} | ({"GPU": 1} if on_gpus else {})
     TorchTrainer(

@@ -188,7 +188,6 @@ class PackedTrainer(Trainer):
             wait()  # for the random states of all ranks: the seal covers them
         wait()
 
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict or self.whole)
 

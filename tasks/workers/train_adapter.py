@@ -63,7 +63,10 @@ def train_rank(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     fuse_lora(model)
     work = Work(rows, row_ids, plan, validation, spec["batch_tokens"], scoring.way)
     checkpoint = agreed_checkpoint(out)
-    size = {"trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "weights_bytes": weights_bytes(model)}
+    size = {
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "weights_bytes": weights_bytes(model),
+    }
     state = run_trainer(model, work, spec, out, device, checkpoint)
     peaks = map(int, largest([peak_train_bytes(device), max(load_peak, peak_rss_bytes())]))
     save_adapter(model, out / "adapter", spec["base_name"])
