@@ -204,9 +204,9 @@ class TrainSpec(Section):
     @model_validator(mode="after")
     def _there_is_somebody_to_share_with(self) -> "TrainSpec":
         if self.sharding != "none" and self.workers == 1:
-            raise ValueError(
-                "sharding divides the weights among workers: set workers to 2 or more, or sharding to none"
-            )
+            raise ValueError("sharding divides weights among workers: set workers to 2 or more, or sharding to none")
+        if self.sharding != "none" and any(word in self.optimizer for word in ("8bit", "paged", "bnb")):
+            raise ValueError("bitsandbytes' optimisers know no divided weights: set optimizer to adamw_torch")
         return self
 
     @model_validator(mode="after")

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from tasks.stores import digest
 from tasks.workers.harness import main
-from tasks.workers.launch import loopback
-from tasks.workers.ranks import MEETING
+from tasks.workers.ranks import MEETING, loopback
 from tests.conftest import toy_rows, write_rows
 
 _WORK = {"init_adapter": "init_adapter", "train_adapter": "train", "evaluate_models": "evaluate_models"}

@@ -4,6 +4,7 @@ Run: pytest tests/test_devices.py. Two ranks on one machine, over gloo. Not cove
 machines in a network (none at hand).
 """
 
+import json
 import threading
 from contextlib import suppress
 from functools import partial
@@ -19,6 +20,7 @@ from data_contracts.run_spec import TrainSpec
 from tasks.core.packing import Scored, shares
 from tasks.policies import stage_key
 from tasks.processes import _error, run_worker
+from tasks.workers.launch import launch
 from tests.faults import adapter, before_call, kill, report, run, run_together, told, training_spec
 
 LOSSES = ("tasks.workers.packed_trainer", "_losses")  # called once each step, with divided weights or not
@@ -191,9 +193,18 @@ def test_a_checkpoint_of_another_number_of_workers_lies_elsewhere():
     assert stage_key("train", {"dials": TrainSpec(engine="ray")}) in keys
 
 
-def test_weights_are_divided_among_several_or_not_at_all():
+def test_dials_that_cannot_go_together_are_refused_before_a_run():
     with pytest.raises(ValueError, match="set workers to 2 or more"):
         TrainSpec(sharding="fsdp")
+    with pytest.raises(ValueError, match="set optimizer to adamw_torch"):
+        TrainSpec(sharding="fsdp", workers=2, optimizer="adamw_bnb_8bit")
+
+
+def test_more_workers_than_gpus_is_an_error_before_anything_starts(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    (tmp_path / "spec.json").write_text(json.dumps(spec | {"workers": 2}))
+    assert launch("tests.faulty_rank", tmp_path / "spec.json", tmp_path) == ConfigError.exit_code
+    assert "each worker needs a GPU of its own" in str(_error(2, "train", tmp_path))
 
 
 # --- as the pipeline starts them: through torchrun's agent ---------------------------------------------------

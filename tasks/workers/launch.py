@@ -12,15 +12,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import psutil
+import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from data_contracts.errors import Problem, TransientError, TunegateError, WorkerError
+from data_contracts.errors import ConfigError, Problem, TransientError, TunegateError, WorkerError
 from tasks.workers.device import free_threads
 from tasks.workers.harness import write_error
-from tasks.workers.ranks import MEETING
+from tasks.workers.ranks import MEETING, loopback
 
 _SECONDS_TO_END = 55  # a step and a checkpoint; the parent waits 60
 
@@ -29,6 +29,10 @@ def launch(module: str, spec_file: Path, out: Path) -> int:
     """Answer with the exit code: 0 if all ranks ended well."""
     spec = json.loads(spec_file.read_text())
     (out / "error.json").unlink(missing_ok=True)
+    if 0 < torch.cuda.device_count() < spec["workers"]:
+        limit = f"{torch.cuda.device_count()} GPUs"
+        write_error(out, ConfigError(Problem("each worker needs a GPU of its own", "train.workers", limit, "lower it")))
+        return ConfigError.exit_code
     with tempfile.TemporaryDirectory(prefix="tunegate-") as folder:
         os.environ.update(_environment(spec["workers"], spec["threads"], Path(folder)))
         config = LaunchConfig(
@@ -43,12 +47,6 @@ def launch(module: str, spec_file: Path, out: Path) -> int:
         except SignalException as error:
             return -int(error.sigval) if not (out / "error.json").exists() else TransientError.exit_code
     return 0
-
-
-def loopback() -> str:
-    """The name of this machine's loopback interface."""
-    found = psutil.net_if_addrs().items()
-    return next(name for name, addresses in found if any(each.address == "127.0.0.1" for each in addresses))
 
 
 def _environment(ranks: int, threads: int | None, folder: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from data_contracts.errors import ConfigError, Problem, TransientError, TunegateError, WorkerError
 from tasks.workers.harness import write_error
+from tasks.workers.ranks import loopback
 
 _STATE = "ray-train"  # Ray's own records: of no use once it ended
 _SILENT = {
@@ -22,12 +23,17 @@ _SILENT = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
+_ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's name for it: with 0, a cluster that it starts itself is for this machine and listens on loopback alone."""
 
 
 def launch(module: str, spec_file: Path, out: Path) -> int:
     """Answer with the exit code: 0 if all ranks ended well."""
     (out / "error.json").unlink(missing_ok=True)
-    os.environ.update({name: os.environ.get(name, value) for name, value in _SILENT.items()})
+    wanted = (
+        _SILENT if os.environ.get("RAY_ADDRESS") else _SILENT | {_ONE_MACHINE: "0", "GLOO_SOCKET_IFNAME": loopback()}
+    )
+    os.environ.update({name: os.environ.get(name, value) for name, value in wanted.items()})
     try:
         shutil.rmtree(out / _STATE, ignore_errors=True)
         _fit(module, spec_file.resolve(), out.resolve())
@@ -59,10 +65,9 @@ def _fit(module: str, spec_file: Path, out: Path) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     spec = json.loads(spec_file.read_text())
-    # A cluster of its own, where RAY_ADDRESS names none, is for this machine alone.
-    place = {} if os.environ.get("RAY_ADDRESS") else {"_node_ip_address": "127.0.0.1"}
-    ray.init(include_dashboard=False, log_to_driver=True, **place)
-    on_gpus = ray.cluster_resources().get("GPU", 0) >= spec["workers"]
+    ray.init(include_dashboard=False, log_to_driver=True)
+    cluster: Any = ray.cluster_resources  # untyped
+    on_gpus = cluster().get("GPU", 0) >= spec["workers"]
     resources = {"CPU": spec["threads"] or 1} | ({"GPU": 1} if on_gpus else {})
     TorchTrainer(
         _rank,

@@ -79,12 +79,11 @@ class PackedTrainer(Trainer):
         if sharding != "none":
             self.accelerator.prepare_model = lambda model, **_: model
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> Any:
         """By now a checkpoint's weights are in the model, and the optimiser must see those that are divided."""
         if self.sharding != "none" and not is_sharded(self.model):
             shard(self.model, self.args.device.type)
-        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        return optimizer
+        return super().create_optimizer(model)
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """One pass over the plan: it holds all epochs, so a resumed run skips to where it was."""
@@ -154,9 +153,9 @@ class PackedTrainer(Trainer):
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Sum of the part's losses over the step's completion tokens: the parts add up to the step's mean, in nats."""
-        idle = inputs.pop("idle", False)
-        loss = _losses(model, inputs).sum() / num_items_in_batch
-        return loss * 0 if idle else loss
+        weight = 0.0 if inputs.pop("idle", False) else 1.0
+        loss: torch.Tensor = _losses(model, inputs).sum() / num_items_in_batch
+        return loss * weight
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Keep with each step how it was computed, so that a resumed run goes on alike."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -39,6 +40,12 @@ def joined() -> Iterator[None]:
     dist.init_process_group(backend, init_method=file, rank=rank(), world_size=ranks(), timeout=_PATIENCE)
     yield
     dist.destroy_process_group()
+
+
+def loopback() -> str:
+    """The name of this machine's loopback interface."""
+    found = psutil.net_if_addrs().items()
+    return next(name for name, addresses in found if any(each.address == "127.0.0.1" for each in addresses))
 
 
 def wait() -> None:

@@ -78,7 +78,7 @@ def train_rank(spec: dict[str, Any], out: Path) -> dict[str, Any]:
         "too_long": {"leave_out": "left out", "truncate": "truncated", "split": "split"}[spec["too_long"]],
         **size,
         **dict(zip(("peak_train_bytes", "peak_rss_bytes"), peaks, strict=True)),
-        "predicted_train_bytes": predicted_train_bytes(spec, rows, work.largest_shares(), device, scoring.way),
+        "predicted_train_bytes": predicted(spec, work, device),
         **told(state),
         "final_validation_nll_nats": mean_loss(model, work) if validation else None,
         "seconds": time.monotonic() - started,
@@ -178,6 +178,13 @@ def count_work(rows: list[Scored], plan: list[list[int]]) -> dict[str, int]:
         "train_tokens": sum(len(row.ids) for row in trained),
         "completion_tokens": sum(len(row.ids) - row.start for row in trained),
     }
+
+
+def predicted(spec: dict[str, Any], work: Work, device: Device) -> int | None:
+    """For one process; None where weights are divided, which has no formulas."""
+    if sharding(spec) != "none":
+        return None
+    return predicted_train_bytes(spec, work.sequences, work.largest_shares(), device, work.way)
 
 
 def load_adapter(model: Any, folder: Path) -> None:
