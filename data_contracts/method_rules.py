@@ -48,5 +48,19 @@ def _impossible(train: Any) -> Iterator[str]:
         yield "init=loftq makes up for what quantisation lost, and no arm is quantised: add qlora to methods"
     if train.lora_plus_ratio is not None and train.optimizer.startswith(_SORTING):
         yield f"{train.optimizer} sorts the weights itself, so LoRA's B cannot get a rate of its own: drop lora_plus_ratio"
+    if train.sharding != "none":
+        yield from _undivided(train)
     if "prefix" in train.methods and train.activation_checkpointing:
         yield "prefix hands its keys and values on in a cache, which activation_checkpointing drops: switch it off"
+
+
+def _undivided(train: Any) -> Iterator[str]:
+    """What dividing the weights among workers does not cover."""
+    if train.workers == 1:
+        yield "sharding divides weights among workers: set workers to 2 or more, or sharding to none"
+    if any(word in train.optimizer for word in ("8bit", "paged", "bnb")):
+        yield "bitsandbytes' optimisers know no divided weights: set optimizer to adamw_torch, or sharding to none"
+    if others := sorted(set(train.methods) - set(LORA_ARMS)):
+        yield f"sharding divides the base below LoRA's adapters, and not {' or '.join(others)}: leave out one of the two"
+    if train.init != "default" or train.use_dora or train.lora_plus_ratio is not None:
+        yield "sharding is for plain LoRA layers: leave out init, use_dora and lora_plus_ratio, or set sharding to none"

@@ -89,6 +89,7 @@ class TrainReport(Report):
     precision_reason: str
     threads: int
     threads_reason: str
+    workers: int = 1  # processes that shared the work; memory is that of the largest
     scoring: Literal["packed", "padded"]
     scoring_reason: str
     device: str

@@ -216,6 +216,14 @@ class TrainSpec(Section):
     in nats per token: 2 is a perplexity 7.4 times as high. null never stops."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of a worker; null takes the cores that are free."""
+    workers: Annotated[int, Field(ge=1)] = 1
+    """Processes that train one arm together, each on a GPU of its own or a share of the cores, see docs/devices.md. A step
+    has the same rows, and its gradient is the same but for rounding."""
+    engine: Literal["local", "ray"] = "local"
+    """Where several workers run: on this machine, or on a Ray cluster that sees the store (`[ray]`)."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """What each of several workers holds: `none` all weights; `fsdp` a part of every layer, which lets a base train that no
+    single GPU holds, and costs traffic between them."""
 
     @model_validator(mode="after")
     def _dials_fit_together(self) -> "TrainSpec":

@@ -45,7 +45,7 @@ def run_worker(
         (out / "worker.log").open("a") as log,
         Display(title or module.rpartition(".")[2].replace("_", " ")) as display,
     ):
-        command = [sys.executable, "-m", module, str(spec_file), str(out)]
+        command = [sys.executable, "-m", *_launcher(spec), module, str(spec_file), str(out)]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=worker_environment())
         try:
             _follow(child, display.show)
@@ -73,11 +73,19 @@ def worker_environment() -> dict[str, str]:
     return {"THP_MEM_ALLOC_ENABLE": "1", **os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
+def _launcher(spec: dict[str, Any]) -> list[str]:
+    """What starts the worker's ranks, if it has several."""
+    if spec.get("workers", 1) == 1:
+        return []
+    return ["tasks.workers.launch_ray" if spec.get("engine") == "ray" else "tasks.workers.launch"]
+
+
 def _follow(child: "subprocess.Popen[str]", show: Callable[[Event], None]) -> None:
     assert child.stdout is not None  # asked for with PIPE
     for line in child.stdout:
-        if line.startswith('{"event"'):
-            show(json.loads(line))
+        _, mark, rest = line.partition('{"event"')  # Ray puts a prefix before it
+        if mark:
+            show(json.loads(mark + rest))
     child.wait()
 
 

@@ -4,6 +4,7 @@ import gc
 import importlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from data_contracts.run_spec import TrainSpec
 from tasks.stores import digest
 from tasks.workers.harness import main
+from tasks.workers.ranks import MEETING, loopback
 from tests.conftest import LORA, toy_rows, write_rows
 
 _WORK = {"init_adapter": "init_adapter", "train_adapter": "train", "evaluate_models": "evaluate_models"}
@@ -100,8 +102,34 @@ def run(worker: str, spec: dict, out: Path, patch: Patch | None = None, seconds:
     return child.exitcode
 
 
-def _work(worker: str, out: Path, patch: Patch | None) -> None:
+def run_together(spec: dict, out: Path, patches: dict[int, Patch] | None = None) -> list[int]:
+    """Run an arm on `spec["workers"]` ranks, each after its patch; if one fails all end, as with torchrun. Exit codes."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "spec.json").write_text(json.dumps(spec))
+    for name in ("report.json", "error.json", "meeting"):
+        (out / name).unlink(missing_ok=True)
+    children = []
+    for rank in range(spec["workers"]):
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(spec["workers"])}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # accelerate wants them, nobody goes there
+        environment |= {"GLOO_SOCKET_IFNAME": loopback(), MEETING: str(out / "meeting")}
+        children.append(
+            _CONTEXT.Process(target=_work, args=("train_adapter", out, (patches or {}).get(rank), environment))
+        )
+    for child in children:
+        child.start()
+    while any(child.exitcode is None for child in children) and not any(child.exitcode for child in children):
+        multiprocessing.connection.wait([child.sentinel for child in children if child.exitcode is None])
+    for child in children:
+        child.join(20)
+        child.kill()
+        child.join()
+    return [child.exitcode for child in children]
+
+
+def _work(worker: str, out: Path, patch: Patch | None, environment: dict[str, str] | None = None) -> None:
     gc.freeze()  # what the parent has imported is no garbage: Trainer collects it as it starts
+    os.environ.update(environment or {})
     with (out / "stdout").open("a") as told:
         sys.stdout, sys.argv = told, [worker, str(out / "spec.json"), str(out)]
         module = importlib.import_module(f"tasks.workers.{worker}")

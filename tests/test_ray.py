@@ -1,4 +1,4 @@
-"""Ray Data works on the parts as this machine's own processes do: the same bytes, with two workers.
+"""Ray works as this machine's own processes do: Ray Data on the parts of the data, Ray Train on an arm; the same bytes.
 
 Needs `pip install 'tunegate[ray]'`; skipped with this reason where it is not installed.
 """
@@ -11,11 +11,14 @@ import pytest
 from data_contracts.run_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
 from tasks.curate import curate
 from tasks.ingest import ingest
+from tasks.processes import run_worker
 from tasks.stores import Store
 from tasks.validate import validate
+from tests.faults import adapter, run_together, training_spec
 
 ray = pytest.importorskip("ray", reason="tunegate[ray] is not installed")
 pytest.importorskip("ray.data", reason="tunegate[ray] is not installed")
+pytest.importorskip("ray.train", reason="tunegate[ray] is not installed")
 
 
 @pytest.fixture
@@ -40,3 +43,13 @@ def test_two_ray_workers_give_the_same_data_set_as_the_local_engine(tmp_path, cl
         validated = validate(store, found, RulesSpec(), ContractSpec(), engine=engine)
         made[engine] = curate(store, validated, CurateSpec(test_fraction=0.3), "m", engine=engine)
     assert made["ray"] == made["local"]
+
+
+def test_two_ray_workers_train_the_adapter_of_two_local_ones(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    spec = training_spec(tiny_base, tmp_path) | {"workers": 2, "engine": "ray"}
+    assert run_together(spec, tmp_path / "local") == [0, 0]
+    report = run_worker("tasks.workers.train_adapter", spec, tmp_path / "ray")
+    assert report["workers"] == 2
+    assert adapter(tmp_path / "ray") == adapter(tmp_path / "local")

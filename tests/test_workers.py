@@ -21,7 +21,7 @@ from tasks.workers.device import Device
 from tasks.workers.fused_lora import fuse_lora
 from tasks.workers.prepare_base import prepare
 from tasks.workers.scoring import choose_way, scored_losses, to_tensors
-from tasks.workers.train_adapter import check_batch, encode_rows
+from tasks.workers.training_rows import check_batch, encode_rows
 from tests.conftest import LORA, toy_rows, write_rows
 
 CPU = Device("cpu", "fp32", "test", 1, "test")

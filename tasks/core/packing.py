@@ -148,6 +148,20 @@ def group_for_packing(sequences: Sequence[Scored], most_tokens: int) -> Iterator
         yield group
 
 
+def shares(sequences: Sequence[Scored], ranks: int) -> list[list[int]]:
+    """Divide sequences among ranks: each gets neighbours in prefix order, and as many tokens within half a sequence.
+
+    With fewer sequences than ranks, some get none.
+    """
+    parts: list[list[int]] = [[] for _ in range(ranks)]
+    tokens, total = 0.0, sum(len(sequence.ids) for sequence in sequences)
+    for index in sorted(range(len(sequences)), key=lambda i: list(sequences[i].ids)):
+        length = len(sequences[index].ids)
+        parts[int((tokens + length / 2) * ranks / total)].append(index)
+        tokens += length
+    return [sorted(part) for part in parts]
+
+
 def plan_batches(lengths: Sequence[int], batch_tokens: int, epochs: int, seed: int) -> list[list[int]]:
     """Every optimiser step's rows, for all epochs: shuffled anew each epoch, filled up to `batch_tokens`.
 

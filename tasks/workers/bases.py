@@ -26,17 +26,19 @@ QLORA = {"quant_type": "nf4", "double_quant": True}
 
 
 def load_base(
-    folder: Path, method: str, device: Device, quantisation: Mapping[str, Any] = QLORA, trains_all: bool = False
-) -> PreTrainedModel:
+    folder: Path, method: str, device: Device, quantisation: Mapping[str, Any] = QLORA, trains_all: bool = False,
+    storage: torch.dtype = torch.uint8,
+) -> PreTrainedModel:  # fmt: skip
     """`qlora` gives the base in 4 bits, by quantisation's quant_type and double_quant; all else as stored, frozen.
 
     trains_all: every weight may be trained, in fp32 whatever the arithmetic: at 1e-5 of a weight a step is lost in bf16's
-    8 bits. Safetensors only; no code from the base is run.
+    8 bits. storage: the number format of the tensors that hold 4-bit weights. Safetensors only; no code from the base is
+    run.
     """
     dtype = torch.float32 if trains_all else device.dtype
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": NAME, "device_map": {"": device.device}}
     is_quantised = method == "qlora"
-    model = _quantised(folder, device, options, quantisation) if is_quantised else _stored(folder, options)
+    model = _quantised(folder, device, options, quantisation, storage) if is_quantised else _stored(folder, options)
     model.config.use_cache = False
     model.requires_grad_(trains_all)
     model.eval()
@@ -51,7 +53,7 @@ def _stored(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
 
 
 def _quantised(
-    folder: Path, device: Device, options: dict[str, Any], quantisation: Mapping[str, Any]
+    folder: Path, device: Device, options: dict[str, Any], quantisation: Mapping[str, Any], storage: torch.dtype
 ) -> PreTrainedModel:
     """4 bits, one tensor after the other: read through its own mapping of the file, which is let go at once.
 
@@ -62,6 +64,7 @@ def _quantised(
         bnb_4bit_quant_type=quantisation["quant_type"],
         bnb_4bit_use_double_quant=quantisation["double_quant"],
         bnb_4bit_compute_dtype=device.dtype,
+        bnb_4bit_quant_storage=storage,
     )
     tensors = {name: _Tensor(file, name) for file in sorted(folder.glob("*.safetensors")) for name in _names(file)}
     if not tensors:

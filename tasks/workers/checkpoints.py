@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from data_contracts.errors import Problem, StoreError
 from tasks.workers.harness import say
+from tasks.workers.ranks import ranks
 
 _KEPT = 2  # the newest may turn out unreadable
 _MANIFEST = "manifest.json"
@@ -115,6 +116,8 @@ def _fault(folder: Path) -> str | None:
         return f"{_MANIFEST} is damaged"
     if strange := set(manifest) ^ set(_files(folder)):
         return f"{min(strange)} is missing, or does not belong to it"
+    if not _random_states() <= set(manifest):
+        return "another number of workers wrote it"
     for name, identity in manifest.items():
         path, size = folder / name, identity.partition(" ")[0]
         if not path.resolve().is_relative_to(folder.parent.resolve()):
@@ -124,6 +127,11 @@ def _fault(folder: Path) -> str | None:
         if _identity(path) != identity:
             return f"{name} is damaged (its sha256 is another)"
     return None
+
+
+def _random_states() -> set[str]:
+    """The files in which Trainer keeps each rank's random states."""
+    return {f"rng_state_{number}.pth" for number in range(ranks())} if ranks() > 1 else {"rng_state.pth"}
 
 
 def _files(folder: Path) -> list[str]:

@@ -64,9 +64,15 @@ def _cpu_flags() -> set[str]:
 
 
 def _threads() -> tuple[int, str]:
-    """The cores nobody else is using: a second thread on a busy core makes a step 4-20 times slower."""
     if "OMP_NUM_THREADS" in os.environ:
-        return int(os.environ["OMP_NUM_THREADS"]), "set by OMP_NUM_THREADS"
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        reason = f"OMP_NUM_THREADS, or the share of each of {ranks} workers" if ranks > 1 else "set by OMP_NUM_THREADS"
+        return int(os.environ["OMP_NUM_THREADS"]), reason
+    return free_threads()
+
+
+def free_threads() -> tuple[int, str]:
+    """The cores nobody else is using: a second thread on a busy core makes a step 4-20 times slower."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     percent = psutil.cpu_percent(interval=0.5, percpu=True)
     busy = sum(percent[core] > _BUSY_PERCENT for core in cores if core < len(percent))

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora import LoraLayer
-
-from tasks.workers.bases import dequantised
 
 
 @dataclass(frozen=True)
@@ -20,13 +19,15 @@ class Lora:
     """One adapted linear layer: a frozen base, and the adapter's two matrices on it."""
 
     base: Any  # torch.nn.Linear, 4-bit ones too
+    quant_state: Any  # taken once: weights that are gathered from several GPUs come without it
     down: Any
     up: Any
     scale: float
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """[O, I] in the number format asked for."""
-        return dequantised(self.base.weight).to(dtype)
+        stored: torch.Tensor = self.base.weight.data
+        return (stored if self.quant_state is None else dequantize_4bit(stored, self.quant_state)).to(dtype)
 
     def matrices(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A [R, I] and B [O, R]; read at each use, for loading an adapter may replace them."""
@@ -100,7 +101,8 @@ def lora_of(layer: Any) -> Lora | None:
     if not is_plain:
         return None
     (name,) = names
-    return Lora(base, layer.lora_A[name], layer.lora_B[name], float(layer.scaling[name]))
+    state = getattr(base.weight, "quant_state", None)
+    return Lora(base, state, layer.lora_A[name], layer.lora_B[name], float(layer.scaling[name]))
 
 
 def drops(layer: Any) -> bool:

@@ -1,7 +1,8 @@
 """How every worker runs: `python -m tasks.workers.NAME spec.json out/`.
 
 It reads its spec, keeps other workers out of `out/`, says how far it is as JSON lines on stdout, and ends with
-`out/report.json` (complete or absent). A wrong input ends with exit code 2 and `out/error.json`.
+`out/report.json` (complete or absent). A wrong input ends with exit code 2 and `out/error.json`. Where several ranks do
+one worker's work, the first speaks, locks and reports; an error is told by whichever has it first.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,15 @@ Work = Callable[[dict[str, Any], Path], dict[str, Any]]
 
 def say(event: str, **values: object) -> None:
     """Tell the parent something, as one JSON line. A parent that is gone ends the worker with BrokenPipeError."""
+    if not is_first_rank():
+        return
     sys.stdout.write(json.dumps({"event": event, **values}) + "\n")
     sys.stdout.flush()
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for its worker: it does all of the work, or is rank 0 of those that share it."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def write_json(path: Path, value: object) -> None:
@@ -41,28 +50,44 @@ def main(work: Work) -> None:
     """Run one worker from the command line's two arguments and exit with its code."""
     if len(sys.argv) != 3:
         raise SystemExit("usage: python -m tasks.workers.NAME spec.json out/")
-    spec = json.loads(Path(sys.argv[1]).read_text())
-    out = Path(sys.argv[2])
-    out.mkdir(parents=True, exist_ok=True)
-    _be_quiet()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an end by signal, as SIGTERM is: no traceback of KeyboardInterrupt
     try:
-        with FileLock(out / ".lock", timeout=_LOCK_SECONDS):
-            write_json(out / "report.json", work(spec, out))
-    except Timeout:
-        problem = Problem(
-            "another worker is still busy here", str(out), f"{_LOCK_SECONDS:.0f} s", "wait for it or end it"
-        )
-        _end(out, TransientError(problem))
+        run(work, Path(sys.argv[1]), Path(sys.argv[2]))
     except TunegateError as error:
-        _end(out, error)
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
 
 
-def _end(out: Path, error: TunegateError) -> None:
+def run(work: Work, spec_file: Path, out: Path) -> None:
+    """Do the work of a spec file. An error that is ours is left in `out` and raised."""
+    out.mkdir(parents=True, exist_ok=True)
+    if "RANK" not in os.environ:
+        (out / "error.json").unlink(missing_ok=True)
+    _be_quiet()
+    spec = json.loads(spec_file.read_text())
+    try:
+        with FileLock(out / ".lock", timeout=_LOCK_SECONDS) if is_first_rank() else nullcontext():
+            report = work(spec, out)
+            if is_first_rank():
+                write_json(out / "report.json", report)
+    except Timeout:
+        what = "another worker is still busy here"
+        busy = TransientError(Problem(what, str(out), f"{_LOCK_SECONDS:.0f} s", "wait for it or end it"))
+        write_error(out, busy)
+        raise busy from None
+    except TunegateError as error:
+        write_error(out, error)
+        raise
+
+
+def write_error(out: Path, error: TunegateError) -> None:
+    """Leave the error for the parent. If a rank has left one already, that is the cause and stays."""
     problems = [dataclasses.asdict(problem) for problem in error.problems]
-    write_json(out / "error.json", {"error": type(error).__name__, "problems": problems})
-    sys.stderr.write(f"{error}\n")
-    sys.exit(error.exit_code)
+    draft = out / f"error.{os.getpid()}"
+    write_json(draft, {"error": type(error).__name__, "problems": problems})
+    with suppress(FileExistsError):
+        os.link(draft, out / "error.json")
+    draft.unlink()
 
 
 def _be_quiet() -> None:

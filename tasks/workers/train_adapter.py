@@ -6,19 +6,21 @@ Writes out/adapter/ (with all weights, if the method is full) and out/report.jso
 """
 
 import json
+import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import TrainerState
 
-from data_contracts.errors import DataError, Problem
+from data_contracts.errors import ConfigError, DataError, Problem
 from data_contracts.method_rules import LORA_ARMS
-from tasks.core.packing import Scored, pack, plan_batches
-from tasks.core.too_long import TooLong, fit
+from tasks.core.packing import Scored, plan_batches
 from tasks.workers.bases import load_base, weights_bytes
 from tasks.workers.chat import Chat, load_chat
 from tasks.workers.checkpoints import last_checkpoint, state_of, step_of
@@ -26,61 +28,92 @@ from tasks.workers.device import Device, choose_device, peak_rss_bytes, reset_pe
 from tasks.workers.embedding_noise import add_noise
 from tasks.workers.fused_lora import fuse_lora
 from tasks.workers.fused_mlp import fuse_mlp
-from tasks.workers.harness import main, say
+from tasks.workers.harness import is_first_rank, main, say
 from tasks.workers.lora_starts import TAKEN_OFF, as_plain_lora, take_off_start
 from tasks.workers.packed_trainer import PackedTrainer, Work, mean_loss, training_arguments
 from tasks.workers.planned import predicted_train_bytes
-from tasks.workers.scoring import choose_way
+from tasks.workers.ranks import first_says, joined, largest, rank, ranks
+from tasks.workers.scoring import Scoring, choose_way
+from tasks.workers.shards import is_sharded, whole_weights
+from tasks.workers.training_rows import encode_rows
 from tasks.workers.watch import Clock, KeepBest, LossWatch, StopOnSignal, stopped_early
-
-_CHECKED_ROWS = 64  # decoded before training starts
 
 
 def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
+    with joined():
+        return train_rank(spec, out)
+
+
+def train_rank(spec: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The whole work, or this rank's part of it; what is answered is the same on all ranks but for times."""
     started = time.monotonic()
     device = choose_device(spec["precision"], spec["threads"])
     say("device", **vars(device))
     chat = load_chat(Path(spec["base"]))
-    rows, row_ids = encode_rows(chat, Path(spec["train"]), spec["max_tokens"], spec["too_long"], out / "rows_too_long.jsonl")  # fmt: skip
-    lengths = [len(row.ids) for row in rows]
-    plan = plan_batches(lengths, spec["batch_tokens"], spec["epochs"], spec["seed"])[: spec["max_steps"]]
+    listed = out / "rows_too_long.jsonl" if is_first_rank() else Path(os.devnull)
+    rows, row_ids = encode_rows(chat, Path(spec["train"]), spec["max_tokens"], spec["too_long"], listed)
+    plan = plan_batches([len(row.ids) for row in rows], spec["batch_tokens"], spec["epochs"], spec["seed"])[
+        : spec["max_steps"]
+    ]
     validation = validation_rows(chat, spec)
 
     model = trainable(spec, device)
     load_peak = reset_peak_rss()
-    scoring = choose_way(model, rows, max(lengths))
-    say("note", text=f"{scoring.way} forward: {scoring.reason}")
-    fuse_lora(model)
-    fuse_mlp(model)
+    scoring = fastest_way(model, rows, spec)
     work = Work(rows, row_ids, plan, validation, spec["batch_tokens"], scoring.way)
-    checkpoint = last_checkpoint(out)
+    checkpoint = agreed_checkpoint(out)
+    size = size_of(model)
     state = run_trainer(model, work, spec, out, device, checkpoint)
-    memory = {"peak_train_bytes": peak_train_bytes(device), "peak_rss_bytes": max(load_peak, peak_rss_bytes())}
+    peaks = map(int, largest([peak_train_bytes(device), max(load_peak, peak_rss_bytes())]))
     save(model, spec, out / "adapter")
     return {
         "method": spec["method"],
         "quantisation": quantisation_of(spec),
         "resumed_from_step": step_of(checkpoint),
         **count_work(rows, plan[: state.global_step]),
-        "rows_too_long": len((out / "rows_too_long.jsonl").read_text().splitlines()),
+        "rows_too_long": len(listed.read_text().splitlines()),
         "too_long": {"leave_out": "left out", "truncate": "truncated", "split": "split"}[spec["too_long"]],
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "weights_bytes": weights_bytes(model),
-        **memory,
-        "predicted_train_bytes": predicted_train_bytes(spec, rows, plan, device, scoring.way),
+        **size,
+        **dict(zip(("peak_train_bytes", "peak_rss_bytes"), peaks, strict=True)),
+        "predicted_train_bytes": predicted(spec, work, device),
         **told(state),
         "final_validation_nll_nats": mean_loss(model, work) if validation else None,
         "seconds": time.monotonic() - started,
+        "workers": ranks(),
         **vars(device),
         "scoring": scoring.way,
         "scoring_reason": scoring.reason,
     }
 
 
+def fastest_way(model: Any, rows: list[Scored], spec: dict[str, Any]) -> Scoring:
+    """How losses are computed, said aloud; the model's layers are made ready for it."""
+    scoring = choose_way(model, rows, max(len(row.ids) for row in rows))
+    if sharding(spec) != "none" and scoring.way != "packed":
+        raise ConfigError(Problem(f"rows are trained padded ({scoring.reason})", "train.sharding", "none"))
+    say("note", text=f"{scoring.way} forward: {scoring.reason}")
+    fuse_lora(model)
+    fuse_mlp(model)
+    return scoring
+
+
+def agreed_checkpoint(out: Path) -> Path | None:
+    """The newest complete checkpoint, as rank 0 finds it."""
+    step = first_says(step_of(last_checkpoint(out)) if is_first_rank() else 0)
+    return out / f"checkpoint-{step}" if step else None
+
+
+def sharding(spec: dict[str, Any]) -> str:
+    return str(spec.get("sharding", "none"))
+
+
 def trainable(spec: dict[str, Any], device: Device) -> Any:
     """The base with the step-0 adapter on it, or with all its weights free: ready to train."""
-    is_full = spec["method"] == "full"
-    model: Any = load_base(Path(spec["base"]), spec["method"], device, spec, trains_all=is_full)
+    is_full, base = spec["method"] == "full", Path(spec["base"])
+    if sharding(spec) == "none":
+        model: Any = load_base(base, spec["method"], device, spec, trains_all=is_full)
+    else:  # a device may hold its part only
+        model = load_base(base, spec["method"], replace(device, device="cpu"), spec, storage=device.dtype)
     set_seed(spec["seed"])
     if not is_full:
         model = with_adapter(model, spec["step0"])
@@ -123,7 +156,9 @@ def run_trainer(
     split = before["log_history"][-1].get("micro_batches", 1) if before else 1
     ratio = spec["lora_plus_ratio"] if spec["method"] in LORA_ARMS else None
     arguments = training_arguments(spec, out, device, len(work.plan))
-    trainer = PackedTrainer(model, work, arguments, callbacks, split, ratio)
+    trainer = PackedTrainer(model, work, arguments, callbacks, split, ratio, sharding(spec))
+    if not is_first_rank():
+        set_seed(spec["seed"] + rank())  # no two ranks drop the same units
     if checkpoint and stopped_early(before):
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     else:
@@ -168,6 +203,12 @@ def told(state: TrainerState) -> dict[str, Any]:
     }
 
 
+def size_of(model: Any) -> dict[str, int]:
+    """Before weights are divided among ranks."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {"trainable_parameters": trainable, "weights_bytes": weights_bytes(model)}
+
+
 def count_work(rows: list[Scored], plan: list[list[int]]) -> dict[str, int]:
     """Rows and tokens that the plan's steps train on; a row counts its tokens once an epoch."""
     trained = [rows[index] for batch in plan for index in batch]
@@ -178,53 +219,27 @@ def count_work(rows: list[Scored], plan: list[list[int]]) -> dict[str, int]:
     }
 
 
+def predicted(spec: dict[str, Any], work: Work, device: Device) -> int | None:
+    """For one process; None where weights are divided, which has no formulas."""
+    if sharding(spec) != "none":
+        return None
+    return predicted_train_bytes(spec, work.sequences, work.largest_shares(), device, work.way)
+
+
 def save(model: Any, spec: dict[str, Any], folder: Path) -> None:
     """safetensors and configuration, without a path of this machine and without PEFT's empty README."""
+    weights = whole_weights(model) if is_sharded(model) else None
+    if not is_first_rank():
+        return
     if spec["method"] == "full":
         model.config.use_cache = True  # it was off to train
         model.save_pretrained(str(folder))
         return
     model.peft_config["default"].base_model_name_or_path = spec["base_name"]
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)
     if is_taken_off(spec):
         as_plain_lora(folder, Path(spec["step0"]))
-
-
-def encode_rows(
-    chat: Chat, file: Path, max_tokens: int, too_long: TooLong, listed: Path
-) -> tuple[list[Scored], list[str]]:
-    """Rows as token ids, and the row id of each; those over `max_tokens` are listed in `listed`, with their fate."""
-    rows: list[Scored] = []
-    row_ids: list[str] = []
-    whole: list[Scored] = []
-    with file.open() as lines, listed.open("w") as long_rows:
-        for line in lines:
-            row = json.loads(line)
-            scored = chat.scored(row["messages"])
-            sequences = fit(scored, max_tokens, too_long)
-            rows += sequences
-            row_ids += [row["row_id"]] * len(sequences)
-            if sequences == [scored]:
-                whole.append(scored)
-                continue
-            named = {key: row[key] for key in ("row_id", "source", "line")}
-            told = {"tokens": len(scored.ids), "limit": max_tokens, "policy": too_long, "sequences": len(sequences)}
-            long_rows.write(json.dumps({**named, **told}) + "\n")
-    if not rows:
-        act = "raise train.max_tokens, or set train.too_long to truncate or split"
-        raise DataError(Problem("no row is short enough to train on", file.name, f"{max_tokens} tokens", act))
-    check_batch(chat, whole[:_CHECKED_ROWS])
-    return rows, row_ids
-
-
-def check_batch(chat: Chat, rows: list[Scored]) -> None:
-    """Decode rows as the model will see them: an answer whose stop token is not learned never ends."""
-    for row in rows:
-        text = str(chat.tokenizer.decode(pack([row]).targets_N.tolist()))
-        if not text.endswith(chat.stops):
-            raise DataError(Problem(f"a completion ends without a stop token: ...{text[-20:]!r}", "first rows",
-                                    f"one of {list(chat.stops)}", "check the base's chat template"))  # fmt: skip
 
 
 def loss_point(entry: dict[str, float]) -> dict[str, float]:
@@ -236,5 +251,7 @@ def loss_point(entry: dict[str, float]) -> dict[str, float]:
     }
 
 
+WORK = train
+
 if __name__ == "__main__":
-    main(train)
+    record(main)(WORK)  # torchrun is told by it what a rank broke on

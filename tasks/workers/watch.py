@@ -3,6 +3,7 @@
 import math
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from data_contracts.errors import ConfigError, Problem, TransientError
 from tasks.workers.checkpoints import last_good
 from tasks.workers.harness import say
 from tasks.workers.packed_trainer import Work
+from tasks.workers.ranks import largest
 
 _SMOOTHED_STEPS = 10
 
@@ -116,9 +118,13 @@ class StopOnSignal(TrainerCallback):
     """SIGTERM and SIGINT end a run with a checkpoint of the step at hand."""
 
     signalled: str | None = None
+    agreed = False  # by all ranks: a signal reaches them in different steps
 
     @contextmanager
     def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # Ray's: signals are for its own process
+            yield
+            return
         numbers = (signal.SIGTERM, signal.SIGINT)
         before = {number: signal.signal(number, self._note) for number in numbers}
         try:
@@ -131,9 +137,11 @@ class StopOnSignal(TrainerCallback):
         self.signalled = signal.Signals(number).name
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_save = control.should_save or self.signalled is not None
+        self.agreed = largest([self.signalled is not None])[0] > 0
+        control.should_save = control.should_save or self.agreed
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.signalled:
-            what = f"stopped at step {state.global_step} of {state.max_steps} by {self.signalled}, with a checkpoint"
+        if self.agreed:
+            cause = self.signalled or "a signal to another rank"
+            what = f"stopped at step {state.global_step} of {state.max_steps} by {cause}, with a checkpoint"
             raise TransientError(Problem(what, "training", act="run again to go on"))

@@ -1,0 +1,35 @@
+"""The training worker with one planned fault in one of its ranks: TUNEGATE_FAULT is RANK:STEP:FAULT."""
+
+import os
+import signal
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from tasks.workers.harness import main
+from tasks.workers.train_adapter import train
+from tests.faults import STEP, before_call
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop_all() -> None:
+    os.kill(os.getppid(), signal.SIGTERM)
+
+
+def break_down() -> None:
+    raise RuntimeError("shapes do not fit")
+
+
+def no_memory() -> None:
+    raise MemoryError("Unable to allocate 2.00 GiB")
+
+
+FAULTS = {"die": die, "stop_all": stop_all, "break_down": break_down, "no_memory": no_memory}
+
+if __name__ == "__main__":
+    rank, step, fault = os.environ["TUNEGATE_FAULT"].split(":")
+    if rank == os.environ["RANK"]:
+        before_call(*STEP, int(step), FAULTS[fault])
+    record(main)(train)
