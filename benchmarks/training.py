@@ -139,7 +139,21 @@ def tunegate(spec: dict[str, Any], checkpointing: bool = False) -> dict[str, flo
     # The first step's tokens are left out with its seconds: on average all steps have as many.
     share = (len(seconds) - 1) / len(seconds)
     first = report["loss"][0]["loss_nats"]
-    return outcome(report["train_tokens"] * share, sum(seconds[1:]), report["peak_rss_bytes"], first)
+    found = outcome(report["train_tokens"] * share, sum(seconds[1:]), report["peak_rss_bytes"], first)
+    return found | {"flop_per_token": flop_per_token(spec, report["completion_tokens"] / report["train_tokens"])}
+
+
+def flop_per_token(spec: dict[str, Any], scored: float) -> float:
+    """Multiplications and additions of the products that cannot be left out: attention and shared prefixes not counted.
+
+    Frozen layers once forward and once for their input's gradient, adapters for their own as well, the head where a
+    token is scored.
+    """
+    from tasks.workers.describe_base import architecture_at
+
+    arch = architecture_at(spec["base"], None)
+    adapters = arch.layers * sum(spec["rank"] * (linear.inputs + linear.outputs) for linear in arch.linears)
+    return 4 * arch.linear_parameters + 6 * adapters + 4 * arch.vocab * arch.hidden * scored
 
 
 def transformers_trainer(spec: dict[str, Any]) -> dict[str, float]:
@@ -284,9 +298,9 @@ def report(results: dict[str, list[dict[str, float]]], spec: dict[str, Any]) -> 
         print(f"{way:<26}{statistics.median(rates):>10.1f}{span:>26}{peak / 1e9:>9.2f}{shares}{loss:>12.4f}")
     limit = max(item["gemm_gflops"] for found in results.values() for item in found)
     reached = statistics.median(item["tokens_per_s"] for item in own)
-    print(
-        f"largest fp32 product on this machine: {limit:.0f} GFLOP/s; {limit * 1e3 / reached:.0f} MFLOP of it per token"
-    )
+    needed = own[0]["flop_per_token"]
+    print(f"largest fp32 product on this machine: {limit:.0f} GFLOP/s; {needed / 1e6:.0f} MFLOP a token are needed:")
+    print(f"tunegate is at {reached * needed / limit / 1e9:.0%} of that limit")
 
 
 if __name__ == "__main__":
