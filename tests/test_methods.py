@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from data_contracts.errors import ConfigError
 from data_contracts.run_spec import TrainSpec
@@ -12,7 +13,7 @@ from tasks.base import start_dials
 from tasks.core.packing import Scored
 from tasks.registry import _quantisation
 from tasks.stores import digest
-from tasks.workers import packed_trainer, train_adapter
+from tasks.workers import evaluate_models, packed_trainer, train_adapter
 from tasks.workers.bases import QLORA, dequantised, load_base
 from tasks.workers.chat import load_chat
 from tasks.workers.device import Device
@@ -188,6 +189,19 @@ def test_an_interrupted_run_ends_with_the_bit_identical_result(tiny_base, files,
     assert digest(tmp_path / "cut" / "adapter") == digest(tmp_path / "whole" / "adapter")
 
 
+@pytest.mark.parametrize(("method", "file"), [("full", "model"), ("prefix", "adapter_model")])
+def test_the_weights_of_the_lowest_validation_are_kept(tiny_base, files, tmp_path, monkeypatch, method, file):
+    told = iter([1.0, 2.0, 3.0, 3.0])
+    monkeypatch.setattr(packed_trainer, "mean_loss", lambda *_: next(told))
+    report = train_adapter.train(spec_of(tiny_base, files, method, {"validation_steps": 2}, tmp_path), tmp_path)
+    assert (report["best_step"], report["steps"]) == (2, 6)
+    kept, best, last = (
+        load_file(tmp_path / folder / f"{file}.safetensors") for folder in ("adapter", "checkpoint-2", "checkpoint-6")
+    )
+    assert all(torch.equal(kept[name], best[name]) for name in best)
+    assert not all(torch.equal(kept[name], last[name]) for name in last)
+
+
 def test_loraplus_gives_b_its_own_rate_over_the_whole_schedule(tiny_base, files, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(torch.optim.AdamW, "step", _noting_rates(torch.optim.AdamW.step, seen))
@@ -261,6 +275,37 @@ def test_all_refusals_are_told_at_once():
         ("train.activation_checkpointing (--set)", "prefix"),
     ]
     assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_base_is_quantised_as_asked_where_it_is_trained_scored_and_served(
+    tiny_base, tmp_path, monkeypatch, quant_type, double_quant
+):
+    asked = {"quant_type": quant_type, "double_quant": double_quant}
+    from tasks.workers.served_model import ServedModel  # MLflow warns of type hints as it is imported
+
+    spec, model = step0_of(tiny_base, "qlora", asked, tmp_path)
+    assert quantised_as(model) == asked == train_adapter.quantisation_of(spec)
+    target = {"name": "x", "method": "qlora", "adapter": None, "quantisation": asked}
+    scored = []
+    monkeypatch.setattr(evaluate_models, "score", lambda target, model, *_: scored.append(quantised_as(model)))
+    item = {"total_tokens": 9, "prompt": "x", "completion": "y"}
+    chat = load_chat(tiny_base)
+    place = {"base": str(tiny_base), "max_tokens": 256}
+    evaluate_models.score_form(evaluate_models.form_of(target), [target], chat, {}, [item], CPU, place, tmp_path)
+    assert scored == [asked]
+    served = ServedModel()
+    served.meta = {"precision": "fp32", "quantisation": asked}
+    form = served._form()["quantization_config"]
+    assert {"quant_type": form.bnb_4bit_quant_type, "double_quant": form.bnb_4bit_use_double_quant} == asked
+
+
+def quantised_as(model) -> dict:
+    (state,) = {
+        (p.quant_state.quant_type, p.quant_state.nested) for p in model.parameters() if hasattr(p, "quant_state")
+    }
+    return {"quant_type": state[0], "double_quant": state[1]}
 
 
 def test_a_version_says_how_its_base_was_quantised_and_an_old_one_as_it_was():
