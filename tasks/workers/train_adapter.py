@@ -30,7 +30,7 @@ from tasks.workers.harness import is_first_rank, main, say
 from tasks.workers.packed_trainer import PackedTrainer, Work, mean_loss, training_arguments
 from tasks.workers.planned import predicted_train_bytes
 from tasks.workers.ranks import first_says, joined, largest, rank, ranks
-from tasks.workers.scoring import choose_way
+from tasks.workers.scoring import Scoring, choose_way
 from tasks.workers.shards import is_sharded, load_weights, whole_weights
 from tasks.workers.watch import Clock, KeepBest, LossWatch, StopOnSignal, stopped_early
 
@@ -56,17 +56,11 @@ def train_rank(spec: dict[str, Any], out: Path) -> dict[str, Any]:
 
     model = adapted_base(spec, device)
     load_peak = reset_peak_rss()
-    scoring = choose_way(model, rows, max(lengths))
-    if sharding(spec) != "none" and scoring.way != "packed":
-        raise ConfigError(Problem(f"rows are trained padded ({scoring.reason})", "train.sharding", "none"))
-    say("note", text=f"{scoring.way} forward: {scoring.reason}")
+    scoring = scoring_way(model, rows, sharding(spec))
     fuse_lora(model)
     work = Work(rows, row_ids, plan, validation, spec["batch_tokens"], scoring.way)
     checkpoint = agreed_checkpoint(out)
-    size = {
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "weights_bytes": weights_bytes(model),
-    }
+    size = sizes(model)
     state = run_trainer(model, work, spec, out, device, checkpoint)
     peaks = map(int, largest([peak_train_bytes(device), max(load_peak, peak_rss_bytes())]))
     save_adapter(model, out / "adapter", spec["base_name"])
@@ -86,6 +80,23 @@ def train_rank(spec: dict[str, Any], out: Path) -> dict[str, Any]:
         **vars(device),
         "scoring": scoring.way,
         "scoring_reason": scoring.reason,
+    }
+
+
+def scoring_way(model: Any, rows: list[Scored], sharding: str) -> Scoring:
+    """How losses are computed. Raises ConfigError where that way cannot have its weights divided."""
+    scoring = choose_way(model, rows, max(len(row.ids) for row in rows))
+    if sharding != "none" and scoring.way != "packed":
+        raise ConfigError(Problem(f"rows are trained padded ({scoring.reason})", "train.sharding", "none"))
+    say("note", text=f"{scoring.way} forward: {scoring.reason}")
+    return scoring
+
+
+def sizes(model: Any) -> dict[str, int]:
+    """Of the whole model: asked before its weights are divided."""
+    return {
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "weights_bytes": weights_bytes(model),
     }
 
 
