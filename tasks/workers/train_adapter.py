@@ -52,9 +52,7 @@ def train_rank(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     chat = load_chat(Path(spec["base"]))
     listed = out / "rows_too_long.jsonl" if is_first_rank() else Path(os.devnull)
     rows, row_ids = encode_rows(chat, Path(spec["train"]), spec["max_tokens"], spec["too_long"], listed)
-    plan = plan_batches([len(row.ids) for row in rows], spec["batch_tokens"], spec["epochs"], spec["seed"])[
-        : spec["max_steps"]
-    ]
+    plan = planned(rows, spec)
     validation = validation_rows(chat, spec)
 
     model = trainable(spec, device)
@@ -84,6 +82,12 @@ def train_rank(spec: dict[str, Any], out: Path) -> dict[str, Any]:
         "scoring": scoring.way,
         "scoring_reason": scoring.reason,
     }
+
+
+def planned(rows: list[Scored], spec: dict[str, Any]) -> list[list[int]]:
+    """The rows of each optimiser step, for all epochs."""
+    lengths = [len(row.ids) for row in rows]
+    return plan_batches(lengths, spec["batch_tokens"], spec["epochs"], spec["seed"])[: spec["max_steps"]]
 
 
 def fastest_way(model: Any, rows: list[Scored], spec: dict[str, Any]) -> Scoring:
