@@ -89,7 +89,7 @@ def test_7b_lora_needs_about_16_gb_not_24():
     asked = Settings("lora", 1024, checkpointing=True)
     assert 13.5 < needed(arch, asked) / 2**30 < 16
     assert card(arch, asked, 16).fits
-    assert not card(arch, dataclasses.replace(asked, checkpointing=False, length=2048), 24).fits
+    assert not card(arch, dataclasses.replace(asked, checkpointing=False, length=3072), 24).fits
 
 
 def test_70b_qlora_fits_48_gb_only_under_stated_settings():

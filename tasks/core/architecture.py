@@ -88,7 +88,7 @@ def decoder(shape: Mapping[str, Any]) -> Architecture:
     """An Architecture from the few numbers of a public config.json, as data_contracts/architectures.json keeps them.
 
     Llama's form unless said otherwise: `qkv_bias`, `bias` (everywhere), `fused_qkv`, `gated: false` (two linear layers
-    in the feed-forward part), `rms_norm: false` (LayerNorm), `norms`, `qk_norm`, `head_bias`, `tied`.
+    in the feed-forward part), `rms_norm: false` (LayerNorm), `norms`, `qk_norm`, `head_bias`, `tied`, `activation`.
     """
     hidden, inner, heads = shape["hidden"], shape["inner"], shape["heads"]
     kv_heads, head_dim = shape.get("kv_heads", heads), shape.get("head_dim", hidden // heads)
@@ -110,6 +110,7 @@ def decoder(shape: Mapping[str, Any]) -> Architecture:
         hidden=hidden, layers=shape["layers"], heads=heads, kv_heads=kv_heads, head_dim=head_dim, vocab=shape["vocab"],
         tied=shape.get("tied", False), linears=(*attention, *mlp), norms=norms, rms_norm=rms_norm, qk_norm=qk_norm,
         norm_parameters=norm + (shape["layers"] * 2 * head_dim if qk_norm else 0), head_bias=shape.get("head_bias", False),
+        activation=shape.get("activation", "silu"),
     )  # fmt: skip
 
 
