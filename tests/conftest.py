@@ -6,6 +6,7 @@ Prefect server. The `gpu` tests skip without a CUDA device and fail there if REQ
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # Started in the background: what tests start would inherit that, and no Ctrl-C would reach it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["COLUMNS"] = "120"  # tables break lines alike, whatever the terminal
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # files side by side: a second thread would spin on a busy core
