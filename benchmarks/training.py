@@ -129,10 +129,8 @@ def tunegate(spec: dict[str, Any], checkpointing: bool = False) -> dict[str, flo
     rows = len(json.loads(Path(spec["texts"]).read_text()))
     batch_tokens = round(spec["tokens"] / rows * spec["batch_rows"])
     own = {
-        "base_name": "benchmark", "max_tokens": 1024, "too_long": "leave_out", "batch_tokens": batch_tokens, "epochs": 1,
-        "max_steps": None, "warmup_ratio": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0, "optimizer": "adamw_torch",
+        "base_name": "benchmark", "batch_tokens": batch_tokens, "warmup_ratio": 0.0, "max_loss_rise_nats": None,
         "activation_checkpointing": checkpointing, "checkpoint_steps": 100_000,
-        "validation_steps": None, "early_stopping_patience": None, "max_loss_rise_nats": None,
     }  # fmt: skip
     report = train(spec | own, Path(spec["out"]))
     seconds = [point["seconds"] for point in report["loss"]]
@@ -160,7 +158,7 @@ def transformers_trainer(spec: dict[str, Any]) -> dict[str, float]:
     """A padded batch, the library's loss over the completion's tokens."""
     import torch
     from peft import PeftModel
-    from transformers import AutoTokenizer, Trainer
+    from transformers import AutoTokenizer, Trainer, TrainingArguments
 
     tokenizer = AutoTokenizer.from_pretrained(spec["base"])
     model = PeftModel.from_pretrained(load(spec), spec["step0"], is_trainable=True)
@@ -179,7 +177,9 @@ def transformers_trainer(spec: dict[str, Any]) -> dict[str, float]:
         }
         return {name: torch.tensor(values) for name, values in columns.items()}
 
-    trainer = Trainer(model=model, args=training_arguments(spec), train_dataset=rows, data_collator=collate)
+    trainer = Trainer(
+        model=model, args=TrainingArguments(**arguments_of(spec)), train_dataset=rows, data_collator=collate
+    )
     return timed(trainer, spec)
 
 
@@ -233,14 +233,10 @@ def arguments_of(spec: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def training_arguments(spec: dict[str, Any]) -> Any:
-    from transformers import TrainingArguments
-
-    return TrainingArguments(**arguments_of(spec))
-
-
 def timed(trainer: Any, spec: dict[str, Any]) -> dict[str, float]:
     from transformers import TrainerCallback
+
+    from tasks.workers.device import peak_rss_bytes
 
     times: list[float] = []
 
@@ -252,18 +248,12 @@ def timed(trainer: Any, spec: dict[str, Any]) -> dict[str, float]:
     trainer.train()
     steps = len(times)
     first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-    return outcome(spec["tokens"] * (steps - 1) / steps, times[-1] - times[0], peak_rss(), first)
+    return outcome(spec["tokens"] * (steps - 1) / steps, times[-1] - times[0], peak_rss_bytes(), first)
 
 
 def outcome(tokens: float, seconds: float, peak: int, first_loss: float) -> dict[str, float]:
     speed = gemm_gflops()
     return {"tokens_per_s": tokens / seconds, "peak_bytes": peak, "first_loss": first_loss, "gemm_gflops": speed}
-
-
-def peak_rss() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def gemm_gflops() -> float:

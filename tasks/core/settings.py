@@ -165,7 +165,8 @@ def settings_of(
     segments: Segments | None = None,
     way: Way = "packed",
 ) -> Settings:
-    """Tunegate's own training step. dials: those of a TrainSpec, by name, without DoRA (see `unplanned`). scored: None plans for a loss on all tokens.
+    """Tunegate's own training step. dials: those of a TrainSpec, by name, without DoRA (see `unplanned`). scored: None
+    plans for a loss on all tokens.
 
     For one packed row of T tokens, as the training worker has at hand: length T, batch 1, its completion tokens and its
     segments.

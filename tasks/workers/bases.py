@@ -122,9 +122,9 @@ def weights_bytes(model: torch.nn.Module) -> int:
     return sum(seen.values())
 
 
-def dequantised(weight: Any) -> torch.Tensor:
-    """A layer's weight [O, I] as numbers, if it is quantised; else as it is."""
-    state = getattr(weight, "quant_state", None)
+def dequantised(weight: Any, state: Any = None) -> torch.Tensor:
+    """A layer's weight [O, I] as numbers, if it is quantised; else as it is. state: its constants, if it comes without."""
+    state = state or getattr(weight, "quant_state", None)
     numbers: torch.Tensor = weight.data if state is None else dequantize_4bit(weight.data, state)
     return numbers
 

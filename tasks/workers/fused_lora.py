@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora import LoraLayer
+
+from tasks.workers.bases import dequantised
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,7 @@ class Lora:
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """[O, I] in the number format asked for."""
-        stored: torch.Tensor = self.base.weight.data
-        return (stored if self.quant_state is None else dequantize_4bit(stored, self.quant_state)).to(dtype)
+        return dequantised(self.base.weight, self.quant_state).to(dtype)
 
     def matrices(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A [R, I] and B [O, R]; read at each use, for loading an adapter may replace them."""

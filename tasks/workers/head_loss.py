@@ -60,13 +60,16 @@ class TrainedHeadLoss(torch.autograd.Function):
 
 
 def _chunks(weight_VD: torch.Tensor, targets_N: torch.Tensor) -> Iterator[slice]:
-    rows = max(1, CHUNK_LOGITS // len(weight_VD))
+    rows = _rows(weight_VD)
     return (slice(start, start + rows) for start in range(0, len(targets_N), rows))
 
 
 def _logits_of_a_chunk(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    rows = max(1, CHUNK_LOGITS // len(weight_VD))
-    return hidden_ND.new_empty(min(rows, len(targets_N)), len(weight_VD))
+    return hidden_ND.new_empty(min(_rows(weight_VD), len(targets_N)), len(weight_VD))
+
+
+def _rows(weight_VD: torch.Tensor) -> int:
+    return max(1, CHUNK_LOGITS // len(weight_VD))
 
 
 def _slopes(hidden_CD: torch.Tensor, weight_VD: torch.Tensor, targets_C1: torch.Tensor) -> torch.Tensor:

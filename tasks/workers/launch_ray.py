@@ -35,14 +35,16 @@ def launch(module: str, spec_file: Path, out: Path) -> int:
     )
     os.environ.update({name: os.environ.get(name, value) for name, value in wanted.items()})
     try:
-        shutil.rmtree(out / _STATE, ignore_errors=True)
-        _fit(module, spec_file.resolve(), out.resolve())
+        from ray.exceptions import RayError
+        from ray.train import TrainingFailedError
     except ImportError as error:
         act = "pip install 'tunegate[ray]'"
-        return _tell(
-            out, ConfigError(Problem(f"Ray Train is not installed ({error})", "train.engine", "local or ray", act))
-        )
-    except Exception as error:  # noqa: BLE001  Ray wraps whatever a rank raises, and has a dozen errors of its own
+        missing = Problem(f"Ray Train is not installed ({error})", "train.engine", "local or ray", act)
+        return _tell(out, ConfigError(missing))
+    shutil.rmtree(out / _STATE, ignore_errors=True)
+    try:
+        _fit(module, spec_file.resolve(), out.resolve())
+    except (TrainingFailedError, RayError, ConnectionError) as error:
         return _tell(out, _cause(error, module))
     finally:
         shutil.rmtree(out / _STATE, ignore_errors=True)
