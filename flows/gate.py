@@ -5,12 +5,14 @@ from pathlib import Path
 from prefect import flow
 
 from data_contracts.errors import ConfigError, Problem
-from data_contracts.reports import AdapterRef, Comparison, EvalTarget, GateReport
+from data_contracts.reports import AdapterRef, EvalTarget
 from data_contracts.run_spec import RunSpec, StoreSpec
-from flows.retrain import data_stages, evaluate, in_store
+from data_contracts.verdict import Decision
+from flows.retrain import data_stages, evaluate, in_store, serve
 from flows.stages import Stages
 from tasks import registry, stages
 from tasks.base import base_identity
+from tasks.registry import Registered, Rival
 from tasks.stores import Store
 
 
@@ -19,31 +21,48 @@ def recorded_preset(store: StoreSpec, model_uri: str) -> str:
     return registry.recorded_spec(store, registry.resolve(store, model_uri))
 
 
-def gate(spec: RunSpec, model_uri: str) -> tuple[GateReport, Comparison | None]:
+def gate(spec: RunSpec, model_uri: str, baseline_uri: str | None = None) -> Decision:
     """Run the flow with its results kept in the spec's store."""
-    decision: tuple[GateReport, Comparison | None] = in_store(gate_flow, spec)(spec, model_uri)
+    decision: Decision = in_store(gate_flow, spec)(spec, model_uri, baseline_uri)
     return decision
 
 
 @flow(name="gate", result_serializer="json")
-def gate_flow(spec: RunSpec, model_uri: str) -> tuple[GateReport, Comparison | None]:
-    """Score the version, the untuned base and the champion on the spec's frozen items, and judge."""
+def gate_flow(spec: RunSpec, model_uri: str, baseline_uri: str | None = None) -> Decision:
+    """Score the version, the untuned base and the baseline on the spec's frozen items, and judge."""
     run, store = Stages(), Store(Path(spec.store.root))
     version = registry.resolve(spec.store, model_uri)
+    rival = rival_of(spec.store, version, baseline_uri)
     dataset = data_stages(run, spec)
     base = run.run(stages.prepare_base, store, spec.model.base, spec.model.revision, base_identity(spec.model))
     if version.base_digest != base.digest:
-        raise ConfigError(
-            Problem(
-                f"{model_uri} stands on another base than {base.name}", "model.base", act="set model.base to its own"
-            )
-        )
+        what = f"{model_uri} stands on another base than {base.name}"
+        raise ConfigError(Problem(what, "model.base", act="set model.base to its own"))
     adapter = AdapterRef(folder=version.adapter, sha256=version.adapter_sha256)
-    rival = registry.rival(spec.store, version.name, adapter, base)
-    targets = [EvalTarget(name="base", method="lora")]
-    targets += [EvalTarget(name="candidate", method=version.method, adapter=adapter, quantisation=version.quantisation)]
-    targets += [rival.target] if rival and rival.target else []
-    evaluations = evaluate(run, spec, base, dataset.test, targets)
-    comparison = run.run(stages.compare, store, [], evaluations, "candidate", spec.gates)
-    report = run.run(stages.gate, comparison, spec.gates, rival.label if rival else None, False)
-    return report, comparison
+    own = EvalTarget(name="candidate", method=version.method, adapter=adapter, quantisation=version.quantisation)
+    evaluations = evaluate(run, spec, base, dataset.test, [own], rival)
+    comparison = run.run(stages.compare, store, [], evaluations, "candidate", "candidate", spec.gates)
+    served = serve(run, spec, base, dataset.test, own)
+    label = rival.label if rival else None
+    report = run.run(stages.gate, comparison, spec.gates, label, False, served)
+    return Decision(
+        model=model_uri, name=version.name, version=version.version, rival=label, gate=report, comparison=comparison
+    )
+
+
+def rival_of(store: StoreSpec, version: Registered, baseline_uri: str | None) -> Rival | None:
+    """The version named, else the champion, else None. Raises ConfigError if the one named stands on another base.
+
+    Where that is the version itself it is measured all the same, to a difference of zero: the first-run rule, which
+    is for models without a champion, would be no true reason.
+    """
+    named = registry.resolve(store, baseline_uri, "--baseline") if baseline_uri else None
+    if named and named.base_digest != version.base_digest:
+        what = f"{baseline_uri} stands on another base than {version.name} version {version.version}"
+        raise ConfigError(Problem(what, "--baseline", act="name a version of the same base: losses compare only there"))
+    found = named or registry.champion(store, version.name)
+    if found is None:
+        return None
+    rival = registry.as_rival(found, version.base_digest)
+    same = found.adapter_sha256 == version.adapter_sha256
+    return Rival(f"{rival.label} (the candidate itself)", rival.target) if same else rival

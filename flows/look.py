@@ -8,8 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_contracts.data_spec import ContractSpec, DataSpec
 from data_contracts.errors import ConfigError, DataError, Problem
-from data_contracts.run_spec import ContractSpec, DataSpec, RunSpec
+from data_contracts.run_spec import RunSpec
 from flows.spec_files import DEFAULT_PRESET, load_changes, load_spec, write_new, write_spec
 from tasks.probes import probe
 from tasks.propose import Proposed, Sample, draw, propose
@@ -117,6 +118,8 @@ def _start(data: str, name: str, base: str | None, overrides: list[str]) -> RunS
     tuned = [
         f"train.learning_rate={demo.train.learning_rate}",
         f"gates.min_retention={demo.gates.min_retention}",
+        f"gates.max_accuracy_drop={demo.gates.max_accuracy_drop}",
+        f"gates.min_stop_rate={demo.gates.min_stop_rate}",
     ]
     return load_changes([*tuned, *given])
 

@@ -25,6 +25,7 @@ STAGES = {
     "train": "one worker process for each arm, in the same data order",
     "evaluate": "lm-eval on base, arms and champion, the base loaded once",
     "compare": "paired intervals: retention, memory, speed",
+    "serve_alone": "if a gate asks: the candidate's time and memory in a process of its own",
     "gate": "pass, fail or inconclusive",
     "record": "MLflow: a parent run, a child for each arm",
     "register": "a model version under the alias challenger",
@@ -66,10 +67,11 @@ def show_plan(loaded: LoadedSpec, console: "Console") -> None:
     table = Table(title=f"dry run of {loaded.source}", title_justify="left", title_style="bold")
     for name in ("dial", "value", "from"):
         table.add_column(name, overflow="fold")
+    values = loaded.spec.model_dump(mode="json")
     for key in dials():
         section, _, field = key.partition(".")
         origin = loaded.origins[key]
-        value = yaml_inline(getattr(getattr(loaded.spec, section), field))
+        value = yaml_inline(values[section][field])
         table.add_row(key, Text(value), Text(origin), style="dim" if origin == "default" else "")
     console.print(table)
     for title, lines in (("decided at run time", automatic(loaded.spec)), ("stages", STAGES)):

@@ -9,17 +9,18 @@ from prefect.runtime import flow_run
 from data_contracts.data_reports import DatasetManifest, DataState, FileRef
 from data_contracts.reports import AdapterRef, BaseModelRef, EvalReport, EvalTarget, RunReport, Stage, TrainReport
 from data_contracts.rules import Reason, action_of
-from data_contracts.run_spec import Method, RunSpec
+from data_contracts.run_spec import Form, RunSpec
+from data_contracts.verdict import Served
 from flows.stages import Stages
 from tasks import ledger, registry, stages
+from tasks.arms import Arm, arms_of, candidate_arm
 from tasks.base import base_identity, start_dials
-from tasks.evaluate import task_files
+from tasks.evaluate import DOMAIN_TASKS, task_files
 from tasks.explain import write_state
+from tasks.registry import Rival
 from tasks.sources import source_digests
 from tasks.stores import Store
 from tasks.validate import promised
-
-OWN_TASKS = {"domain_nll", "domain_choice"}  # the two that need nothing but the test split
 
 
 def retrain(spec: RunSpec, force: bool = False) -> RunReport:
@@ -56,16 +57,15 @@ def retrain_flow(spec: RunSpec, force: bool = False) -> Any:
     dataset = data_stages(run, spec)
     base, arms = train_stages(run, spec, dataset)
 
-    candidate = candidate_of(arms)
+    candidate = released_of(arms)
     rival = registry.rival(spec.store, spec.model.name, candidate.adapter, base)
-    targets = [EvalTarget(name="base", method="lora")]
-    targets += [target_of(arm) for arm in arms]
-    targets += [rival.target] if rival and rival.target else []
-    evaluations = evaluate(run, spec, base, dataset.test, targets)
-    scores = next(report for report in evaluations if report.target == candidate.method)
+    targets = [target_of(arm) for arm in arms] + forms_of(candidate, spec.evaluate.forms)
+    evaluations = evaluate(run, spec, base, dataset.test, targets, rival)
+    scores = next(report for report in evaluations if report.target == candidate.name)
 
-    comparison = run.run(stages.compare, store, arms, evaluations, candidate.method, spec.gates)
-    gates = run.run(stages.gate, comparison, spec.gates, rival.label if rival else None, True)
+    comparison = run.run(stages.compare, store, arms, evaluations, candidate.arm, candidate.name, spec.gates)
+    served = serve(run, spec, base, dataset.test, target_of(candidate))
+    gates = run.run(stages.gate, comparison, spec.gates, rival.label if rival else None, True, served)
     recorded = run.run(stages.record, spec, dataset, arms, evaluations, comparison, gates)
     model = run.run(stages.register, spec, base, candidate, scores, dataset, gates, recorded)
     answer = run.run(stages.load_back, spec.store, model, scores, spec.evaluate.sample_tokens)
@@ -75,18 +75,9 @@ def retrain_flow(spec: RunSpec, force: bool = False) -> Any:
         run.skip("promote", f"the verdict is {gates.verdict}: the version stays challenger")
     page = run.run(stages.write_report, store, spec, dataset, arms, evaluations, comparison, gates, recorded, model)
     report = RunReport(
-        run_id=f"{flow_run.name}-{flow_run.id[:8]}",
-        spec=spec.model_dump(mode="json"),
-        dataset=dataset,
-        base=base,
-        arms=arms,
-        evaluations=evaluations,
-        comparison=comparison,
-        gate=gates, recorded=recorded,
-        model=registry.version_now(spec.store, model),
-        loaded_back=answer,
-        stages=run.done,
-        html=page,
+        run_id=f"{flow_run.name}-{flow_run.id[:8]}", spec=spec.model_dump(mode="json"), dataset=dataset, base=base,
+        arms=arms, evaluations=evaluations, comparison=comparison, gate=gates, recorded=recorded,
+        model=registry.version_now(spec.store, model), loaded_back=answer, stages=run.done, html=page,
     )  # fmt: skip
     store.write_report(report)
     return run.end(report)
@@ -102,7 +93,7 @@ def data_stages(run: Stages, spec: RunSpec) -> DatasetManifest:
     before = ledger.batch_before(store, scope, snapshot.id)
     promises = promised(spec.rules, spec.contract)
     validated = run.run(stages.check, store, snapshot, spec.rules, spec.contract, promises, released, before, engine)
-    further = sorted(set(spec.evaluate.tasks) - OWN_TASKS)
+    further = sorted(set(spec.evaluate.tasks) - set(DOMAIN_TASKS))
     wanted = further and spec.curate.decontaminate
     items = run.run(stages.benchmarks, store, further, task_files(spec.evaluate)) if wanted else None
     contradictions = action_of(Reason.CONTRADICTION, spec.rules.actions)
@@ -117,52 +108,72 @@ def train_stages(run: Stages, spec: RunSpec, data: DatasetManifest) -> tuple[Bas
     """Every arm over the same rows in the same order; LoRA's from the same step-0 adapter."""
     store = Store(Path(spec.store.root))
     base = run.run(stages.prepare_base, store, spec.model.base, spec.model.revision, base_identity(spec.model))
-    starts = make_starts(run, spec, base)
-    precision = spec.model.precision
-    if set(spec.evaluate.tasks) - OWN_TASKS:
+    planned, precision = arms_of(spec.train), spec.model.precision
+    starts = make_starts(run, store, base, planned, precision)
+    if set(spec.evaluate.tasks) - set(DOMAIN_TASKS):
         own = task_files(spec.evaluate)
         run.run(stages.check_tasks, store, base, data.test, spec.evaluate, own, spec.train.max_tokens)
     rows = (data.train, data.validation)
     arms: list[TrainReport] = []
-    for method in spec.train.methods:
+    for arm, start in zip(planned, starts, strict=True):
         # Arms on unlike threads could not be compared for speed: all take what was free for the first.
-        dials = spec.train.model_copy(update={"threads": arms[0].threads}) if arms else spec.train
-        arms.append(
-            run.run(
-                stages.train_arm, store, method, base, starts[method], *rows, dials, precision, label=f"train {method}"
-            )
-        )
+        dials = arm.dials.model_copy(update={"threads": arms[0].threads}) if arms else arm.dials
+        inputs = (store, arm.method, arm.seed, base, start, *rows, dials, precision)
+        trained: TrainReport = run.run(stages.train_arm, *inputs, label=f"train {arm.name}")
+        # The same training may be known under another name: as one of several seeds, or as a variant.
+        arms.append(trained.model_copy(update={"name": arm.name, "arm": arm.arm}))
     return base, arms
 
 
-def make_starts(run: Stages, spec: RunSpec, base: BaseModelRef) -> dict[Method, AdapterRef | None]:
+def make_starts(
+    run: Stages, store: Store, base: BaseModelRef, arms: list[Arm], precision: str
+) -> list[AdapterRef | None]:
     """Each arm's step-0 adapter, or None; the same one where it is made from the same dials."""
-    store = Store(Path(spec.store.root))
-    dials = {method: start_dials(method, spec.train, spec.model.precision) for method in spec.train.methods}
+    dials = [start_dials(arm.method, arm.seed, arm.dials, precision) for arm in arms]
     made: dict[str, AdapterRef] = {}
-    for own in dials.values():
+    for own in dials:
         if own and str(own) not in made:
             made[str(own)] = run.run(stages.init_adapter, store, base, own)
-    return {method: made.get(str(own)) for method, own in dials.items()}
+    return [made.get(str(own)) for own in dials]
 
 
-def candidate_of(arms: list[TrainReport]) -> TrainReport:
-    """The arm that may be released: qlora, else lora, else the last."""
-    trained = {arm.method: arm for arm in arms}
-    return trained.get("qlora") or trained.get("lora") or arms[-1]
+def released_of(arms: list[TrainReport]) -> TrainReport:
+    """The one adapter that may be released: the first seed's of the candidate arm. To choose the best of several by the
+    test split would make its numbers too good."""
+    candidate = candidate_arm([arm.arm for arm in arms])
+    return next(arm for arm in arms if arm.arm == candidate)
 
 
 def target_of(arm: TrainReport) -> EvalTarget:
-    return EvalTarget(name=arm.method, method=arm.method, adapter=arm.adapter, quantisation=arm.quantisation)
+    return EvalTarget(name=arm.name, method=arm.method, adapter=arm.adapter, quantisation=arm.quantisation)
+
+
+def forms_of(arm: TrainReport, forms: list[Form]) -> list[EvalTarget]:
+    """The same adapter as it may be served elsewhere; without 4 bits there is no other form."""
+    if arm.quantisation is None:
+        return []
+    own = {"method": arm.method, "adapter": arm.adapter}
+    return [EvalTarget(name=f"{arm.name}-on-{form}", merged=form == "merged", **own) for form in forms]
 
 
 def evaluate(
-    run: Stages, spec: RunSpec, base: BaseModelRef, test: FileRef, targets: list[EvalTarget]
+    run: Stages, spec: RunSpec, base: BaseModelRef, test: FileRef, targets: list[EvalTarget], rival: Rival | None
 ) -> list[EvalReport]:
-    """Score every target on the frozen items."""
+    """Score the base, every target and the rival on the frozen items."""
     store = Store(Path(spec.store.root))
+    targets = [EvalTarget(name="base", method="lora"), *targets]
+    targets += [rival.target] if rival and rival.target else []
     dials = (spec.evaluate, task_files(spec.evaluate), spec.train.max_tokens, spec.model.precision)
     reports: list[EvalReport] = run.run(
         stages.evaluate, store, base, test, targets, *dials, spec.gates.confidence, spec.train.threads
     )
     return reports
+
+
+def serve(run: Stages, spec: RunSpec, base: BaseModelRef, test: FileRef, target: EvalTarget) -> Served | None:
+    """The candidate alone in a process, measured; only if a gate asks for it."""
+    if spec.gates.max_ms_per_token is None and spec.gates.max_memory_gb is None:
+        return None
+    store, dials = Store(Path(spec.store.root)), (spec.evaluate, spec.train.max_tokens, spec.model.precision)
+    served: Served = run.run(stages.serve_alone, store, base, test, target, *dials, spec.train.threads)
+    return served

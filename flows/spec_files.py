@@ -179,7 +179,7 @@ def _dict_dial(key: str) -> str | None:
 def _typed(key: str, text: str) -> Any:
     """The value of a `--set`: YAML, except that dials made of text take it as typed (`;`, `*.jsonl`, `007`)."""
     annotation = dials()[key].annotation if key in dials() else str
-    takes_text = annotation is str or str in get_args(annotation)
+    takes_text = annotation is str or (str in get_args(annotation) and get_origin(annotation) is not dict)
     if takes_text and not text.startswith(("[", '"', "'")):
         nullable = type(None) in get_args(annotation)
         return None if nullable and text in ("", "null", "~") else text
@@ -252,10 +252,11 @@ def write_new(path: Path, text: str) -> None:
 def _annotated(spec: RunSpec) -> Iterator[str]:
     for section in RunSpec.model_fields:
         yield f"\n{section}:"
-        values = getattr(spec, section)
-        for name, field in type(values).model_fields.items():
+        found = getattr(spec, section)
+        values = found.model_dump(mode="json")
+        for name, field in type(found).model_fields.items():
             yield from _comment(field.description or "", "  ")
-            yield f"  {name}: {yaml_inline(getattr(values, name))}"
+            yield f"  {name}: {yaml_inline(values[name])}"
 
 
 def _comment(text: str, indent: str) -> Iterator[str]:

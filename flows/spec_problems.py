@@ -106,12 +106,13 @@ def _needs(detail: ErrorDetails) -> str:
 
 
 def _section_problems(section: str, detail: ErrorDetails, origins: dict[str, str]) -> Iterator[Problem]:
-    """Rules that bind several dials of one section: a problem for each line of reasons, at the dials that it names."""
-    turned = {key: o for key, o in origins.items() if key.startswith(f"{section}.") and o != "default"}
+    """Rules that bind several dials, of one section or (no section) of several: a problem for each line of reasons, at the
+    dials that it names."""
+    turned = {key: o for key, o in origins.items() if key.startswith(section) and o != "default"}
     for reason in _needs(detail).splitlines():
         named = {key: o for key, o in turned.items() if re.search(rf"\b{key.partition('.')[2]}\b", reason)} or turned
         where = ", ".join(f"{key} ({origin})" for key, origin in named.items())
-        yield Problem(f"the {section} dials do not fit together", where, reason, "change one of them")
+        yield Problem(f"the {section or 'spec'}'s dials do not fit together", where, reason, "change one of them")
 
 
 def _act(section: str, field: str, detail: ErrorDetails) -> str:

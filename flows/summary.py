@@ -5,7 +5,8 @@ from typing import Any
 
 from data_contracts.data_reports import DatasetManifest
 from data_contracts.errors import ConfigError, Problem, StoreError
-from data_contracts.reports import Comparison, EvalReport, GateReport, ModelVersion, RunReport, Stage, TrainReport
+from data_contracts.reports import EvalReport, ModelVersion, RunReport, Stage, TrainReport
+from data_contracts.verdict import Comparison, Decision, GateReport
 from tasks.stores import Store
 
 
@@ -18,7 +19,7 @@ def summary(report: RunReport) -> dict[str, Any]:
         "mlflow_run_id": report.recorded.mlflow_run_id,
         "snapshot": dataset_summary(report.dataset),
         "base": {**report.base.model_dump(mode="json"), "eval": _eval(evals.get("base"))},
-        "arms": [arm_summary(arm, evals.get(arm.method), children.get(arm.method)) for arm in report.arms],
+        "arms": [arm_summary(arm, evals.get(arm.name), children.get(arm.name)) for arm in report.arms],
         "champion": _eval(evals.get("champion")),
         "comparison": report.comparison.model_dump(mode="json"),
         **gate_summary(report.gate),
@@ -55,8 +56,13 @@ def _eval(report: EvalReport | None) -> dict[str, Any] | None:
 
 
 def gate_summary(gate: GateReport, comparison: Comparison | None = None) -> dict[str, Any]:
-    found = {"gates": [item.model_dump(mode="json") for item in gate.gates], "verdict": gate.verdict}
+    found = gate.model_dump(mode="json")
     return {**found, "comparison": comparison.model_dump(mode="json")} if comparison else found
+
+
+def decision_summary(decision: Decision) -> dict[str, Any]:
+    asked = decision.model_dump(mode="json", include={"model", "name", "version", "rival"})
+    return {**asked, **gate_summary(decision.gate, decision.comparison)}
 
 
 def model_summary(model: ModelVersion) -> dict[str, Any]:

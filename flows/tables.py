@@ -1,28 +1,20 @@
-"""Pages for people: a run's models side by side, its gates, its data. Text from data is never read as markup."""
+"""Pages for people: a run's models side by side, its data, what to do next. Text from data is never read as markup."""
 
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
-from data_contracts.reports import (
-    Comparison,
-    EvalReport,
-    GateReport,
-    Interval,
-    ModelVersion,
-    RunReport,
-    Stage,
-    TrainReport,
-)
+from data_contracts.reports import EvalReport, ModelVersion, RunReport, Stage, TrainReport
 from flows.summary import html_file, model_uri, store_of
+from flows.verdict_tables import show_comparison, show_gate
+from tasks.sentences import label_of, number
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
-_LABELS = {"base": "base", "lora": "LoRA", "qlora": "QLoRA", "full": "full", "prefix": "prefix", "champion": "champion"}
 _NONE = "-"
 _DEFAULT_ROOT = "mlruns"
 
@@ -34,7 +26,7 @@ def show_run(report: RunReport, console: "Console") -> None:
     show_comparison(report.comparison, console, report.base.note)
     show_gate(report.gate, console)
     show_version(report.model, console)
-    _show_sample(report.evaluations, console)
+    _show_sample([scores[0] for scores, _ in models_of(report).values() if scores], console)
     _show_next(report, console)
 
 
@@ -52,117 +44,82 @@ def show_verdict(report: RunReport, console: "Console") -> None:
     show_version(report.model, console)
 
 
-def show_decision(report: GateReport, comparison: Comparison | None, console: "Console") -> None:
-    if comparison:
-        show_comparison(comparison, console)
-    show_gate(report, console)
-
-
 # --- models side by side ------------------------------------------------------------------------------------
 
 
 def show_models(report: RunReport, console: "Console") -> None:
-    """One column for each model, one line for each measure."""
-    evals = {item.target: item for item in report.evaluations}
-    arms = {arm.method: arm for arm in report.arms}
-    targets = [target for target in _LABELS if target in evals or target in arms]
+    """One column for each arm, base and champion; one line for each measure. Over several seeds it is the mean."""
     table = Table(title=f"run {report.run_id}: {report.base.name}", title_justify="left", title_style="bold")
     table.add_column("")
-    for target in targets:
-        table.add_column(_LABELS[target], justify="right")
+    models = models_of(report)
+    for name in models:
+        table.add_column(label_of(name), justify="right")
     for label, show in _SCORES:
-        table.add_row(label, *(show(evals[target]) if target in evals else _NONE for target in targets))
+        table.add_row(label, *(show(evals) for evals, _ in models.values()))
+    if report.comparison.seed_sd:
+        spread = report.comparison.seed_sd
+        table.add_row("  sd over seeds", *(number(spread.get(name)) for name in models))
+    table.add_row("rank by held-out loss", *_ranks(report, list(models)))
     table.add_section()
     for label, cost in _COSTS:
-        table.add_row(label, *(cost(arms[target]) if target in arms else _NONE for target in targets))
+        table.add_row(label, *(cost(arms) if arms else _NONE for _, arms in models.values()))
     console.print(table)
 
 
-def _number(value: float | None, form: str = ".3f") -> str:
-    return _NONE if value is None else format(value, form)
+def models_of(report: RunReport) -> dict[str, tuple[list[EvalReport], list[TrainReport]]]:
+    """base, arms and champion: for each its evaluations and trainings, one for each seed."""
+    evals = {item.target: item for item in report.evaluations}
+    found: dict[str, tuple[list[EvalReport], list[TrainReport]]] = {}
+    if "base" in evals:
+        found["base"] = ([evals["base"]], [])
+    for arm in report.arms:
+        scores, trained = found.setdefault(arm.arm, ([], []))
+        scores += [evals[arm.name]] if arm.name in evals else []
+        trained.append(arm)
+    return found | ({"champion": ([evals["champion"]], [])} if "champion" in evals else {})
 
 
-def _interval(interval: Interval | None, form: str = ".3f") -> str:
-    return "" if interval is None else f" [{interval[0]:{form}}, {interval[1]:{form}}]"
+def _ranks(report: RunReport, names: list[str]) -> list[str]:
+    losses = report.comparison.nll_nats
+    order = sorted((name for name in names if name in losses), key=lambda name: losses[name])
+    return [str(order.index(name) + 1) if name in order else _NONE for name in names]
 
 
-def _size(count: int) -> str:
+def _mean(values: Sequence[float | None], form: str = ".3f") -> str:
+    known = [value for value in values if value is not None]
+    return number(fmean(known) if known else None, form)
+
+
+def size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _peak(arm: TrainReport) -> str:
-    planned = arm.predicted_train_bytes
-    return _size(arm.peak_train_bytes) + ("" if planned is None else f" (planned {_size(planned)})")
-
-
-_SCORES: list[tuple[str, Callable[[EvalReport], str]]] = [
-    ("held-out loss, nats/token", lambda e: _number(e.nll_nats)),
-    ("held-out perplexity", lambda e: _number(e.perplexity, ".1f")),
-    ("benchmark accuracy", lambda e: _number(e.accuracy) + _interval(e.accuracy_interval)),
-    ("  word overlap alone", lambda e: _number(e.lexical_baseline_accuracy)),
-    ("held-out items", lambda e: str(e.items)),
+_SCORES: list[tuple[str, Callable[[Sequence[EvalReport]], str]]] = [
+    ("held-out loss, nats/token", lambda e: _mean([item.nll_nats for item in e])),
+    ("  bits per byte", lambda e: _mean([item.bits_per_byte for item in e])),
+    ("benchmark accuracy", lambda e: _mean([item.accuracy for item in e])),
+    ("  word overlap alone", lambda e: _mean([item.lexical_baseline_accuracy for item in e])),
+    ("answers: ROUGE-L", lambda e: _mean([score_of(item, "rouge_l") for item in e])),
+    ("  ended by itself", lambda e: _mean([score_of(item, "stopped") for item in e])),
+    ("ms per written token", lambda e: _mean([item.ms_per_token for item in e], ".0f")),
+    ("held-out items", lambda e: str(e[0].items) if e else _NONE),
 ]
-_COSTS: list[tuple[str, Callable[[TrainReport], str]]] = [
-    ("training rows too long", lambda a: f"{a.rows_too_long:,} {a.too_long}" if a.rows_too_long else "0"),
-    ("trainable parameters", lambda a: f"{a.trainable_parameters:,}"),
-    ("base weights in memory", lambda a: _size(a.weights_bytes)),
-    ("peak memory while training", _peak),
-    ("tokens/s, prompts included", lambda a: f"{a.useful_tokens_per_s:,.0f}"),
-    ("training minutes", lambda a: f"{a.train_seconds / 60:.1f}"),
-    ("precision, device, threads", lambda a: f"{a.precision}, {a.device}, {a.threads}"),
+_COSTS: list[tuple[str, Callable[[Sequence[TrainReport]], str]]] = [
+    ("seeds", lambda a: ", ".join(str(arm.seed) for arm in a)),
+    ("rows too long", lambda a: f"{a[0].rows_too_long:,} {a[0].too_long}" if a[0].rows_too_long else "0"),
+    ("trainable parameters", lambda a: f"{a[0].trainable_parameters:,}"),
+    ("base weights", lambda a: size(a[0].weights_bytes)),
+    ("peak memory in training", lambda a: size(fmean(arm.peak_train_bytes for arm in a))),
+    ("  as planned", lambda a: size(a[0].predicted_train_bytes) if a[0].predicted_train_bytes else _NONE),
+    ("tokens/s, with prompts", lambda a: f"{fmean(arm.useful_tokens_per_s for arm in a):,.0f}"),
+    ("training minutes", lambda a: f"{fmean(arm.train_seconds for arm in a) / 60:.1f}"),
+    ("precision and threads", lambda a: f"{a[0].precision}, {a[0].device}, {a[0].threads}"),
 ]
 
 
-# --- verdict ------------------------------------------------------------------------------------------------
-
-
-def show_comparison(found: Comparison, console: "Console", note: str = "") -> None:
-    """QLoRA against LoRA in sentences."""
-    lines: list[tuple[float | None, Callable[[float], str]]] = [
-        (found.retention, lambda v: f"QLoRA keeps {v:.1%}{_interval(found.retention_ci95, '.1%')} of LoRA's loss gain"),
-        (
-            found.accuracy_drop,
-            lambda v: f"accuracy lost to LoRA: {v:+.3f}{_interval(found.accuracy_drop_ci95, '+.3f')}",
-        ),
-        (found.weights_saving, lambda v: f"memory of the base weights saved: {v:.1%}"),
-        (found.memory_saving, lambda v: f"peak memory saved: {v:.1%}"),
-        (found.speed_ratio, lambda v: f"QLoRA trains at {v:.2f} x LoRA's speed"),
-    ]
-    console.print(Text(f"\nthe same {found.items} held-out items for every model, paired", style="bold"))
-    for target, interval in found.nll_gain_ci95.items():
-        console.print(Text(f"  {_gain(found, target)}{_interval(interval)} nats/token"), soft_wrap=True)
-    for target, interval in found.accuracy_gain_ci95.items():
-        gain = found.accuracy[target] - found.accuracy["base"]
-        line = (
-            f"  {_LABELS.get(target, target)} changes accuracy against base by {gain:+.3f}{_interval(interval, '+.3f')}"
-        )
-        console.print(Text(line), soft_wrap=True)
-    for value, sentence in lines:
-        if value is not None:
-            console.print(Text(f"  {sentence(value)}"), soft_wrap=True)
-    for claim in found.claims:
-        console.print(Text(f"  {claim}"), soft_wrap=True)
-    if note:
-        console.print(Text(f"  base: {note}", style="dim"), soft_wrap=True)
-
-
-def _gain(found: Comparison, target: str) -> str:
-    """How much lower the held-out loss is: of an arm against the base, of the candidate against the champion."""
-    rival, better = ("champion", found.candidate) if target == "champion" else ("base", target)
-    gain = found.nll_nats[rival] - found.nll_nats[better]
-    return f"{_LABELS.get(better, better)} lowers held-out loss against {_LABELS[rival]} by {gain:.3f}"
-
-
-def show_gate(report: GateReport, console: "Console") -> None:
-    table = Table(title="\ngates", title_justify="left", title_style="bold")
-    for name in ("gate", "threshold", "actual", "interval", "verdict", "why"):
-        table.add_column(name, justify="right" if name in ("threshold", "actual", "interval") else "left")
-    for item in report.gates:
-        verdict = Text(item.verdict, style=_COLOURS[item.verdict])
-        numbers = [_number(item.threshold), _number(item.actual), _interval(item.interval).strip() or _NONE]
-        table.add_row(item.name, *numbers, verdict, Text(item.why))
-    console.print(table)
-    console.print(Text.assemble("verdict: ", (report.verdict.upper(), f"bold {_COLOURS[report.verdict]}")))
+def score_of(report: EvalReport, metric: str) -> float | None:
+    """A metric of domain_generate."""
+    return next((s.value for s in report.scores if (s.task, s.metric) == ("domain_generate", metric)), None)
 
 
 def show_version(model: ModelVersion, console: "Console") -> None:
@@ -178,7 +135,7 @@ def _show_sample(evaluations: Sequence[EvalReport], console: "Console") -> None:
     first = next(iter(answers.values()))
     console.print(Text("\na held-out question, and who answers what", style="bold"))
     told = {"question": first.question, "reference": first.reference}
-    told |= {_LABELS.get(target, target): answer.answer for target, answer in answers.items()}
+    told |= {label_of(target): answer.answer for target, answer in answers.items()}
     for label, text in told.items():
         console.print(Text(f"  {label:<10} {_one_line(text)}"), soft_wrap=True)
 

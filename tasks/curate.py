@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_contracts.data_reports import CheckedRows, DatasetManifest, FileRef, ValidatedData
+from data_contracts.data_spec import CurateSpec
 from data_contracts.errors import DataError, Problem
 from data_contracts.rules import Action, Reason
-from data_contracts.run_spec import CurateSpec
 from tasks.core.clusters import BRIDGES, DUPLICATE, KEPT, NEAR_TEST, Rows, badness, settle_exact, settle_near
 from tasks.core.near import near_pairs, similar
 from tasks.core.split import Fractions, Known, assign_splits

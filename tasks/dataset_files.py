@@ -33,6 +33,7 @@ class Item(NamedTuple):
     source: str
     line: int
     messages: tuple[Message, ...]
+    slice: str | None
     decision: Decision
 
 
@@ -40,8 +41,9 @@ def items(parts: list[Path], decisions: list[Decision]) -> Iterator[Item]:
     """Every checked row with its decision, part by part."""
     numbered = iter(decisions)
     for part in parts:
-        for row in pq.read_table(part, columns=["row_id", "source", "line", "messages"]).to_pylist():
-            yield Item(row["row_id"], row["source"], row["line"], from_json(row["messages"]), next(numbered))
+        for row in pq.read_table(part, columns=["row_id", "source", "line", "messages", "slice"]).to_pylist():
+            place = (row["row_id"], row["source"], row["line"])
+            yield Item(*place, from_json(row["messages"]), row["slice"], next(numbered))
 
 
 def publish_dataset(store: Store, parts: list[Path], decisions: list[Decision], quarantine: Path) -> Path:
@@ -72,7 +74,8 @@ def _line(item: Item) -> tuple[str, dict[str, Any]]:
     fate, reason, split, of = item.decision
     messages = [message._asdict() for message in item.messages]
     if fate == "kept":
-        return f"{split}.jsonl", {**place, "messages": messages}
+        part = {} if item.slice is None else {"slice": item.slice}
+        return f"{split}.jsonl", {**place, **part, "messages": messages}
     if fate == "duplicate":
         return "duplicates.jsonl", {**place, "kind": reason, "duplicate_of": of}
     detail = f"row {of[:12]}" if of else ""

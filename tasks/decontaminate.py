@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from data_contracts.data_spec import CurateSpec
 from data_contracts.rules import Reason
-from data_contracts.run_spec import CurateSpec
 from tasks.core.contamination import Detector
 from tasks.dataset_files import Decision, Item, items
 from tasks.ledger import HeldOut

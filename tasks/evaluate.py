@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import uuid
 from pathlib import Path
@@ -11,12 +12,17 @@ from data_contracts.data_reports import FileRef
 from data_contracts.errors import ConfigError, Problem
 from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget, SampleAnswer, TaskScore
 from data_contracts.run_spec import EvaluateSpec
-from tasks.core.comparison import Samples, read_samples
-from tasks.core.stats import per_token, proportion_interval
+from data_contracts.verdict import Served
+from tasks.core.items import DOMAIN_TASKS
+from tasks.core.samples import read_facts, read_samples
+from tasks.core.stats import proportion
 from tasks.drafts import content_key
 from tasks.fingerprint import code_digest
 from tasks.processes import run_worker
 from tasks.stores import Store, digest
+
+__all__ = ["DOMAIN_TASKS", "benchmark_items", "check_tasks", "evaluate_targets", "serve_alone", "task_files"]
+_FILES = ("samples.jsonl", "facts.jsonl")
 
 
 def evaluate_targets(
@@ -34,7 +40,7 @@ def evaluate_targets(
 ) -> list[EvalReport]:
     """One report for each target. A target's key holds its adapter, base, items and dials, but not its name."""
     own = task_files.sha256 if task_files else None
-    dials = evaluate.model_dump() | {"max_tokens": max_tokens, "precision": precision, "task_folder": own}
+    dials = _dials(evaluate, max_tokens, precision) | {"task_folder": own}
     keys = {target.name: _key(target, base, test, dials) for target in targets}
     missing = [
         t for t in targets if afresh or not (store.files / "evaluations" / keys[t.name] / "result.json").exists()
@@ -45,11 +51,16 @@ def evaluate_targets(
     return [_report(store, target, test, keys[target.name], confidence) for target in targets]
 
 
+def _dials(evaluate: EvaluateSpec, max_tokens: int, precision: str) -> dict[str, Any]:
+    """What every target is scored by; `forms` only says which targets there are."""
+    return evaluate.model_dump(exclude={"forms"}) | {"max_tokens": max_tokens, "precision": precision}
+
+
 def _key(target: EvalTarget, base: BaseModelRef, test: FileRef, dials: dict[str, Any]) -> str:
     code = code_digest(("tasks.workers.evaluate_models",))
     quantised = target.quantisation.model_dump_json() if target.quantisation else ""
-    what = [target.method, quantised, target.adapter.sha256 if target.adapter else "", base.digest, test.sha256, code]
-    return content_key(*what, json.dumps(dials, sort_keys=True))[:32]
+    form = [target.method, quantised, str(target.merged), target.adapter.sha256 if target.adapter else ""]
+    return content_key(*form, base.digest, test.sha256, code, json.dumps(dials, sort_keys=True))[:32]
 
 
 def _score(
@@ -63,18 +74,23 @@ def _score(
 ) -> None:
     run_key = hashlib.sha256(" ".join(sorted(keys[t.name] for t in targets)).encode()).hexdigest()[:16]
     out = store.files / "evaluations" / f"run-{run_key}"
-    spec = dials | {
+    spec = dials | _inputs(store, base, test, targets)
+    report = run_worker("tasks.workers.evaluate_models", spec, out, afresh=afresh)
+    for target in targets:
+        with store.publish("evaluations", keys[target.name]) as folder:
+            for name in _FILES:
+                shutil.copy(out / target.name / name, folder / name)
+            result = report["results"][target.name] | {"overlap_accuracy": report["overlap_accuracy"]}
+            (folder / "result.json").write_text(json.dumps(result, indent=1))
+    shutil.rmtree(out)
+
+
+def _inputs(store: Store, base: BaseModelRef, test: FileRef, targets: list[EvalTarget]) -> dict[str, Any]:
+    return {
         "base": str(store.path(base.path)),
         "test": str(store.path(test)),
         "targets": [t.model_dump(exclude={"adapter"}) | {"adapter": _folder(store, t)} for t in targets],
     }
-    report = run_worker("tasks.workers.evaluate_models", spec, out, afresh=afresh)
-    for target in targets:
-        with store.publish("evaluations", keys[target.name]) as folder:
-            shutil.copy(out / target.name / "samples.jsonl", folder / "samples.jsonl")
-            result = report["results"][target.name] | {"overlap_accuracy": report["overlap_accuracy"]}
-            (folder / "result.json").write_text(json.dumps(result, indent=1))
-    shutil.rmtree(out)
 
 
 def _folder(store: Store, target: EvalTarget) -> str | None:
@@ -87,33 +103,54 @@ def _folder(store: Store, target: EvalTarget) -> str | None:
 def _report(store: Store, target: EvalTarget, test: FileRef, key: str, confidence: float) -> EvalReport:
     folder = store.path(f"evaluations/{key}")
     result = json.loads((folder / "result.json").read_text())
-    found = read_samples((folder / "samples.jsonl").read_text().splitlines())
-    nll, choice = found.get("domain_nll"), found.get("domain_choice")
-    nll_nats = per_token(nll.values_I, nll.tokens_I) if nll else None
+    found = read_samples((folder / "samples.jsonl").read_text(encoding="utf-8").splitlines())
+    facts = read_facts((folder / "facts.jsonl").read_text(encoding="utf-8").splitlines())
+    losses, choices = found.get("domain_nll.nll_nats"), found.get("domain_choice.accuracy")
+    nats = float(losses.values_I.sum()) if losses else 0.0
+    right = choices and proportion(int(choices.values_I.sum()), len(choices.row_ids), confidence)
     return EvalReport(
         target=target.name,
         adapter_sha256=target.adapter.sha256 if target.adapter else None,
         items_sha256=test.sha256,
-        nll_nats=nll_nats,
-        accuracy=float(choice.values_I.mean()) if choice else None,
-        accuracy_interval=_proportion(choice, confidence) if choice else None,
+        nll_nats=nats / float(losses.tokens_I.sum()) if losses else None,
+        bits_per_byte=nats / math.log(2) / sum(facts[row].bytes for row in losses.row_ids) if losses else None,
+        accuracy=right.value if right else None,
+        accuracy_interval=right.interval if right else None,
         lexical_baseline_accuracy=result["overlap_accuracy"],
-        items=max(len(samples.row_ids) for samples in found.values()),
+        items=len(facts),
         scores=[TaskScore(**score) for score in result["scores"]],
         samples=store.ref(folder / "samples.jsonl"),
+        facts=store.ref(folder / "facts.jsonl"),
         answers=[SampleAnswer(**answer) for answer in result["answers"]],
+        ms_per_token=result["ms_per_token"],
         seconds=result["seconds"],
     )
 
 
-def _proportion(choice: Samples, confidence: float) -> tuple[float, float]:
-    return proportion_interval(int(choice.values_I.sum()), len(choice.row_ids), confidence)
+def serve_alone(
+    store: Store,
+    base: BaseModelRef,
+    test: FileRef,
+    target: EvalTarget,
+    evaluate: EvaluateSpec,
+    max_tokens: int,
+    precision: str,
+    threads: int | None,
+) -> Served:
+    """Time and memory of one model in a fresh process that loads it and answers the sample questions, nothing else."""
+    alone: dict[str, Any] = {"tasks": [], "task_folder": None, "threads": threads}
+    spec = _dials(evaluate, max_tokens, precision) | alone | _inputs(store, base, test, [target])
+    out = store.files / "evaluations" / f"alone-{uuid.uuid4().hex}"
+    try:
+        report = run_worker("tasks.workers.evaluate_models", spec, out, f"serve {target.name} alone")
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    return Served(ms_per_token=report["results"][target.name]["ms_per_token"], peak_bytes=report["peak_bytes"])
 
 
 def check_tasks(store: Store, base: BaseModelRef, test: FileRef, evaluate: EvaluateSpec, max_tokens: int) -> list[str]:
     """Find the lm-eval tasks and their data now, not after hours of training. Raises ConfigError for what is missing."""
-    dials = evaluate.model_dump() | {"max_tokens": max_tokens, "precision": "auto", "threads": 1, "targets": []}
-    spec = dials | {"base": str(store.path(base.path)), "test": str(store.path(test))}
+    spec = _dials(evaluate, max_tokens, "auto") | {"threads": 1} | _inputs(store, base, test, [])
     out = store.files / "evaluations" / f"check-{uuid.uuid4().hex}"
     run_worker("tasks.workers.evaluate_models", spec, out, "check tasks")
     shutil.rmtree(out)

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_contracts.data_reports import Snapshot, SourceFile
+from data_contracts.data_spec import DataSpec
 from data_contracts.errors import DataError
 from data_contracts.records import as_json
 from data_contracts.rules import Rejection
-from data_contracts.run_spec import DataSpec
-from tasks.core.formats import Converter, converter
+from tasks.core.formats import Converter, converter, slice_of
 from tasks.drafts import content_key, draft_folder, publish_draft
 from tasks.probes import probe
 from tasks.processes import Display, run_worker
@@ -36,6 +36,7 @@ _SCHEMA = pa.schema(
         ("messages", pa.string()),  # JSON pairs of role and text; null if the row was rejected
         ("reason", pa.string()),
         ("detail", pa.string()),
+        ("slice", pa.string()),  # the value of data.slice_field
     ]
 )
 
@@ -105,8 +106,8 @@ def _write(
         rows = _rows(source, data, converter(formats[source.name], data.columns, data.system_prompt))
         while batch := list(islice(rows, PART_ROWS)):
             pq.write_table(as_table(batch), parts / f"{next(numbers):05}.parquet", compression="zstd")
-            for row_id, name, line, raw, _, reason, _ in batch:
-                rows_hash.update(f"{name}\0{line}\0{row_id}\0{reason}\0{raw}\n".encode())
+            for row_id, name, line, raw, _, reason, _, slice_name in batch:
+                rows_hash.update(f"{name}\0{line}\0{row_id}\0{reason}\0{raw}\0{slice_name or ''}\n".encode())
             taken += len(batch)
             unreadable += sum(row[4] is None for row in batch)
         rows_digest = rows_hash.hexdigest()
@@ -116,23 +117,24 @@ def _write(
     return files, unreadable
 
 
-RowTuple = tuple[str, str, int, str, str | None, str | None, str | None]
+RowTuple = tuple[str, str, int, str, str | None, str | None, str | None, str | None]
 
 
 def _rows(source: Source, data: DataSpec, convert: Converter) -> Iterator[RowTuple]:
-    return (as_tuple(source, row, convert) for row in read_source(source, data))
+    return (as_tuple(source, row, convert, data.slice_field) for row in read_source(source, data))
 
 
-def as_tuple(source: Source, row: RawRow, convert: Converter) -> RowTuple:
+def as_tuple(source: Source, row: RawRow, convert: Converter, slice_field: str | None) -> RowTuple:
     """One record in the order of the schema."""
     value = row.value if isinstance(row.value, Rejection) else convert(row.value)
     if isinstance(value, Rejection):
         # Without a conversation the raw text is all there is to name the row by.
         row_id = hashlib.sha256(row.raw.encode()).hexdigest()
-        return row_id, _name(source, row), row.line, row.raw, None, value.reason.value, value.detail
+        return row_id, _name(source, row), row.line, row.raw, None, value.reason.value, value.detail, None
     messages = as_json(value)
     row_id = hashlib.sha256(messages.encode()).hexdigest()
-    return row_id, _name(source, row), row.line, row.raw, messages, None, None
+    slice_name = None if isinstance(row.value, Rejection) else slice_of(row.value, slice_field)
+    return row_id, _name(source, row), row.line, row.raw, messages, None, None, slice_name
 
 
 def _name(source: Source, row: RawRow) -> str:

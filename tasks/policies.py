@@ -28,7 +28,17 @@ _HOURS = 3600
 
 # Dials that change how a result is reached, not what it is.
 _NOT_IDENTITY = frozenset(
-    {"store", "methods", "threads", "checkpoint_steps", "max_loss_rise_nats", "engine", "task_folder"}
+    {
+        "store",
+        "methods",
+        "seeds",
+        "variants",
+        "threads",
+        "checkpoint_steps",
+        "max_loss_rise_nats",
+        "engine",
+        "task_folder",
+    }
 )
 _MODEL_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -50,9 +60,12 @@ POLICIES = {
     "check_tasks": Policy(("tasks.workers.evaluate_models",), ("lm-eval",)),
     "train": Policy(("tasks.train", "tasks.workers.train_adapter"), _MODEL_LIBRARIES, 7 * 24 * _HOURS),
     "evaluate": Policy(
-        ("tasks.evaluate", "tasks.workers.evaluate_models"), (*_MODEL_LIBRARIES, "lm-eval"), 24 * _HOURS
+        ("tasks.evaluate", "tasks.workers.evaluate_models"), (*_MODEL_LIBRARIES, "lm-eval", "rouge-score"), 24 * _HOURS
     ),
     "compare": Policy(("tasks.compare",), ("scipy", "numpy")),
+    "serve_alone": Policy(
+        ("tasks.evaluate", "tasks.workers.evaluate_models"), (*_MODEL_LIBRARIES, "lm-eval"), 2 * _HOURS
+    ),
     "gate": Policy(("tasks.core.gates",)),
     "record": Policy(("tasks.tracking",), ("mlflow",)),
     "register": Policy(("tasks.registry", "tasks.workers.served_model"), ("mlflow",)),

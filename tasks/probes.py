@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
+from data_contracts.data_spec import DataSpec
 from data_contracts.errors import DataError, Problem
 from data_contracts.rules import Reason, Rejection
-from data_contracts.run_spec import DataSpec
 from tasks.core.formats import check_columns, converter, detect_format
 from tasks.processes import Display
 from tasks.raw_rows import RawRow

@@ -9,9 +9,10 @@ from typing import Any, Final, NamedTuple
 
 import pyarrow.parquet as pq
 
+from data_contracts.data_spec import ContractSpec, DataSpec, RulesSpec
 from data_contracts.records import Row, from_json
 from data_contracts.rules import Reason, Rejection
-from data_contracts.run_spec import ContractSpec, DataSpec, RulesSpec, RunSpec
+from data_contracts.run_spec import RunSpec
 from tasks.check_part import check_part
 from tasks.contract import load_suite
 from tasks.core.drift import LENGTHS
@@ -65,7 +66,7 @@ def draw(sources: list[Source], formats: dict[str, str], data: DataSpec) -> Samp
             held[place] = (number, source, row)
     converters = {name: converter(formats[name], data.columns, data.system_prompt) for name in counts}
     held.sort(key=lambda item: item[0])
-    rows = [as_tuple(source, row, converters[source.name]) for _, source, row in held]
+    rows = [as_tuple(source, row, converters[source.name], None) for _, source, row in held]
     return Sample(rows, counts, unreadable)
 
 
@@ -108,7 +109,7 @@ def propose(sample: Sample, spec: RunSpec, suite: Path) -> Proposed:
 
 def _languages(rows: list[RowTuple], spec: RunSpec) -> tuple[Counter[str], list[str]]:
     """How many answers are in which language, and the languages that are allowed: those set, else those that dominate."""
-    read = [Row(from_json(text), source, line) for _, source, line, _, text, _, _ in rows if text]
+    read = [Row(from_json(text), source, line) for _, source, line, _, text, *_ in rows if text]
     answered = [row for row in read if row.messages and row.completion.strip()]
     found = [(row, name) for row in answered if (name := language(row.completion))]
     counts = Counter(name for _, name in found)

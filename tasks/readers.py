@@ -9,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
+from data_contracts.data_spec import DataSpec
 from data_contracts.errors import DataError, InfrastructureError, Problem, TransientError
 from data_contracts.rules import Reason, Rejection
-from data_contracts.run_spec import DataSpec
 from tasks.json_records import read_json
 from tasks.raw_rows import RawRow, decodes, undecodable
 from tasks.sources import Source

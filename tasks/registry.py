@@ -15,7 +15,6 @@ from data_contracts.reports import (
     BaseModelRef,
     EvalReport,
     EvalTarget,
-    GateReport,
     LoadedBack,
     ModelVersion,
     Quantisation,
@@ -23,6 +22,7 @@ from data_contracts.reports import (
     TrainReport,
 )
 from data_contracts.run_spec import Method, RunSpec, StoreSpec
+from data_contracts.verdict import GateReport
 from tasks.processes import run_worker
 from tasks.stores import Store
 from tasks.tracking import KEY_TAG, SPEC_FILE, connect, open_experiment, resumed
@@ -81,7 +81,7 @@ def register_version(
     }
     if arm.quantisation:
         tags[_QUANTISATION_TAG] = arm.quantisation.model_dump_json()
-    run_id = recorded.arm_run_ids[arm.method]
+    run_id = recorded.arm_run_ids[arm.name]
     version = str(found[0].version) if found else _make_version(client, spec, run_id, _meta(spec, base, arm), arm, tags)
     client.set_registered_model_alias(name, CHALLENGER, version)
     return version_now(spec.store, ModelVersion(name=name, version=version, aliases=[], run_id=run_id))
@@ -158,7 +158,7 @@ def load_back(store: StoreSpec, model: ModelVersion, scores: EvalReport, sample_
     return LoadedBack(question=question, answer=answer, as_evaluated=answer == sample.answer if sample else None)
 
 
-def resolve(store: StoreSpec, uri: str) -> Registered:
+def resolve(store: StoreSpec, uri: str, option: str = "--model") -> Registered:
     """A version by `models:/NAME/VERSION` or `models:/NAME@ALIAS`. Raises ConfigError, saying what there is."""
     from mlflow.exceptions import MlflowException
 
@@ -167,12 +167,12 @@ def resolve(store: StoreSpec, uri: str) -> Registered:
     name, at, label = rest.partition("@") if "@" in rest else rest.partition("/")
     if rest == uri or not at or not name or not label:
         raise ConfigError(
-            Problem(f"not a model URI: {uri!r}", "--model", act="models:/NAME/VERSION or models:/NAME@champion")
+            Problem(f"not a model URI: {uri!r}", option, act="models:/NAME/VERSION or models:/NAME@champion")
         )
     try:
         found = client.get_model_version_by_alias(name, label) if at == "@" else client.get_model_version(name, label)
     except MlflowException as error:
-        raise ConfigError(Problem(f"the registry has no {uri}", "--model", act=offer(client, name))) from error
+        raise ConfigError(Problem(f"the registry has no {uri}", option, act=offer(client, name))) from error
     return _registered(client, found)
 
 
@@ -204,13 +204,18 @@ def rival(store: StoreSpec, name: str, candidate: AdapterRef, base: BaseModelRef
     found = champion(store, name)
     if found is None or found.adapter_sha256 == candidate.sha256:
         return None
+    return as_rival(found, base.digest)
+
+
+def as_rival(found: Registered, base_digest: str) -> Rival:
+    """A version as what a candidate on that base must not be worse than."""
     target = EvalTarget(
         name="champion",
         method=found.method,
         adapter=AdapterRef(folder=found.adapter, sha256=found.adapter_sha256),
         quantisation=found.quantisation,
     )
-    return Rival(f"{name} version {found.version}", target if found.base_digest == base.digest else None)
+    return Rival(f"{found.name} version {found.version}", target if found.base_digest == base_digest else None)
 
 
 def alias_version(client: "MlflowClient", name: str, alias: str) -> str | None:

@@ -1,22 +1,20 @@
 """The run's report: one HTML page with plots, kept in the store and in MLflow."""
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from data_contracts.data_reports import DatasetManifest
-from data_contracts.reports import Comparison, EvalReport, GateReport, Interval, ModelVersion, RecordedRun, TrainReport
+from data_contracts.reports import EvalReport, ModelVersion, RecordedRun, TrainReport
 from data_contracts.run_spec import RunSpec
+from data_contracts.verdict import Comparison, GateReport, Interval
 from tasks.drafts import content_key
+from tasks.plots import figures, svg
+from tasks.sentences import sentences
 from tasks.stores import Store
 from tasks.tracking import attach
-
-_COLOURS = {
-    "lora": "#0969da", "qlora": "#bf3989", "full": "#1a7f37", "prefix": "#9a6700", "champion": "#6e7781", "base": "#6e7781",
-}  # fmt: skip
 
 
 def write_report(
@@ -35,15 +33,15 @@ def write_report(
         spec=spec,
         dataset=dataset,
         arms=arms,
-        trained={arm.method: arm for arm in arms},
+        trained={arm.name: arm for arm in arms},
         evaluations=evaluations,
         comparison=comparison,
         gates=gates,
         recorded=recorded,
         model=model,
         answers=_answers(evaluations),
-        losses_svg=plot_losses(arms),
-        gains_svg=plot_gains(comparison),
+        sentences=list(sentences(comparison)),
+        plots={name: svg(figure) for name, figure in figures(arms, comparison).items()},
     )  # fmt: skip
     name = content_key(page)[:16]
     with store.publish("reports", name) as folder:
@@ -59,6 +57,9 @@ def _environment() -> Environment:
     )
     environment.filters["number"] = lambda value: "" if value is None else f"{value:.3f}"
     environment.filters["interval"] = _interval
+    environment.filters["estimate"] = lambda found: (
+        "" if found is None else f"{found.value:.3f} {_interval(found.interval)}"
+    )
     environment.filters["megabytes"] = lambda value: f"{value / 1e6:,.0f}"
     return environment
 
@@ -78,49 +79,3 @@ def _answers(evaluations: Sequence[EvalReport]) -> list[dict[str, Any]]:
         }
         for index, sample in enumerate(first)
     ]
-
-
-def plot_losses(arms: Sequence[TrainReport]) -> str:
-    """Training loss of each arm over the steps, as SVG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    axes = figure.subplots()
-    for arm in arms:
-        steps = [point.step for point in arm.loss]
-        axes.plot(steps, [point.loss_nats for point in arm.loss], label=arm.method, color=_COLOURS[arm.method], lw=1.5)
-    axes.set(xlabel="optimiser step", ylabel="training loss, nats/token", title="Training loss")
-    return _svg(figure, axes, legend=True)
-
-
-def plot_gains(comparison: Comparison) -> str:
-    """How much lower than the base's each model's held-out loss is, with its interval, as SVG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 2.2), layout="constrained")
-    axes = figure.subplots()
-    gains = _gains(comparison.nll_nats, comparison.nll_gain_ci95)
-    for row, (name, (gain, (low, high))) in enumerate(gains.items()):
-        bars = [[max(0.0, gain - low)], [max(0.0, high - gain)]]
-        axes.errorbar([gain], [row], xerr=bars, fmt="o", capsize=4, color=_COLOURS.get(name, "#6e7781"))
-    axes.axvline(0, color="#6e7781", lw=0.8)
-    axes.set_yticks(range(len(gains)), list(gains))
-    axes.set_ylim(-0.6, len(gains) - 0.4)
-    axes.set(xlabel="held-out loss below the base's, nats/token", title="Gain over the base")
-    return _svg(figure, axes, legend=False)
-
-
-def _gains(nll: Mapping[str, float], intervals: Mapping[str, Interval]) -> dict[str, tuple[float, Interval]]:
-    """The champion's interval is against the candidate, so it is not drawn here."""
-    return {name: (nll["base"] - nll[name], i) for name, i in intervals.items() if name != "champion"}
-
-
-def _svg(figure: Any, axes: Any, legend: bool) -> str:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    if legend:
-        axes.legend(frameon=False)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

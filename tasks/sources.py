@@ -11,8 +11,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Final, Literal
 
+from data_contracts.data_spec import DataSpec
 from data_contracts.errors import Problem
-from data_contracts.run_spec import DataSpec
 from tasks.stores import digest
 from tasks.text_files import data_suffix
 

@@ -5,31 +5,20 @@ from typing import Any
 from prefect.artifacts import create_table_artifact
 
 from data_contracts.data_reports import DatasetManifest, FileRef, Snapshot, ValidatedData
+from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
 from data_contracts.reports import (
     AdapterRef,
     BaseModelRef,
-    Comparison,
     EvalReport,
     EvalTarget,
-    GateReport,
     LoadedBack,
     ModelVersion,
     RecordedRun,
     TrainReport,
 )
 from data_contracts.rules import Action
-from data_contracts.run_spec import (
-    ContractSpec,
-    CurateSpec,
-    DataSpec,
-    EvaluateSpec,
-    GateSpec,
-    Method,
-    RulesSpec,
-    RunSpec,
-    StoreSpec,
-    TrainSpec,
-)
+from data_contracts.run_spec import EvaluateSpec, GateSpec, Method, RunSpec, StoreSpec, TrainSpec
+from data_contracts.verdict import Comparison, GateReport, Served
 from tasks import base as bases
 from tasks import compare as comparisons
 from tasks import curate as curation
@@ -86,12 +75,12 @@ def check_tasks(
 
 @stage("train")
 def train_arm(
-    store: Store, method: Method, base: BaseModelRef, step0: AdapterRef | None, rows: FileRef, validation: FileRef,
-    dials: TrainSpec, precision: str,
+    store: Store, method: Method, seed: int, base: BaseModelRef, step0: AdapterRef | None, rows: FileRef,
+    validation: FileRef, dials: TrainSpec, precision: str,
 ) -> TrainReport:  # fmt: skip
-    inputs = {"method": method, "base": base, "step0": step0, "rows": rows, "validation": validation}
+    inputs = {"method": method, "seed": seed, "base": base, "step0": step0, "rows": rows, "validation": validation}
     key = stage_key("train", {**inputs, "dials": dials, "precision": precision})
-    return train.train_arm(store, key, method, base, step0, rows, validation, dials, precision, is_forced())
+    return train.train_arm(store, key, method, seed, base, step0, rows, validation, dials, precision, is_forced())
 
 
 @stage("evaluate")
@@ -106,14 +95,24 @@ def evaluate(
 
 @stage("compare")
 def compare(
-    store: Store, arms: list[TrainReport], evaluations: list[EvalReport], candidate: str, gates: GateSpec
+    store: Store, arms: list[TrainReport], evaluations: list[EvalReport], candidate: str, released: str, gates: GateSpec
 ) -> Comparison:
-    return comparisons.compare_models(store, arms, evaluations, candidate, gates)
+    return comparisons.compare_models(store, arms, evaluations, candidate, released, gates)
+
+
+@stage("serve_alone")
+def serve_alone(
+    store: Store, base: BaseModelRef, test: FileRef, target: EvalTarget, spec: EvaluateSpec, max_tokens: int,
+    precision: str, threads: int | None,
+) -> Served:  # fmt: skip
+    return evaluation.serve_alone(store, base, test, target, spec, max_tokens, precision, threads)
 
 
 @stage("gate")
-def gate(comparison: Comparison, gates: GateSpec, champion: str | None, has_baseline: bool) -> GateReport:
-    report = judge(comparison, gates, champion, has_baseline)
+def gate(
+    comparison: Comparison, gates: GateSpec, champion: str | None, has_baseline: bool, served: Served | None
+) -> GateReport:
+    report = judge(comparison, gates, champion, has_baseline, served)
     table = [{name: str(value) for name, value in gate} for gate in report.gates]
     create_table_artifact(key="gates", table=table, description=f"verdict: {report.verdict}")
     return report

@@ -6,6 +6,7 @@ MLflow takes seconds to import, so it is imported in the functions that use it.
 import json
 import math
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from data_contracts.data_reports import DatasetManifest
-from data_contracts.reports import Comparison, EvalReport, GateReport, RecordedRun, TrainReport
+from data_contracts.reports import EvalReport, RecordedRun, TrainReport
 from data_contracts.run_spec import RunSpec, StoreSpec
+from data_contracts.verdict import Comparison, GateReport
+from tasks.plots import figures
 from tasks.stores import Store
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ def connect(store: StoreSpec) -> "MlflowClient":
     """Point MLflow at the store's database, or at the server of `store.mlflow_uri`."""
     import mlflow
 
+    warnings.filterwarnings("ignore", module=r"mlflow\.")  # hints about schemas and type hints that we give on purpose
     place = Store(Path(store.root))
     uri = store.mlflow_uri or place.database_uri
     if uri == place.database_uri:
@@ -80,7 +84,9 @@ def record_run(
         mlflow.log_metrics(_finite(_parent_metrics(dataset, comparison, scores)))
         _log_data(dataset, store)
         _log_files(spec, store, dataset, evaluations, {"comparison": comparison, "gate": gate})
-        children = {arm.method: _record_arm(client, arm, scores.get(arm.method), dataset, store) for arm in arms}
+        for name, figure in figures(arms, comparison).items():
+            mlflow.log_figure(figure, f"comparison/{name}.png")
+        children = {arm.name: _record_arm(client, arm, scores.get(arm.name), dataset, store) for arm in arms}
     return RecordedRun(mlflow_run_id=parent.info.run_id, arm_run_ids=children)
 
 
@@ -88,7 +94,7 @@ def _complete_run(client: "MlflowClient", experiment: str, key: str) -> Recorded
     for run in client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{key}'"):
         children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
         if run.info.status == "FINISHED":
-            arms = {child.data.params["method"]: child.info.run_id for child in children}
+            arms = {child.data.params["name"]: child.info.run_id for child in children}
             return RecordedRun(mlflow_run_id=run.info.run_id, arm_run_ids=arms)
         for broken in (*children, run):
             client.delete_run(broken.info.run_id)
@@ -101,7 +107,7 @@ def _record_arm(
     import mlflow
     from mlflow.entities import Metric
 
-    with mlflow.start_run(run_name=f"{arm.method} seed {arm.seed}", nested=True) as child:
+    with mlflow.start_run(run_name=f"{arm.arm} seed {arm.seed}", nested=True) as child:
         facts = arm.model_dump(mode="json", exclude={"loss", "validation", "adapter"})
         mlflow.log_params({name: value for name, value in facts.items() if isinstance(value, str) or name == "seed"})
         numbers: dict[str, float | None] = {k: float(v) for k, v in facts.items() if isinstance(v, int | float)}
@@ -118,7 +124,20 @@ def _record_arm(
         _log_data(dataset, store)
         if scores:
             mlflow.log_artifact(str(store.path(scores.samples)))
+            mlflow.log_table(_items(store, scores), "items.json")
     return str(child.info.run_id)
+
+
+def _items(store: Store, scores: EvalReport) -> Any:
+    """A line for each domain item: its facts and every metric. Equal columns, so that MLflow can lay runs side by side."""
+    import pandas as pd
+
+    samples = pd.read_json(store.path(scores.samples), lines=True, dtype={"row_id": str})
+    facts = pd.read_json(store.path(scores.facts), lines=True, dtype={"row_id": str, "cluster": str})
+    domain = samples[samples["task"].str.startswith("domain_")]
+    wide = domain.pivot(index="row_id", columns=["task", "metric"], values="value")
+    wide.columns = [".".join(name) for name in wide.columns]
+    return facts.merge(wide.reset_index(), on="row_id")
 
 
 def _log_data(dataset: DatasetManifest, store: Store) -> None:
@@ -158,19 +177,22 @@ def _parent_metrics(
     dataset: DatasetManifest, comparison: Comparison, scores: dict[str, EvalReport]
 ) -> dict[str, float | None]:
     counts = {f"rows_{name}": float(getattr(dataset, name)) for name in ("kept", "quarantined", "duplicates")}
-    found = comparison.model_dump(
-        include={"retention", "memory_saving", "weights_saving", "speed_ratio", "accuracy_drop"}
-    )
-    low, high = comparison.retention_ci95 or (None, None)
+    found: dict[str, float | None] = {"weights_saving": comparison.weights_saving}
+    for name in ("retention", "memory_saving", "speed_ratio", "accuracy_drop", "gain", "champion_gain", "stop_rate"):
+        estimate = getattr(comparison, name)
+        ends = (estimate.value, estimate.low, estimate.high) if estimate else (None, None, None)
+        found |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
     base = {f"base_{name}": value for name, value in _scores(scores.get("base")).items()}
-    return {**counts, **found, **base, "retention_low": low, "retention_high": high}
+    return {**counts, **found, **base}
 
 
 def _scores(report: EvalReport | None) -> dict[str, float | None]:
     """An evaluation as metrics; lm-eval's names keep their task in front."""
     if report is None:
         return {}
-    own = {"nll_nats": report.nll_nats, "perplexity": report.perplexity, "accuracy": report.accuracy}
+    own = {
+        name: getattr(report, name) for name in ("nll_nats", "bits_per_byte", "perplexity", "accuracy", "ms_per_token")
+    }
     return own | {f"{score.task}.{score.metric}": score.value for score in report.scores}
 
 

@@ -12,22 +12,15 @@ from tasks.stores import Store
 
 
 def train_arm(
-    store: Store,
-    key: str,
-    method: Method,
-    base: BaseModelRef,
-    step0: AdapterRef | None,
-    rows: FileRef,
-    validation: FileRef,
-    train: TrainSpec,
-    precision: str,
-    afresh: bool = False,
-) -> TrainReport:
+    store: Store, key: str, method: Method, seed: int, base: BaseModelRef, step0: AdapterRef | None, rows: FileRef,
+    validation: FileRef, train: TrainSpec, precision: str, afresh: bool = False,
+) -> TrainReport:  # fmt: skip
     """Run the worker in a folder named by the stage's key, so that the same work finds its own checkpoints."""
     store.check_room()
     out = store.files / "training" / f"{method}-{key[-16:]}"
-    spec: dict[str, Any] = train.model_dump(exclude={"methods", "learning_rates"}) | {
+    spec: dict[str, Any] = train.model_dump(exclude={"methods", "seeds", "variants", "learning_rates"}) | {
         "method": method,
+        "seed": seed,
         "learning_rate": train.learning_rates.get(method, train.learning_rate),
         "base": str(store.path(base.path)),
         "base_name": base.name,
@@ -36,13 +29,15 @@ def train_arm(
         "validation": str(store.path(validation)),
         "precision": precision,
     }
-    report = run_worker("tasks.workers.train_adapter", spec, out, f"train {method}", afresh)
+    report = run_worker("tasks.workers.train_adapter", spec, out, f"train {method} seed {seed}", afresh)
     for checkpoint in out.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)  # the arm is complete: its optimiser state is of no more use
     loss = [LossPoint(**point) for point in report.pop("loss")]
     return TrainReport(
         **report,
-        seed=train.seed,
+        name=method,
+        arm=method,
+        seed=seed,
         adapter=adapter_ref(store, out / "adapter"),
         step0_sha256=step0.sha256 if step0 else None,
         useful_tokens_per_s=report["train_tokens"] / report["train_seconds"],

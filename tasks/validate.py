@@ -12,9 +12,9 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from data_contracts.data_reports import Drift, FileRef, Repaired, Snapshot, ValidatedData
+from data_contracts.data_spec import ContractSpec, RulesSpec
 from data_contracts.errors import DataError, Problem
 from data_contracts.records import from_json
-from data_contracts.run_spec import ContractSpec, RulesSpec
 from tasks.check_part import LIBRARIES, check_part, summaries
 from tasks.contract import Outcome, Suites, load_suites, run_suites
 from tasks.core.drift import LENGTHS, SHARES, Profile, drift, labels, largest_label_share, profile

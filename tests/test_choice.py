@@ -18,10 +18,11 @@ ROWS = [
     for topic, answers in TOPICS.items()
     for i, answer in enumerate(answers)
 ]
+IDS = {row.row_id for row in ROWS}
 
 
 def test_the_true_answer_is_among_four_different_ones_at_its_place():
-    choices = choose_distractors(ROWS)
+    choices = choose_distractors(ROWS, IDS)
     assert len(choices) == len(ROWS)
     for row in ROWS:
         assert choices[row.row_id][true_place(row.row_id)] == row.answer
@@ -29,17 +30,17 @@ def test_the_true_answer_is_among_four_different_ones_at_its_place():
 
 
 def test_distractors_come_from_the_nearest_rows():
-    choices = choose_distractors(ROWS)["files0"]
+    choices = choose_distractors(ROWS, IDS)["files0"]
     assert set(choices) <= set(TOPICS["files"])
 
 
 def test_the_order_of_rows_changes_nothing():
-    assert choose_distractors(ROWS) == choose_distractors(ROWS[::-1])
+    assert choose_distractors(ROWS, IDS) == choose_distractors(ROWS[::-1], IDS)
 
 
 def test_a_row_without_enough_different_answers_is_left_out():
     rows = [TestRow(str(i), "docs", f"question {i}", "yes" if i % 2 else "no") for i in range(8)]
-    assert choose_distractors(rows) == {}
+    assert choose_distractors(rows, [row.row_id for row in rows]) == {}
 
 
 def test_the_lexical_baseline_takes_the_answer_that_repeats_the_question():

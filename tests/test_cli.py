@@ -12,15 +12,15 @@ import psutil
 import pytest
 
 from data_contracts.errors import DataError, Problem, WorkerError
-from data_contracts.reports import GateReport, GateResult
 from data_contracts.run_spec import StoreSpec
+from data_contracts.verdict import GateReport, GateResult
 from flows import console
 from flows.cli import EXIT_CODES, main
 from flows.console import Outcome, result_stream, say
 from flows.doctor import _package
 from flows.environment import prepare_environment
 from flows.servers import Server, port_is_free, start_all, stop_all
-from flows.tables import show_decision
+from flows.verdict_tables import show_decision
 
 COMMANDS = ["run", "plan", "data", "compare", "gate", "promote", "rollback", "predict", "ui", "doctor", "init"]
 SLOW = {"torch", "prefect", "mlflow", "great_expectations", "pandas", "transformers", "pyarrow", "pydantic"}
@@ -417,10 +417,20 @@ def test_a_server_that_dies_is_told_and_the_others_are_stopped(tmp_path):
 
 def test_gates_are_shown_with_words_as_well_as_colours(capfd):
     gates = [
-        GateResult(name="a", threshold=0.8, actual=0.9, interval=(0.85, 0.95), verdict="pass", why="[b]kept[/b]"),
-        GateResult(name="b", threshold=0.8, actual=None, interval=None, verdict="fail", why="no metric"),
+        GateResult(
+            name="a",
+            direction="at least",
+            threshold=0.8,
+            actual=0.9,
+            interval=(0.85, 0.95),
+            verdict="pass",
+            why="[b]kept[/b]",
+        ),
+        GateResult(
+            name="b", direction="at least", threshold=0.8, actual=None, interval=None, verdict="fail", why="no metric"
+        ),
     ]
-    report = GateReport(gates=gates, verdict="fail")
+    report = GateReport(gates=gates, off=[], verdict="fail")
     say(Outcome({}, lambda page: show_decision(report, None, page)), sys.stdout, as_json=False)
     out = capfd.readouterr().out
     assert "[0.850, 0.950]" in out

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_contracts.data_reports import DatasetManifest, Drift, FileRef, ValidatedData
+from data_contracts.data_spec import CurateSpec
 from data_contracts.errors import DataError, StoreError
 from data_contracts.records import Message, as_json, content_id
-from data_contracts.run_spec import CurateSpec
 from tasks.core.dedup import answer_hash, content_hash, normalise
 from tasks.core.shingles import words
 from tasks.core.split import Known, position
@@ -44,7 +44,7 @@ def validated(store: Store, rows: Sequence[tuple[str, str]], quarantined: int = 
     for line, (prompt, answer) in enumerate(rows, start=1):
         messages = (Message("user", prompt), Message("assistant", answer))
         place = {"row_id": content_id(messages), "source": "a.jsonl", "line": line, "messages": as_json(messages)}
-        quality = {"flags": 0, "repairs": 0, "completion_chars": len(answer)}
+        quality = {"flags": 0, "repairs": 0, "slice": None, "completion_chars": len(answer)}
         hashes = {"content_hash": content_hash(messages), "answer_hash": answer_hash(messages)}
         items.append({**place, **hashes, **quality})
     pq.write_table(pa.Table.from_pylist(items[: len(items) // 2]), folder / "kept-0.parquet")

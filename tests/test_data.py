@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_contracts.data_reports import DatasetManifest, DataState, Snapshot, ValidatedData
+from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
 from data_contracts.errors import ConfigError, DataError
-from data_contracts.run_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
 from flows.cli import main
 from flows.data_release import release as bring_back
 from tasks import ledger
@@ -206,3 +206,15 @@ def test_a_batch_that_moved_away_is_a_warning_and_copies_stop_the_run(store: Sto
     assert failed == ["expect_column_max_to_be_between(length_drift)"]
     with pytest.raises(DataError, match=r"duplicate_rate"):
         check(store, snapshot(store, [good(i % 20) for i in range(60)]))
+
+
+def test_a_field_of_the_rows_becomes_a_slice_wherever_it_is_nested(store: Store, tmp_path: Path) -> None:
+    rows = [good(i) | {"meta": {"tier": ["gold", 3, None, {"a": 1}][i % 4]}} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataSpec(source=[str(tmp_path / "rows.jsonl")], slice_field="meta.tier")
+    found = prepared(store, ingest(store, data))
+    files = [store.path(getattr(found, name)).read_text(encoding="utf-8") for name in ("train", "test")]
+    assert {json.loads(line).get("slice") for file in files for line in file.splitlines()} == {"gold", "3", None}
+    without = prepared(store, ingest(store, data.model_copy(update={"slice_field": None})))
+    assert without.snapshot_id != found.snapshot_id
+    assert without.splits == found.splits

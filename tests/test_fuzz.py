@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_contracts.data_reports import DatasetManifest, FileRef, Snapshot
+from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
 from data_contracts.errors import DataError
 from data_contracts.rules import Reason
-from data_contracts.run_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
 from tasks.curate import curate
 from tasks.ingest import ingest
 from tasks.readers import read_source

@@ -31,6 +31,14 @@ def whole(spec, tmp_path_factory) -> Path:
     return out
 
 
+def test_two_undisturbed_runs_end_with_the_same_bytes(spec, whole, tmp_path):
+    assert run("train_adapter", spec, tmp_path) == 0
+    assert adapter(tmp_path) == adapter(whole)
+    assert [point["loss_nats"] for point in report(tmp_path)["loss"]] == [
+        point["loss_nats"] for point in report(whole)["loss"]
+    ]
+
+
 # --- killed -------------------------------------------------------------------------------------------------
 
 KILLED = -9
@@ -214,8 +222,8 @@ def test_a_store_can_be_moved_between_a_kill_and_the_next_run(stopping, stopped,
 
 def test_a_killed_evaluation_scores_only_what_is_missing(spec, whole, tmp_path):
     targets = [
-        {"name": "base", "method": "lora", "adapter": None, "quantisation": None},
-        {"name": "lora", "method": "lora", "adapter": str(whole / "adapter"), "quantisation": None},
+        {"name": "base", "method": "lora", "adapter": None, "quantisation": None, "merged": False},
+        {"name": "lora", "method": "lora", "adapter": str(whole / "adapter"), "quantisation": None, "merged": False},
     ]
     dials = EvaluateSpec(tasks=["domain_nll"], sample_questions=1, sample_tokens=4).model_dump()
     place = {"base": spec["base"], "test": spec["validation"], "max_tokens": 256, "precision": "fp32", "threads": 1}

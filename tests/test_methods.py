@@ -13,12 +13,12 @@ from tasks.base import start_dials
 from tasks.core.packing import Scored
 from tasks.registry import _quantisation
 from tasks.stores import digest
-from tasks.workers import evaluate_models, packed_trainer, train_adapter
+from tasks.workers import packed_trainer, train_adapter
 from tasks.workers.bases import QLORA, dequantised, load_base
 from tasks.workers.chat import load_chat
 from tasks.workers.device import Device
 from tasks.workers.embedding_noise import add_noise, lengths_of
-from tasks.workers.evaluate_models import attach
+from tasks.workers.forms import attach, form_of, load
 from tasks.workers.fused_lora import fuse_lora
 from tasks.workers.init_adapter import init_adapter
 from tasks.workers.lora_starts import adapted
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 CPU = Device("cpu", "fp32", "test", 1, "test")
 SHORT = {
-    "rank": 4, "alpha": 8, "seed": 5, "learning_rate": 1e-2, "max_steps": 6, "batch_tokens": 256, "max_tokens": 256,
+    "rank": 4, "alpha": 8, "learning_rate": 1e-2, "max_steps": 6, "batch_tokens": 256, "max_tokens": 256,
     "epochs": 2, "checkpoint_steps": 3, "threads": 1,
 }  # fmt: skip
 VARIANTS: dict[str, tuple[str, dict]] = {
@@ -70,11 +70,11 @@ def files(tmp_path_factory) -> dict[str, str]:
 def spec_of(base: Path, files: dict[str, str], method: str, changes: dict, out: Path) -> dict:
     """The training worker's spec, with the step-0 adapter made as the pipeline makes it."""
     train = TrainSpec(methods=[method], **SHORT | changes)
-    start = start_dials(method, train, "fp32")
+    start = start_dials(method, 5, train, "fp32")
     if start:
         init_adapter(start | {"base": str(base)}, out / "step0")
     step0 = str(out / "step0" / "adapter") if start else None
-    own = {"method": method, "base": str(base), "base_name": "tiny", "precision": "fp32", "step0": step0}
+    own = {"method": method, "base": str(base), "base_name": "tiny", "precision": "fp32", "step0": step0, "seed": 5}
     return train.model_dump() | own | files
 
 
@@ -83,7 +83,7 @@ def loaded(base: Path, spec: dict, adapter: Path, report: dict):
     own = spec["method"] == "full"
     quantisation = report["quantisation"] or {}
     model = load_base(adapter if own else base, spec["method"], CPU, quantisation)
-    return attach(model, {"method": spec["method"], "adapter": str(adapter)})
+    return attach(model, {"method": spec["method"], "adapter": str(adapter), "merged": False})
 
 
 def losses_of(model, base: Path, way: str = "padded") -> torch.Tensor:
@@ -150,7 +150,7 @@ def test_a_rank_that_a_layer_does_not_have_is_refused_before_training(tiny_base,
 
 def test_lora_and_qlora_share_a_start_but_for_loftq():
     def start(method, **changes):
-        return start_dials(method, TrainSpec(methods=["lora", "qlora", "full", "prefix"], **changes), "fp32")
+        return start_dials(method, 17, TrainSpec(methods=["lora", "qlora", "full", "prefix"], **changes), "fp32")
 
     assert start("full") is None
     assert start("lora", init="pissa") == start("qlora", init="pissa")
@@ -280,21 +280,15 @@ def test_all_refusals_are_told_at_once():
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_a_base_is_quantised_as_asked_where_it_is_trained_scored_and_served(
-    tiny_base, tmp_path, monkeypatch, quant_type, double_quant
+    tiny_base, tmp_path, quant_type, double_quant
 ):
     asked = {"quant_type": quant_type, "double_quant": double_quant}
     from tasks.workers.served_model import ServedModel  # MLflow warns of type hints as it is imported
 
     spec, model = step0_of(tiny_base, "qlora", asked, tmp_path)
     assert quantised_as(model) == asked == train_adapter.quantisation_of(spec)
-    target = {"name": "x", "method": "qlora", "adapter": None, "quantisation": asked}
-    scored = []
-    monkeypatch.setattr(evaluate_models, "score", lambda target, model, *_: scored.append(quantised_as(model)))
-    item = {"total_tokens": 9, "prompt": "x", "completion": "y"}
-    chat = load_chat(tiny_base)
-    place = {"base": str(tiny_base), "max_tokens": 256}
-    evaluate_models.score_form(evaluate_models.form_of(target), [target], chat, {}, [item], CPU, place, tmp_path)
-    assert scored == [asked]
+    target = {"name": "x", "method": "qlora", "adapter": None, "quantisation": asked, "merged": False}
+    assert quantised_as(load(form_of(target), tiny_base, CPU)) == asked
     served = ServedModel()
     served.meta = {"precision": "fp32", "quantisation": asked}
     form = served._form()["quantization_config"]

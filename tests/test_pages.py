@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -11,10 +12,7 @@ from data_contracts.data_reports import DatasetManifest, Drift, FileRef, Repaire
 from data_contracts.reports import (
     AdapterRef,
     BaseModelRef,
-    Comparison,
     EvalReport,
-    GateReport,
-    GateResult,
     LoadedBack,
     LossPoint,
     ModelVersion,
@@ -23,14 +21,26 @@ from data_contracts.reports import (
     RunReport,
     SampleAnswer,
     Stage,
+    TaskScore,
     TrainReport,
 )
 from data_contracts.run_spec import RunSpec, StoreSpec
+from data_contracts.verdict import (
+    Claim,
+    Comparison,
+    Estimate,
+    Flips,
+    GateReport,
+    GateResult,
+    SliceGain,
+    TaskChange,
+)
 from flows.cli import main
 from flows.console import Outcome, say
 from flows.data_pages import show_data
 from flows.summary import report_file, summary
-from flows.tables import show_comparison, show_run
+from flows.tables import show_run
+from flows.verdict_tables import show_comparison
 from tasks.stores import Store
 
 
@@ -66,6 +76,8 @@ def dataset() -> DatasetManifest:
 
 def arm(method: str, weights: int) -> TrainReport:
     return TrainReport(
+        name=method,
+        arm=method,
         method=method,
         seed=17,
         adapter=AdapterRef(folder=f"adapters/{method}", sha256=method * 8),
@@ -108,35 +120,46 @@ def scores(target: str, nll: float) -> EvalReport:
         adapter_sha256=None if target == "base" else target * 8,
         items_sha256="i",
         nll_nats=nll,
+        bits_per_byte=nll / 4,
         accuracy=0.55,
         accuracy_interval=(0.5, 0.6),
         lexical_baseline_accuracy=0.57,
         items=15,
-        scores=[],
+        scores=[TaskScore(task="domain_generate", metric="stopped", value=0.75, items=8)],
         samples=ref(f"samples/{target}.jsonl"),
+        facts=ref(f"samples/{target}.facts.jsonl"),
         answers=[SampleAnswer(question="What is `[b]x[/b]`?", reference="A ref.", answer=f"{target} says so.")],
+        ms_per_token=41.0,
         seconds=3.0,
     )
 
 
+def about(value: float, half: float) -> Estimate:
+    return Estimate(value=value, low=value - half, high=value + half, error=half / 1.645)
+
+
 def planted(root: Path, run_id: str = "20261124-abc", aliases: list[str] | None = None) -> RunReport:
-    gates = [GateResult(name="retention", threshold=0.8, actual=0.9, interval=(0.85, 0.95), verdict="pass", why="kept")]
+    gates = [
+        GateResult(
+            name="retention", direction="at least", threshold=0.8, actual=0.9, interval=(0.85, 0.95), verdict="pass", why="kept"
+        )
+    ]  # fmt: skip
     comparison = Comparison(
-        candidate="qlora",
-        nll_nats={"base": 4.0, "lora": 2.0, "qlora": 2.2},
-        nll_gain_ci95={"lora": (1.9, 2.1), "qlora": (1.7, 1.9)},
-        accuracy={"base": 0.5, "lora": 0.6, "qlora": 0.6},
-        accuracy_gain_ci95={},
-        retention=0.9,
-        retention_ci95=(0.85, 0.95),
-        accuracy_drop=0.0,
-        accuracy_drop_ci95=(-0.02, 0.02),
-        memory_saving=0.2,
-        weights_saving=0.75,
-        speed_ratio=float("nan"),
-        items=15,
-        claims=["99 % does not hold on this run."],
-    )
+        candidate="qlora", released="qlora", items=15, clusters=14, seeds=1,
+        nll_nats={"base": 4.0, "lora": 2.0, "qlora": 2.2}, bits_per_byte={"base": 1.0, "lora": 0.5, "qlora": 0.55}, seed_sd={},
+        gains={"lora": about(2.0, 0.1), "qlora": about(1.8, 0.1)}, gain=about(1.8, 0.1), champion_gain=None,
+        accuracy={"base": 0.5, "lora": 0.6, "qlora": 0.6}, accuracy_gains={}, retention=about(0.9, 0.05),
+        accuracy_drop=about(0.0, 0.02), flips=Flips(lost=1, won=2, rate=0.2, p=1.0), stop_rate=about(0.75, 0.1),
+        slices=[SliceGain(kind="source", name="a[0].jsonl", items=8, gain=about(1.5, 0.3))],
+        general=[
+            TaskChange(
+                task="general_piqa", metric="accuracy", items=200, base=0.6, candidate=0.58, change=about(-0.02, 0.03), p=0.4
+            )
+        ],
+        forms={"full": about(0.01, 0.005)}, memory_saving=about(0.2, 0.0), weights_saving=0.75, speed_ratio=about(float("nan"), 0.0),
+        detectable={"retention": 0.08},
+        claims=[Claim(claim="keeps 99 % of the quality", source="s", measured=None, verdict="does not hold", told="+90.0%")],
+    )  # fmt: skip
     return RunReport(
         run_id=run_id,
         spec=RunSpec(store=StoreSpec(root=str(root))).model_dump(mode="json"),
@@ -153,7 +176,7 @@ def planted(root: Path, run_id: str = "20261124-abc", aliases: list[str] | None 
         arms=[arm("lora", 500_000_000), arm("qlora", 125_000_000)],
         evaluations=[scores("base", 4.0), scores("lora", 2.0), scores("qlora", 2.2)],
         comparison=comparison,
-        gate=GateReport(gates=gates, verdict="pass"),
+        gate=GateReport(gates=gates, off=["max_ms_per_token is null"], verdict="pass"),
         recorded=RecordedRun(mlflow_run_id=f"mlflow-{run_id}", arm_run_ids={"lora": "child-l", "qlora": "child-q"}),
         model=ModelVersion(name="m", version="1", aliases=["champion"] if aliases is None else aliases, run_id="r"),
         loaded_back=LoadedBack(question="q", answer="a", as_evaluated=True),
@@ -187,8 +210,9 @@ def test_the_summary_holds_what_scripts_were_promised(tmp_path):
     assert (lora["adapter_sha256"], qlora["adapter_sha256"]) == ("lora" * 8, "qlora" * 8)
     assert (lora["mlflow_run_id"], qlora["mlflow_run_id"]) == ("child-l", "child-q")
     assert (lora["eval"]["nll_nats"], qlora["eval"]["nll_nats"], told["base"]["eval"]["nll_nats"]) == (2.0, 2.2, 4.0)
-    assert {"retention", "retention_ci95", "memory_saving", "speed_ratio"} <= set(told["comparison"])
-    assert set(told["gates"][0]) == {"name", "threshold", "actual", "interval", "verdict", "why"}
+    assert {"retention", "gain", "memory_saving", "speed_ratio"} <= set(told["comparison"])
+    assert set(told["comparison"]["retention"]) >= {"value", "low", "high"}
+    assert set(told["gates"][0]) == {"name", "direction", "threshold", "actual", "interval", "verdict", "why"}
     assert {"name", "version", "aliases"} <= set(told["model"])
     assert told["stages"][0] == {"name": "ingest", "status": "cached", "seconds": 0.1}
 
@@ -197,11 +221,19 @@ def test_the_page_sets_the_models_side_by_side_and_ends_with_what_to_do(tmp_path
     text = page_of(planted(tmp_path), capfd)
     loss = next(line for line in text.splitlines() if "held-out loss" in line)
     assert [part for part in loss.replace("│", " ").split() if part[0].isdigit()] == ["4.000", "2.000", "2.200"]
-    peak = next(line for line in text.splitlines() if "peak memory while" in line)
-    assert [part.strip() for part in peak.split("│")[3:5]] == ["1.40 GB (planned 1.50 GB)", "1.40 GB"]
+    lines = iter(text.splitlines())
+    peak, planned = next((line, next(lines)) for line in lines if "peak memory in" in line)
+    assert [part.strip() for part in peak.split("│")[3:5]] == ["1.40 GB", "1.40 GB"]
+    assert [part.strip() for part in planned.split("│")[3:5]] == ["1.50 GB", "-"]
     assert "QLoRA keeps 90.0% [85.0%, 95.0%] of LoRA's loss gain" in text
     assert "LoRA lowers held-out loss against base by 2.000 [1.900, 2.100] nats/token" in text
-    assert "99 % does not hold on this run." in text
+    assert re.search(r"keeps 99 % of the quality +│ does not hold", text)
+    assert "source: a[0].jsonl" in text
+    assert re.search(
+        r"general_piqa +│ accuracy +│ +200 +│ +0.600 +│ +0.580 +│ -0.020 \[-0.050, \+0.010\] +│ +0.400", text
+    )
+    assert "served on the full-precision base, its loss changes by +0.0100" in text
+    assert "not judged: max_ms_per_token is null" in text
     assert "verdict: PASS" in text
     assert "registered: m version 1 (champion)" in text
     assert "What is `[b]x[/b]`?" in text
@@ -212,8 +244,7 @@ def test_the_page_sets_the_models_side_by_side_and_ends_with_what_to_do(tmp_path
 
 def test_a_champion_is_compared_with_the_candidate(tmp_path, capfd):
     found = planted(tmp_path).comparison
-    nll = {**found.nll_nats, "champion": 2.3}
-    found = found.model_copy(update={"nll_nats": nll, "nll_gain_ci95": {"champion": (0.05, 0.15)}})
+    found = found.model_copy(update={"champion_gain": about(0.1, 0.05)})
     say(Outcome({}, lambda page: show_comparison(found, page)), sys.stdout, as_json=False)
     assert "QLoRA lowers held-out loss against champion by 0.100 [0.050, 0.150]" in capfd.readouterr().out
 
@@ -230,11 +261,42 @@ def test_compare_shows_the_newest_run_or_the_one_named(tmp_path, capfd):
         assert main(["compare", *args, *store]) == 0
         told = json.loads(capfd.readouterr().out)
         assert told["run_id"] == expected
-        assert told["comparison"]["speed_ratio"] is None
+        assert told["comparison"]["speed_ratio"]["value"] is None
     assert main(["compare", "--run", "run", *store]) == 2
     assert "2 runs begin with 'run'" in capfd.readouterr().err
     assert main(["compare", "--run", "other", *store]) == 2
     assert "no run is called 'other'" in capfd.readouterr().err
+
+
+def test_runs_are_set_beside_each_other_and_compared_where_they_answered_the_same_items(tmp_path, capfd):
+    lines = [
+        json.dumps({"task": "domain_nll", "metric": "nll_nats", "row_id": str(i), "value": 2.0, "tokens": 2})
+        for i in range(9)
+    ]
+    fact = {"cluster": "c", "bytes": 8, "source": "s", "language": "en", "length": "short"}
+    for name, nll in (("run-a", 2.0), ("run-b", 1.5)):
+        report = planted(tmp_path, name)
+        saved(report, tmp_path)
+        own = next(item for item in report.evaluations if item.target == "qlora")
+        samples = report_file(Store(tmp_path), name).with_name("samples.jsonl")
+        samples.write_text("\n".join(lines).replace("2.0", str(2 * nll)))
+        facts = samples.with_name("facts.jsonl")
+        facts.write_text("\n".join(json.dumps({"row_id": str(i), **fact, "cluster": str(i)}) for i in range(9)))
+        files = {"samples": Store(tmp_path).ref(samples), "facts": Store(tmp_path).ref(facts)}
+        evaluations = [own.model_copy(update=files), *(e for e in report.evaluations if e is not own)]
+        report_file(Store(tmp_path), name).write_text(
+            report.model_copy(update={"evaluations": evaluations}).model_dump_json()
+        )
+    store = ["--set", f"store.root={tmp_path}"]
+    assert main(["compare", "--run", "run-a", "--run", "run-b", *store, "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["against_first"][1]["value"] == pytest.approx(0.5)
+    assert main(["compare", "--run", "run-a", "--run", "run-b", *store]) == 0
+    assert "+0.500 [+0.500, +0.500]" in capfd.readouterr().out
+    assert main(["compare", "--run", "no-such", "--run", "run-b", "--run", "nor-this", *store]) == 2
+    told = capfd.readouterr().err
+    assert "no-such" in told
+    assert "nor-this" in told
 
 
 def test_a_store_that_was_moved_is_read_where_it_is(tmp_path, capfd):

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from data_contracts.data_reports import FileRef
+from data_contracts.data_spec import CurateSpec
 from data_contracts.errors import ConfigError, Problem, TransientError
-from data_contracts.run_spec import CurateSpec, TrainSpec
+from data_contracts.run_spec import TrainSpec
 from tasks import fingerprint
 from tasks.policies import POLICIES, stage, stage_key
 from tasks.stores import Store

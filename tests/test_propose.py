@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from data_contracts.data_reports import ValidatedData
+from data_contracts.data_spec import ContractSpec, DataSpec, RulesSpec
 from data_contracts.errors import ConfigError, DataError
-from data_contracts.run_spec import ContractSpec, DataSpec, RulesSpec
 from flows.cli import main
 from flows.look import Look, init
 from flows.spec_files import load_spec

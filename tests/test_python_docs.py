@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from data_contracts.data_spec import DataSpec
 from data_contracts.errors import DataError
-from data_contracts.run_spec import DataSpec
 from tasks.core.docstrings import explanation, functions
 from tasks.ingest import ingest
 from tasks.stores import Store

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_contracts.run_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
+from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
 from tasks.curate import curate
 from tasks.ingest import ingest
 from tasks.processes import run_worker
@@ -30,6 +30,7 @@ def cluster(monkeypatch):
     ray.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_two_ray_workers_give_the_same_data_set_as_the_local_engine(tmp_path, cluster, monkeypatch):
     monkeypatch.setattr("tasks.ingest.PART_ROWS", 30)
@@ -45,6 +46,7 @@ def test_two_ray_workers_give_the_same_data_set_as_the_local_engine(tmp_path, cl
     assert made["ray"] == made["local"]
 
 
+@pytest.mark.slow
 def test_two_ray_workers_train_the_adapter_of_two_local_ones(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))

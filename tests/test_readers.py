@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_contracts.data_spec import DataSpec
 from data_contracts.errors import DataError, InfrastructureError
 from data_contracts.rules import Rejection
-from data_contracts.run_spec import DataSpec
 from flows.look import init
 from tasks.ingest import ingest
 from tasks.raw_rows import RawRow, printable

@@ -2,9 +2,9 @@
 
 import pytest
 
+from data_contracts.data_spec import CustomRule, RulesSpec
 from data_contracts.records import Message, Role, Row
 from data_contracts.rules import FLAGGED, Reason
-from data_contracts.run_spec import CustomRule, RulesSpec
 from tasks.core.row_rules import RULES, Checked, check_row
 
 LIMIT = 5000

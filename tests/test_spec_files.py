@@ -7,8 +7,9 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from data_contracts.data_spec import DataSpec
 from data_contracts.errors import ConfigError, Problem
-from data_contracts.run_spec import DataSpec, RunSpec, TrainSpec
+from data_contracts.run_spec import RunSpec, TrainSpec
 from flows.spec_files import load_changes, load_spec, load_store, write_spec
 from flows.spec_problems import dials
 
@@ -36,9 +37,9 @@ def test_no_preset_means_demo():
 
 def test_set_wins_over_the_file_and_the_file_over_defaults(tmp_path):
     loaded = load_spec(written(tmp_path, "train:\n  rank: 4\n  alpha: 8\n"), ["train.alpha=12"])
-    assert (loaded.spec.train.rank, loaded.spec.train.alpha, loaded.spec.train.seed) == (4, 12, TrainSpec().seed)
+    assert (loaded.spec.train.rank, loaded.spec.train.alpha, loaded.spec.train.seeds) == (4, 12, TrainSpec().seeds)
     origins = loaded.origins
-    assert (origins["train.rank"], origins["train.alpha"], origins["train.seed"]) == ("my.yaml:2", "--set", "default")
+    assert (origins["train.rank"], origins["train.alpha"], origins["train.seeds"]) == ("my.yaml:2", "--set", "default")
 
 
 def test_the_store_may_lie_under_home():
@@ -81,6 +82,25 @@ def test_set_reads_values_as_a_person_means_them(change, expected):
 def test_set_fills_a_mapping_entry_by_entry():
     changes = ["data.columns.prompt=question", "data.columns.completion=the.answer"]
     assert load_spec("demo", changes).spec.data.columns == {"prompt": "question", "completion": "the.answer"}
+
+
+def test_set_takes_a_mapping_as_a_whole_and_seeds_and_variants_survive_being_written(tmp_path):
+    assert load_spec("demo", ["data.columns={prompt: q, completion: a}"]).spec.data.columns == {
+        "prompt": "q",
+        "completion": "a",
+    }
+    changes = ["train.seeds=[1, 2]", "train.variants=[{name: r64, method: qlora, dials: {rank: 64, alpha: 128}}]"]
+    changes += ["rules.custom=[{name: no_urls, forbidden: 'https?:'}]", "rules.actions={refusal: quarantine}"]
+    spec = load_spec("demo", changes).spec
+    write_spec(tmp_path / "written.yaml", spec, "tunegate run written.yaml")
+    assert load_spec(str(tmp_path / "written.yaml"), []).spec == spec
+    assert spec.train.variants[0].dials == {"rank": 64, "alpha": 128}
+
+
+def test_a_gate_without_its_task_is_told_with_the_dials_that_clash():
+    problem = one_problem("smoke", "gates.max_forgetting_nats=0.1")
+    assert "gates.max_forgetting_nats (--set)" in problem.where
+    assert "needs general_nll in evaluate.tasks" in problem.limit
 
 
 def test_a_set_entry_keeps_the_others_of_the_file(tmp_path):
@@ -175,7 +195,7 @@ def test_dials_that_do_not_fit_together_are_told():
 
 def test_everything_wrong_is_told_at_once(tmp_path):
     path = written(tmp_path, "train:\n  rnk: 4\n  alpha: none\ntrian:\n  rank: 1\ndata: 3\n")
-    found = problems(path, "train", "train.seed=-1", "foo=1")
+    found = problems(path, "train", "train.rank=0", "foo=1")
     assert {problem.where for problem in found} == {"my.yaml:2", "my.yaml:3", "my.yaml:4", "my.yaml:6", "--set"}
     assert len(found) == 7
 

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_contracts.data_reports import Snapshot, ValidatedData
+from data_contracts.data_spec import ContractSpec, DataSpec, RulesSpec
 from data_contracts.errors import ConfigError, DataError
-from data_contracts.run_spec import ContractSpec, DataSpec, RulesSpec
 from tasks.contract import load_suite, load_suites
 from tasks.core.drift import OTHER, labels
 from tasks.ingest import ingest

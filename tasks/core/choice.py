@@ -5,6 +5,7 @@ Distractors come only from rows that no model trained on: a tuned model would ot
 
 import hashlib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,17 +24,20 @@ class TestRow:
     answer: str
 
 
-def choose_distractors(rows: list[TestRow]) -> dict[str, list[str]]:
-    """For each row id, CHOICES answers: the true one at a place given by the row's hash, and its nearest neighbours.
+def choose_distractors(rows: list[TestRow], wanted: Collection[str]) -> dict[str, list[str]]:
+    """For each row id in `wanted`, CHOICES answers: the true one at a place given by the row's hash, and its nearest
+    neighbours among all rows.
 
     Nearest by TF-IDF cosine over the prompts, within the same source where it has enough rows. Rows for which fewer
     than CHOICES - 1 different answers exist are left out.
     """
     vectors = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b").fit_transform(row.prompt for row in rows)
-    similarity = (vectors @ vectors.T).toarray()
+    transposed = vectors.T.tocsr()
     choices: dict[str, list[str]] = {}
     for index, row in enumerate(rows):
-        others = _nearest(rows, index, similarity[index])
+        if row.row_id not in wanted:
+            continue
+        others = _nearest(rows, index, (vectors[index] @ transposed).toarray()[0])
         if len(others) == CHOICES - 1:
             place = true_place(row.row_id)
             choices[row.row_id] = [*others[:place], row.answer, *others[place:]]

@@ -29,6 +29,9 @@ _ROLES: Final[dict[str, Role]] = {
 }
 
 
+_SLICE_CHARS: Final = 80
+
+
 class _Rejected(Exception):
     """Carries a Rejection out of nested readers."""
 
@@ -148,6 +151,12 @@ def _from_columns(item: Object, columns: Mapping[str, str]) -> Conversation:
         Message("user", _text(_at(item, columns["prompt"]), columns["prompt"])),
         Message("assistant", _text(_at(item, columns["completion"]), columns["completion"])),
     )
+
+
+def slice_of(item: Object, field: str | None) -> str | None:
+    """The value of a field as the name of a slice; None where it has none or is no plain value."""
+    value = None if field is None else _at(item, field)
+    return str(value)[:_SLICE_CHARS] if isinstance(value, str | int | float) else None
 
 
 def _at(item: Object, path: str) -> Any:

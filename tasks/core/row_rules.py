@@ -8,9 +8,9 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
+from data_contracts.data_spec import CustomRule, RulesSpec
 from data_contracts.records import Row
 from data_contracts.rules import UNREADABLE, Reason, Rejection, action_of
-from data_contracts.run_spec import CustomRule, RulesSpec
 from tasks.core import answer_rules, text_rules
 from tasks.core.text_rules import Case, OwnFunction
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
+from data_contracts.data_spec import RulesSpec
 from data_contracts.records import Message, Row
-from data_contracts.run_spec import RulesSpec
 
 OwnFunction = Callable[[str, str], str | None]
 

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks.workers.evaluate_models import load_tasks
+from tasks.workers.find_tasks import further_tasks
 from tasks.workers.harness import main
 
 
 def benchmark_items(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     """One JSON line an item: kind (the task), name and text. `spec`: tasks, task_folder."""
-    tasks = load_tasks(spec["tasks"], [], spec["task_folder"])
+    tasks = further_tasks(spec["tasks"], spec["task_folder"], None, 0)
     count = 0
     with (out / "items.jsonl").open("w", encoding="utf-8") as file:
         for name, task in tasks.items():

@@ -54,6 +54,10 @@ class Chat:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
+    def read(self, ids: list[int]) -> str:
+        """The text of an answer's tokens, without special ones and without white space around it."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
     def scored(self, messages: list[dict[str, str]]) -> Scored:
         """The row's tokens with its completion to be scored. Prompt and completion are encoded apart, as in serving."""
         return self.sequence(*self.split(messages))

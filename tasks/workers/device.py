@@ -80,6 +80,11 @@ def free_threads() -> tuple[int, str]:
     return free, f"{free} of {len(cores)} cores are free"
 
 
+def peak_bytes(device: Device) -> int:
+    """Highest device memory on CUDA, the process's resident memory on a CPU."""
+    return torch.cuda.max_memory_allocated() if device.device == "cuda" else peak_rss_bytes()
+
+
 def peak_rss_bytes() -> int:
     """Highest resident memory of this process since its start, or since `reset_peak_rss`."""
     status = Path("/proc/self/status")

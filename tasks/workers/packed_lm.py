@@ -4,6 +4,7 @@ Same log-probabilities as lm-eval's HFLM; every lm-eval task runs through it.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from lm_eval.models.huggingface import HFLM
 
 from tasks.core.packing import Scored, group_for_packing
 from tasks.workers.chat import Chat
+from tasks.workers.generation import Written, write_all
 from tasks.workers.harness import say
 from tasks.workers.scoring import Way, scored_logits, to_device, to_tensors
 
+_ROWS = 64  # of logits at a time: log-probabilities of all at once would double the memory
 Request = tuple[tuple[str, str], list[int], list[int]]
 
 
@@ -32,6 +35,27 @@ class PackedLM(HFLM):
             return self.chat.encode(context), self.chat.encode(continuation)
         context_ids, continuation_ids = super()._encode_pair(context, continuation)
         return context_ids, continuation_ids
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        """Answers as text; as Written where a request names no text that ends it (`until: []`): the model does itself."""
+        own = [place for place, request in enumerate(requests) if request.args[1]["until"] == []]
+        others = [place for place in range(len(requests)) if place not in set(own)]
+        answers: dict[int, Any] = {}
+        for limit, group in groupby(own, lambda place: requests[place].args[1]["max_gen_toks"]):
+            answers |= self._write(list(group), [request.args[0] for request in requests], limit)
+        if others:
+            texts = super().generate_until([requests[place] for place in others], disable_tqdm=True)
+            answers |= dict(zip(others, texts, strict=True))
+        return [answers[place] for place in range(len(requests))]
+
+    def _write(self, places: list[int], prompts: list[str], most_tokens: int) -> dict[int, Written]:
+        answers: dict[int, Written] = {}
+        what = f"answers of {self.name}"
+        say("progress", what=what, done=0, of=len(places))
+        for batch in write_all(self.model, self.chat, [prompts[place] for place in places], most_tokens):
+            answers |= {places[index]: written for index, written in batch.items()}
+            say("progress", what=what, done=len(answers), of=len(places))
+        return answers
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -62,9 +86,15 @@ class PackedLM(HFLM):
     @torch.inference_mode()
     def _score(self, sequences: list[Scored]) -> list[tuple[float, bool]]:
         batch = to_device(to_tensors(sequences), self.device)
-        log_probabilities = torch.log_softmax(scored_logits(self.model, batch), dim=-1)
-        chosen = log_probabilities.gather(1, batch["labels"][:, None])[:, 0].cpu()
-        greedy = (log_probabilities.argmax(dim=-1) == batch["labels"]).cpu()
+        logits, labels = scored_logits(self.model, batch), batch["labels"]
+        parts = [_chosen(*part) for part in zip(logits.split(_ROWS), labels.split(_ROWS), strict=True)]
+        chosen, greedy = (torch.cat(pieces).cpu() for pieces in zip(*parts, strict=True))
         lengths = [len(sequence.ids) - sequence.start for sequence in sequences]
         pieces = zip(chosen.split(lengths), greedy.split(lengths), strict=True)
         return [(float(scores.sum()), bool(right.all())) for scores, right in pieces]
+
+
+def _chosen(logits_RV: torch.Tensor, labels_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each label, and whether it is the likeliest token."""
+    log_probabilities = torch.log_softmax(logits_RV, dim=-1)
+    return log_probabilities.gather(1, labels_R[:, None])[:, 0], log_probabilities.argmax(dim=-1) == labels_R

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftConfig, get_peft_model
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import TrainerCallback, set_seed
@@ -24,7 +23,7 @@ from tasks.core.packing import Scored, plan_batches
 from tasks.workers.bases import load_base, weights_bytes
 from tasks.workers.chat import Chat, load_chat
 from tasks.workers.checkpoints import last_checkpoint, state_of, step_of
-from tasks.workers.device import Device, choose_device, peak_rss_bytes, reset_peak_rss
+from tasks.workers.device import Device, choose_device, peak_bytes, peak_rss_bytes, reset_peak_rss
 from tasks.workers.embedding_noise import add_noise
 from tasks.workers.fused_lora import fuse_lora
 from tasks.workers.fused_mlp import fuse_mlp
@@ -62,7 +61,7 @@ def train_rank(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     checkpoint = agreed_checkpoint(out)
     size = size_of(model)
     state = run_trainer(model, work, spec, out, device, checkpoint)
-    peaks = map(int, largest([peak_train_bytes(device), max(load_peak, peak_rss_bytes())]))
+    peaks = map(int, largest([peak_bytes(device), max(load_peak, peak_rss_bytes())]))
     save(model, spec, out / "adapter")
     return {
         "method": spec["method"],
@@ -182,11 +181,6 @@ def validation_rows(chat: Chat, spec: dict[str, Any]) -> list[Scored]:
         act = "raise curate.validation_fraction, or set train.validation_steps to null"
         raise DataError(Problem("there is no validation row to measure", Path(spec["validation"]).name, act=act))
     return rows
-
-
-def peak_train_bytes(device: Device) -> int:
-    """Device memory on CUDA, the process's resident memory on a CPU."""
-    return torch.cuda.max_memory_allocated() if device.device == "cuda" else peak_rss_bytes()
 
 
 def told(state: TrainerState) -> dict[str, Any]:

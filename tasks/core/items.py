@@ -1,0 +1,30 @@
+"""What is known of a test item besides its scores: which items say the same, and its slices."""
+
+import hashlib
+
+from tasks.core.languages import language
+from tasks.core.shingles import words
+
+DOMAIN_TASKS = ("domain_nll", "domain_choice", "domain_generate")
+"""The tasks that need nothing but the test split."""
+
+_SAME_ANSWER_WORDS = 4
+_LENGTHS = ((64, "up to 64 tokens"), (256, "65 to 256 tokens"), (1024, "257 to 1,024 tokens"))
+
+
+def cluster(row_id: str, answer: str) -> str:
+    """A name that items with the same answer share, but for case and white space: their scores depend on each other.
+
+    A shorter answer, such as yes or a class, says nothing of the kind: such an item is a cluster of its own.
+    """
+    if len(words(answer)) < _SAME_ANSWER_WORDS:
+        return row_id
+    return hashlib.sha256(" ".join(answer.casefold().split()).encode()).hexdigest()
+
+
+def slices(source: str, question: str, answer: str, tokens: int, field: str | None = None) -> dict[str, str]:
+    """The slice of each kind that an item belongs to. tokens: of question and answer, as the model reads them; field: the
+    value of the user's own (data.slice_field)."""
+    spoken = language(answer) or language(question) or "unknown"
+    length = next((name for most, name in _LENGTHS if tokens <= most), "over 1,024 tokens")
+    return {"source": source, "language": spoken, "length": length, "field": field or "none"}

@@ -1,0 +1,163 @@
+"""Statistics against closed forms, SciPy and simulation. Run: pytest tests/test_stats.py"""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from tasks.core.stats import Bootstrap, detectable, holm, mcnemar, proportion, ratio, seed_weights, times_needed
+
+rng = np.random.default_rng(1)
+
+
+def each(count):
+    """Every item a cluster of its own."""
+    return [str(i) for i in range(count)]
+
+
+def mean_of(values, clusters=None, draws=4000, seed=0):
+    items = np.atleast_2d(values).shape[1]
+    return Bootstrap(clusters or each(items), draws, 0.95, seed).estimate(ratio, values, np.ones(items))
+
+
+def test_the_interval_of_a_mean_agrees_with_its_standard_error():
+    values = rng.normal(10, 2, 400)
+    found, error = mean_of(values), values.std(ddof=1) / 20
+    assert found.value == pytest.approx(values.mean())
+    assert found.error == pytest.approx(error)
+    assert found.interval == pytest.approx((values.mean() - 1.645 * error, values.mean() + 1.645 * error), abs=0.02)
+
+
+def test_the_interval_of_a_ratio_agrees_with_scipys_bca_and_is_no_narrower_than_students():
+    tokens = rng.integers(5, 60, 150).astype(float)
+    losses = tokens * rng.gamma(2.0, 1.0, 150)
+    found = Bootstrap(each(150), 20_000, 0.95).estimate(ratio, losses, tokens)
+    student = scipy_stats.t.ppf(0.95, 149) * found.error
+    theirs = scipy_stats.bootstrap(
+        (losses, tokens), lambda a, b, axis: a.sum(axis) / b.sum(axis), paired=True, confidence_level=0.9,
+        n_resamples=20_000, method="BCa", vectorized=True, rng=np.random.default_rng(2),
+    ).confidence_interval  # fmt: skip
+    assert found.high == pytest.approx(
+        theirs.high, abs=0.01
+    )  # to the right BCa reaches further, to the left Student's t
+    assert found.low == pytest.approx(found.value - student)
+    assert found.low < theirs.low
+    mirrored = Bootstrap(each(150), 20_000, 0.95).estimate(ratio, -losses, tokens)
+    assert mirrored.low == pytest.approx(-theirs.high, abs=0.01)
+    assert mirrored.high == pytest.approx(-found.value + student)
+
+
+def test_one_cluster_tells_nothing():
+    found = mean_of(rng.normal(1, 0.01, 50), ["same"] * 50)
+    assert found.value == pytest.approx(1, abs=0.01)
+    assert found.interval == (-math.inf, math.inf)
+
+
+def test_one_end_of_the_interval_misses_as_often_as_it_says():
+    draw, below, above = np.random.default_rng(11), 0, 0
+    for seed in range(400):
+        found = mean_of(draw.exponential(1.0, 60), draws=600, seed=seed)
+        below += found.high < 1.0
+        above += found.low > 1.0
+    assert below / 400 <= 0.08
+    assert above / 400 <= 0.08
+    assert (below + above) / 400 >= 0.05  # and it is not wide for nothing
+
+
+def test_items_that_are_not_independent_are_resampled_together():
+    one = rng.normal(0, 1, 100)
+    copies = np.repeat(one, 5)
+    alone, together = mean_of(copies), mean_of(copies, [str(i // 5) for i in range(500)])
+    assert together.error == pytest.approx(mean_of(one).error)
+    assert together.error == pytest.approx(alone.error * math.sqrt(5), rel=0.02)
+    assert together.items == 100
+
+
+def test_pairing_removes_what_the_items_have_in_common():
+    base = rng.normal(4.3, 0.5, 300)
+    better = base - rng.normal(0.1, 0.05, 300)
+    assert mean_of(base - better).error < mean_of(base).error / 5
+
+
+def test_few_seeds_are_judged_by_students_t():
+    seeds = np.array([0.1, 0.2, 0.4])
+    values = np.repeat(seeds[:, None], 50, axis=1)  # items add nothing
+    found = mean_of(values, draws=40_000)
+    error = seeds.std(ddof=1) / math.sqrt(3)
+    t = scipy_stats.t.ppf(0.95, 2)
+    assert found.error == pytest.approx(error)
+    assert found.seed_share == pytest.approx(1.0)
+    assert found.interval == pytest.approx((found.value - t * error, found.value + t * error), rel=0.05)
+
+
+def test_seed_weights_have_the_mean_one_and_one_seed_has_no_spread():
+    assert seed_weights(500, 3).sum(axis=1) == pytest.approx(3)
+    assert (seed_weights(10, 1) == 1).all()
+
+
+def test_three_seeds_miss_no_more_often_than_they_say():
+    draw, missed = np.random.default_rng(7), 0
+    for seed in range(300):
+        seeds = draw.normal(0, 0.1, (3, 1))
+        found = mean_of(draw.normal(0, 1, (1, 80)) * 0.3 + seeds + draw.normal(0, 0.05, (3, 80)), draws=500, seed=seed)
+        missed += found.low > 0
+    assert missed / 300 <= 0.08
+
+
+def test_a_ratio_over_nothing_is_unknown_and_its_interval_is_unbounded():
+    found = Bootstrap(each(40), 500, 0.95).estimate(ratio, np.ones(40), np.zeros(40))
+    assert math.isnan(found.value)
+    assert found.interval == (-math.inf, math.inf)
+
+
+def test_a_gain_that_may_be_nothing_leaves_its_ratio_open():
+    gained = rng.normal(0, 1.0, 200)
+    gained += 0.03 - gained.mean()  # in a third of the draws not above zero
+    found = Bootstrap(each(200), 1000, 0.95).estimate(ratio, gained + rng.normal(0, 0.1, 200), gained)
+    assert found.low == -math.inf
+    assert found.high == math.inf
+
+
+def test_values_without_spread_have_an_interval_without_width():
+    found = mean_of(np.full(30, 0.25))
+    assert found.interval == (0.25, 0.25)
+    assert found.error == 0
+
+
+def test_wilsons_interval_agrees_with_its_formula():
+    found = proportion(60, 100, 0.95)
+    z, p, n = 1.644854, 0.6, 100
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    assert found.interval == (pytest.approx(middle - half, abs=1e-5), pytest.approx(middle + half, abs=1e-5))
+
+
+def test_mcnemars_exact_test_agrees_with_the_binomial_sum():
+    by_hand = 2 * sum(math.comb(12, k) for k in range(3)) / 2**12
+    assert mcnemar(2, 10) == pytest.approx(by_hand)
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(5, 5) == 1.0
+
+
+def test_holms_method_gives_the_published_example():
+    # Holm's rule by hand: 0.01 x 4, 0.02 x 3, 0.03 x 2 and 0.04 x 1, none below the one before.
+    found = holm({"a": 0.01, "d": 0.04, "b": 0.02, "c": 0.03})
+    assert found == pytest.approx({"a": 0.04, "b": 0.06, "c": 0.06, "d": 0.06})
+    assert holm({}) == {}
+    assert holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}
+
+
+def test_the_detectable_difference_is_found_as_often_as_promised():
+    draw, error, found = np.random.default_rng(3), 1 / math.sqrt(200), 0
+    true = detectable(error, 0.95)
+    assert true == pytest.approx((1.644854 + 0.841621) * error, rel=1e-5)
+    for _ in range(2000):
+        found += draw.normal(true, 1, 200).mean() - 1.644854 * error > 0
+    assert found / 2000 == pytest.approx(0.8, abs=0.03)
+
+
+def test_the_items_needed_are_those_that_make_the_distance_detectable():
+    times = times_needed(0.05, 0.1, 0.95)
+    assert detectable(0.05 / math.sqrt(times), 0.95) == pytest.approx(0.1)
+    assert times_needed(0.05, 0.0, 0.95) == math.inf
