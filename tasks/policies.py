@@ -66,7 +66,7 @@ POLICIES = {
     "serve_alone": Policy(
         ("tasks.evaluate", "tasks.workers.evaluate_models"), (*_MODEL_LIBRARIES, "lm-eval"), 2 * _HOURS
     ),
-    "gate": Policy(("tasks.core.gates",)),
+    "gate": Policy(("tasks.core.gates",), ("scipy",)),
     "record": Policy(("tasks.tracking",), ("mlflow",)),
     "register": Policy(("tasks.registry", "tasks.workers.served_model"), ("mlflow",)),
     "load_back": Policy(("tasks.workers.ask_model",), ("mlflow", *_MODEL_LIBRARIES)),
