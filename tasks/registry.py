@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 import uuid
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -110,7 +111,8 @@ def _make_version(
     from mlflow.models import infer_signature
 
     adapter = Store(Path(spec.store.root)).path(arm.adapter.folder)
-    with tempfile.TemporaryDirectory() as folder, resumed(run_id):
+    # MLflow turns its own hints on again in there, whatever is filtered: recorded, they do not reach the terminal.
+    with tempfile.TemporaryDirectory() as folder, resumed(run_id), warnings.catch_warnings(record=True):
         meta_file = Path(folder) / "meta.json"
         meta_file.write_text(json.dumps(meta, indent=1))
         info = mlflow.pyfunc.log_model(

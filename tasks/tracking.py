@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 KEY_TAG = "tunegate.key"
 SPEC_FILE = "spec.yaml"
+# Advice of MLflow's that is not followed on purpose (served_model.py leaves type hints off).
+_HINTS = ".*(Add type hints to the `predict`|Inferred schema contains integer|can be interpreted in multiple ways)"
 _DIGEST_CHARS = 32  # MLflow takes at most 36
 
 
@@ -33,7 +35,7 @@ def connect(store: StoreSpec) -> "MlflowClient":
     """Point MLflow at the store's database, or at the server of `store.mlflow_uri`."""
     import mlflow
 
-    warnings.filterwarnings("ignore", module=r"mlflow\.")  # hints about schemas and type hints that we give on purpose
+    warnings.filterwarnings("ignore", message=_HINTS)
     place = Store(Path(store.root))
     uri = store.mlflow_uri or place.database_uri
     if uri == place.database_uri:

@@ -201,7 +201,7 @@ def _exact(value: float | None) -> Estimate | None:
 
 
 def negated(found: Estimate) -> Estimate:
-    return found.model_copy(update={"value": -found.value, "low": -found.high, "high": -found.low})
+    return found.model_copy(update={"value": 0.0 - found.value, "low": 0.0 - found.high, "high": 0.0 - found.low})
 
 
 _GATES: dict[str, Callable[[_Case, float], Iterator[GateResult]]] = {
