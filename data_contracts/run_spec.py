@@ -153,8 +153,12 @@ def _one_line(detail: Any) -> str:
     return f"{where} {detail['msg']}".replace("Value error, ", "").replace("\n", "; ").strip()
 
 
+DOMAIN_TASKS = ("domain_nll", "domain_choice", "domain_generate")
+"""The tasks that need nothing but the test split."""
+
+
 class EvaluateSpec(Section):
-    tasks: Annotated[list[str], Field(min_length=1)] = ["domain_nll", "domain_choice", "domain_generate"]
+    tasks: Annotated[list[str], Field(min_length=1)] = list(DOMAIN_TASKS)
     """lm-eval tasks: three built from the test split; `general_nll`, `general_openbookqa`, `general_piqa` and `general_siqa`
     (text and questions of no domain, offline); and any lm-eval task whose data can be had. See docs/evaluation.md."""
     task_folder: str | None = None
@@ -244,7 +248,6 @@ class RunSpec(Section):
 
 def _unmeasured(evaluate: EvaluateSpec, gates: GateSpec) -> Iterator[str]:
     """Gates whose numbers no task would give: they would fail every candidate."""
-    knowledge = [name for name in evaluate.tasks if name not in ("domain_nll", "domain_choice", "domain_generate")]
     needs = {
         "min_lora_gain_nats": "domain_nll", "min_retention": "domain_nll", "max_accuracy_drop": "domain_choice",
         "min_gain_nats": "domain_nll", "max_champion_nll_increase_nats": "domain_nll",
@@ -253,5 +256,5 @@ def _unmeasured(evaluate: EvaluateSpec, gates: GateSpec) -> Iterator[str]:
     for gate, task in needs.items():
         if getattr(gates, gate) is not None and task not in evaluate.tasks:
             yield f"gates.{gate} needs {task} in evaluate.tasks; set it to null to judge without it"
-    if gates.max_forgetting_accuracy is not None and not set(knowledge) - {"general_nll"}:
+    if gates.max_forgetting_accuracy is not None and not set(evaluate.tasks) - {*DOMAIN_TASKS, "general_nll"}:
         yield "gates.max_forgetting_accuracy needs a task of general knowledge in evaluate.tasks, such as general_piqa"

@@ -9,13 +9,13 @@ from prefect.runtime import flow_run
 from data_contracts.data_reports import DatasetManifest, DataState, FileRef
 from data_contracts.reports import AdapterRef, BaseModelRef, EvalReport, EvalTarget, RunReport, Stage, TrainReport
 from data_contracts.rules import Reason, action_of
-from data_contracts.run_spec import Form, RunSpec
+from data_contracts.run_spec import DOMAIN_TASKS, Form, RunSpec
 from data_contracts.verdict import Served
 from flows.stages import Stages
 from tasks import ledger, registry, stages
 from tasks.arms import Arm, arms_of, candidate_arm
 from tasks.base import base_identity, start_dials
-from tasks.evaluate import DOMAIN_TASKS, task_files
+from tasks.evaluate import task_files
 from tasks.explain import write_state
 from tasks.registry import Rival
 from tasks.sources import source_digests

@@ -7,7 +7,8 @@ from data_contracts.errors import DataError
 from data_contracts.reports import EvalReport, TrainReport
 from data_contracts.run_spec import GateSpec
 from data_contracts.verdict import Comparison, Estimate
-from tasks.core.comparison import NLL, bootstrap, compare
+from tasks.core.comparison import bootstrap, compare
+from tasks.core.released import NLL
 from tasks.core.samples import gather, read_facts, read_samples
 from tasks.core.stats import ratio
 from tasks.stores import Store

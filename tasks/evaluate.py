@@ -13,7 +13,6 @@ from data_contracts.errors import ConfigError, Problem
 from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget, SampleAnswer, TaskScore
 from data_contracts.run_spec import EvaluateSpec
 from data_contracts.verdict import Served
-from tasks.core.items import DOMAIN_TASKS
 from tasks.core.samples import read_facts, read_samples
 from tasks.core.stats import proportion
 from tasks.drafts import content_key
@@ -21,7 +20,6 @@ from tasks.fingerprint import code_digest
 from tasks.processes import run_worker
 from tasks.stores import Store, digest
 
-__all__ = ["DOMAIN_TASKS", "benchmark_items", "check_tasks", "evaluate_targets", "serve_alone", "task_files"]
 _FILES = ("samples.jsonl", "facts.jsonl")
 
 

@@ -9,11 +9,11 @@ from data_contracts.reports import TrainReport
 from data_contracts.run_spec import GateSpec
 from data_contracts.verdict import Comparison, Estimate, Flips
 from tasks.core.costs import claims, measure_costs
-from tasks.core.released import judge_released
+from tasks.core.released import NLL, judge_released
 from tasks.core.samples import Fact, Metric, Scored, gather
 from tasks.core.stats import Bootstrap, detectable, mcnemar, ratio
 
-NLL, ACCURACY = "domain_nll.nll_nats", "domain_choice.accuracy"
+ACCURACY = "domain_choice.accuracy"
 
 
 def compare(
@@ -67,6 +67,11 @@ def bootstrap(metric: Metric, facts: Mapping[str, Fact], dials: GateSpec) -> Boo
     return Bootstrap(clusters, dials.bootstrap_draws, dials.confidence)
 
 
+def _beside_lora(metric: Metric, candidate: str) -> bool:
+    """Whether there is a LoRA arm that the candidate can be held against."""
+    return candidate != "lora" and {"lora", candidate} <= metric.values.keys()
+
+
 def _losses(nll: Metric | None) -> dict[str, float]:
     if nll is None:
         return {}
@@ -104,7 +109,7 @@ def _retention(nll: Metric | None, draws: Bootstrap | None, candidate: str) -> E
 
     Token counts cancel. Its value is NaN if LoRA has gained nothing.
     """
-    if nll is None or draws is None or candidate == "lora" or not {"base", "lora", candidate} <= nll.values.keys():
+    if nll is None or draws is None or "base" not in nll.values or not _beside_lora(nll, candidate):
         return None
     base = nll.first("base")
     return draws.estimate(ratio, base - nll.values[candidate], base - nll.values["lora"])
@@ -123,7 +128,7 @@ def _accuracy_gains(accuracy: Metric | None, draws: Bootstrap | None) -> dict[st
 
 def _drop(accuracy: Metric | None, draws: Bootstrap | None, candidate: str) -> Estimate | None:
     """LoRA's accuracy minus the candidate's."""
-    if accuracy is None or draws is None or candidate == "lora" or not {"lora", candidate} <= accuracy.values.keys():
+    if accuracy is None or draws is None or not _beside_lora(accuracy, candidate):
         return None
     lost = accuracy.values["lora"] - accuracy.values[candidate]
     return draws.estimate(ratio, lost, np.ones(lost.shape[1]))
@@ -131,7 +136,7 @@ def _drop(accuracy: Metric | None, draws: Bootstrap | None, candidate: str) -> E
 
 def _flips(accuracy: Metric | None, candidate: str) -> Flips | None:
     """Between the first seeds of LoRA and candidate."""
-    if accuracy is None or candidate == "lora" or not {"lora", candidate} <= accuracy.values.keys():
+    if accuracy is None or not _beside_lora(accuracy, candidate):
         return None
     change = accuracy.first(candidate) - accuracy.first("lora")
     lost, won = int((change < 0).sum()), int((change > 0).sum())

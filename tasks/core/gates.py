@@ -6,7 +6,7 @@ inconclusive in between. A missing number fails. All gates must pass, so none ne
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from scipy import stats as scipy_stats
 
@@ -38,11 +38,13 @@ def judge(
     return GateReport(gates=gates, off=off, verdict=overall([gate.verdict for gate in gates]))
 
 
-class _Case:
+class _Case(NamedTuple):
     """What a gate looks at."""
 
-    def __init__(self, found: Comparison, dials: GateSpec, champion: str | None, served: Served | None) -> None:
-        self.found, self.dials, self.champion, self.served = found, dials, champion, served
+    found: Comparison
+    dials: GateSpec
+    champion: str | None
+    served: Served | None
 
     def result(
         self, name: str, direction: Direction, threshold: float, actual: Estimate | None, claim: str

@@ -5,9 +5,6 @@ import hashlib
 from tasks.core.languages import language
 from tasks.core.shingles import words
 
-DOMAIN_TASKS = ("domain_nll", "domain_choice", "domain_generate")
-"""The tasks that need nothing but the test split."""
-
 _SAME_ANSWER_WORDS = 4
 _LENGTHS = ((64, "up to 64 tokens"), (256, "65 to 256 tokens"), (1024, "257 to 1,024 tokens"))
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from lm_eval.evaluator import evaluate
 
-from tasks.core.items import DOMAIN_TASKS
+from data_contracts.run_spec import DOMAIN_TASKS
 from tasks.workers.chat import Chat, load_chat
 from tasks.workers.device import Device, choose_device, peak_bytes
 from tasks.workers.domain_tasks import Item, build_items, facts

@@ -6,7 +6,7 @@ from typing import Any
 from lm_eval.tasks import TaskManager
 
 from data_contracts.errors import ConfigError, Problem
-from tasks.core.items import DOMAIN_TASKS
+from data_contracts.run_spec import DOMAIN_TASKS
 from tasks.workers.chat import Chat
 from tasks.workers.domain_tasks import Item, domain_tasks
 from tasks.workers.general_tasks import GENERAL_TASKS, general_tasks
