@@ -272,7 +272,8 @@ def yaml_inline(value: Any) -> str:
         return f"[{', '.join(map(yaml_inline, value))}]"
     if not isinstance(value, str):
         return json.dumps(value)
-    plain = _PLAIN.fullmatch(value) and _yaml().load(value) == value
+    # Read where it will stand, inside of something: alone, three dots would end the document.
+    plain = _PLAIN.fullmatch(value) and _yaml().load(f"[{value}]") == [value]
     return value if plain else f'"{"".join(map(_escaped, value))}"'
 
 

@@ -4,7 +4,7 @@ import string
 from pathlib import Path
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from data_contracts.data_spec import DataSpec
@@ -248,7 +248,8 @@ def test_what_is_written_loads_back_and_explains_every_dial(tmp_path):
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.text(string.punctuation, min_size=1)
 
 
-@settings(max_examples=60, deadline=None, phases=[Phase.generate])
+@settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate])
+@example("...", {"...": "-", "a": "..."}, 1.0)
 @given(TEXT, st.dictionaries(TEXT, TEXT, max_size=2), st.floats(1e-9, 1e3))
 def test_any_text_survives_being_written(tmp_path_factory, text, columns, rate):
     data = DataSpec(source=[text, text], columns=columns, system_prompt=text)
