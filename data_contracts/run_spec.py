@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, Fraction, RulesSpec, Section
 from data_contracts.method_rules import refusals
+from data_contracts.schedule_spec import ScheduleSpec
 
 Method = Literal["lora", "qlora", "full", "prefix"]
 QuantType = Literal["nf4", "fp4"]
@@ -237,6 +238,7 @@ class RunSpec(Section):
     train: TrainSpec = TrainSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     gates: GateSpec = GateSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
     store: StoreSpec = StoreSpec()
 
     @model_validator(mode="after")

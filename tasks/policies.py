@@ -38,6 +38,7 @@ _NOT_IDENTITY = frozenset(
         "max_loss_rise_nats",
         "engine",
         "task_folder",
+        "schedule",
     }
 )
 _MODEL_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
