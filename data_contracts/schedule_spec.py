@@ -44,7 +44,7 @@ class ScheduleSpec(Section):
             found.append(f"drift_needed: {self.drift_needed} of the last {self.drift_window} looks cannot be")
         try:
             ZoneInfo(self.timezone)
-        except (ValueError, OSError):
+        except (KeyError, ValueError, OSError):
             found.append(f"timezone: no zone {self.timezone!r} is known; Europe/Berlin is one")
         found += [f"notify: {name!r} is not TYPE/NAME" for name in self.notify if len(name.split("/")) != 2]
         if found:

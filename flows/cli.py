@@ -25,8 +25,9 @@ from flows.console import (
     write_json,
 )
 from flows.data_cli import data_app
-from flows.options import AsJson, Changes, Force, Name, Preset, StoreChanges
-from flows.prepared import prepared_spec, prepared_store, preset_of
+from flows.options import AsJson, Changes, Force, Preset, StoreChanges
+from flows.prepared import prepared_spec, preset_of
+from flows.release_cli import release_app
 
 EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 3}
 USAGE = 2
@@ -40,6 +41,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.add_typer(release_app)
 app.add_typer(data_app, name="data")
 
 
@@ -64,7 +66,22 @@ def run(
     from flows.tables import show_run
 
     report = retrain(spec, force=force)
+    if report is None:
+        told = "another run is at work in this store: nothing was done (schedule.when_busy is skip)"
+        return Outcome({"skipped": told}, lambda console: console.print(told))
     return Outcome(summary(report), partial(show_run, report), EXIT_CODES[report.gate.verdict])
+
+
+@app.command()
+def watch(preset: Preset = None, changes: Changes = None, as_json: AsJson = False) -> Outcome:
+    """Look for fresh data and retrain if there is reason enough; else say why not, in seconds."""
+    spec = prepared_spec(preset, changes)
+    from flows.watch import watch as look
+
+    found = look(spec)
+    told = found.model_dump(mode="json")
+    run_ = f"started {found.run}" if found.run else "nothing was started"
+    return Outcome(told, lambda console: console.print(f"{found.why}\n{run_}", markup=False, soft_wrap=True))
 
 
 @app.command()
@@ -141,62 +158,6 @@ def gate(
         put_comment(decision)
     show = partial(show_decision, decision.gate, decision.comparison)
     return Outcome(decision_summary(decision), show, EXIT_CODES[decision.gate.verdict])
-
-
-@app.command()
-def promote(
-    name: Name,
-    version: Annotated[
-        str | None, typer.Option("--version", help="Version number; the challenger if left out.")
-    ] = None,
-    override: Annotated[bool, typer.Option("--override", help="Promote though its gates said no.")] = False,
-    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why; kept with the version.")] = "",
-    changes: StoreChanges = None,
-    as_json: AsJson = False,
-) -> Outcome:
-    """Make a version the champion, if its gates passed."""
-    if override and not reason.strip():
-        raise ConfigError(Problem("--override without --reason", "promote", act='add --reason "why"'))
-    store = prepared_store(changes)
-    from flows.release import promote as set_champion
-    from flows.summary import model_summary
-    from flows.tables import show_version
-
-    found = set_champion(store, name, version, override, reason)
-    return Outcome(model_summary(found), partial(show_version, found))
-
-
-@app.command()
-def rollback(name: Name, changes: StoreChanges = None, as_json: AsJson = False) -> Outcome:
-    """Make the champion before this one the champion again."""
-    store = prepared_store(changes)
-    from flows.release import rollback as set_back
-    from flows.summary import model_summary
-    from flows.tables import show_version
-
-    found = set_back(store, name)
-    return Outcome(model_summary(found), partial(show_version, found))
-
-
-@app.command()
-def predict(
-    question: Annotated[str, typer.Argument(help="What to ask.")],
-    model: Annotated[str, typer.Option("--model", metavar="URI", help="models:/NAME@champion, for example.")],
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")] = 64,
-    changes: StoreChanges = None,
-    as_json: AsJson = False,
-) -> Outcome:
-    """Ask a registered model."""
-    if not question.strip():
-        raise ConfigError(
-            Problem("the question is empty", "predict", act='tunegate predict "what does ...?" --model URI')
-        )
-    store = prepared_store(changes)
-    from flows.release import ask
-
-    answer = ask(store, model, question, max_new_tokens)
-    payload = {"question": question, "answer": answer, "model": model}
-    return Outcome(payload, lambda console: console.print(answer, markup=False, soft_wrap=True))
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Evaluate a registered version and decide: the door for CI."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from prefect import flow
@@ -65,4 +66,4 @@ def rival_of(store: StoreSpec, version: Registered, baseline_uri: str | None) ->
         return None
     rival = registry.as_rival(found, version.base_digest)
     same = found.adapter_sha256 == version.adapter_sha256
-    return Rival(f"{rival.label} (the candidate itself)", rival.target) if same else rival
+    return replace(rival, label=f"{rival.label} (the candidate itself)") if same else rival

@@ -5,14 +5,16 @@ from typing import Any
 
 from prefect import flow
 from prefect.runtime import flow_run
+from prefect.states import Completed
 
-from data_contracts.data_reports import DatasetManifest, DataState, FileRef
+from data_contracts.data_reports import DatasetManifest, DataState, FileRef, Snapshot
 from data_contracts.reports import AdapterRef, BaseModelRef, EvalReport, EvalTarget, RunReport, Stage, TrainReport
 from data_contracts.rules import Reason, action_of
 from data_contracts.run_spec import DOMAIN_TASKS, Form, RunSpec
 from data_contracts.verdict import Served
-from flows.stages import Stages
-from tasks import ledger, registry, stages
+from flows.runs_left import bury
+from flows.stages import Stages, tell
+from tasks import ledger, registry, stages, watermark
 from tasks.arms import Arm, arms_of, candidate_arm
 from tasks.base import base_identity, start_dials
 from tasks.evaluate import task_files
@@ -20,12 +22,15 @@ from tasks.explain import write_state
 from tasks.registry import Rival
 from tasks.sources import source_digests
 from tasks.stores import Store
+from tasks.turns import me, turn
 from tasks.validate import promised
 
+BY_HAND = "started by hand"
 
-def retrain(spec: RunSpec, force: bool = False) -> RunReport:
-    """Run the flow with its results kept in the spec's store."""
-    report: RunReport = in_store(retrain_flow, spec)(spec, force)
+
+def retrain(spec: RunSpec, force: bool = False, reason: str = BY_HAND) -> RunReport | None:
+    """Run the flow with its results kept in the spec's store; None if it gave way to another run."""
+    report: RunReport | None = in_store(retrain_flow, spec)(spec, force, reason)
     return report
 
 
@@ -51,9 +56,20 @@ def prepare_data_flow(spec: RunSpec, force: bool = False) -> Any:
 
 
 @flow(name="retrain", result_serializer="json")
-def retrain_flow(spec: RunSpec, force: bool = False) -> Any:
-    """The run's RunReport."""
-    run, store = Stages(force), Store(Path(spec.store.root))
+def retrain_flow(spec: RunSpec, force: bool = False, reason: str = BY_HAND) -> Any:
+    """The run's RunReport, or a state named Skipped if another run works in this store and `when_busy` says so."""
+    store = Store(Path(spec.store.root))
+    with turn(store, me(flow_run.id, flow_run.name), spec.schedule.when_busy, tell) as own:
+        if not own.mine:
+            return Completed(name="Skipped", message=f"at work already: {own.other or 'another run'}", data=None)
+        if own.other:
+            bury(own.other)
+        return chain(Stages(force), spec, reason)
+
+
+def chain(run: Stages, spec: RunSpec, reason: str) -> Any:
+    """Every stage, in order."""
+    store = Store(Path(spec.store.root))
     dataset = data_stages(run, spec)
     base, arms = train_stages(run, spec, dataset)
 
@@ -70,16 +86,17 @@ def retrain_flow(spec: RunSpec, force: bool = False) -> Any:
     model = run.run(stages.register, spec, base, candidate, scores, dataset, gates, recorded)
     answer = run.run(stages.load_back, spec.store, model, scores, spec.evaluate.sample_tokens)
     if gates.verdict == "pass":
-        run.run(stages.promote, spec.store, model, answer)
+        run.run(stages.promote, spec.store, model, answer, rival.version if rival else None)
     else:
         run.skip("promote", f"the verdict is {gates.verdict}: the version stays challenger")
     page = run.run(stages.write_report, store, spec, dataset, arms, evaluations, comparison, gates, recorded, model)
     report = RunReport(
-        run_id=f"{flow_run.name}-{flow_run.id[:8]}", spec=spec.model_dump(mode="json"), dataset=dataset, base=base,
-        arms=arms, evaluations=evaluations, comparison=comparison, gate=gates, recorded=recorded,
+        run_id=f"{flow_run.name}-{flow_run.id[:8]}", reason=reason, spec=spec.model_dump(mode="json"), dataset=dataset,
+        base=base, arms=arms, evaluations=evaluations, comparison=comparison, gate=gates, recorded=recorded,
         model=registry.version_now(spec.store, model), loaded_back=answer, stages=run.done, html=page,
     )  # fmt: skip
     store.write_report(report)
+    watermark.finish(store, spec.model.name, dataset.snapshot_id, report.run_id)
     return run.end(report)
 
 
@@ -87,8 +104,8 @@ def data_stages(run: Stages, spec: RunSpec) -> DatasetManifest:
     """Raw rows to splits."""
     store = Store(Path(spec.store.root))
     store.check_room()
-    data, scope, engine = spec.data, spec.model.name, spec.data.engine
-    snapshot = run.run(stages.ingest, store, data, source_digests(data))
+    scope, engine = spec.model.name, spec.data.engine
+    snapshot = ingested(run, store, spec)
     released = [(row.row_id, row.reason) for row in ledger.releases(store, scope)]
     before = ledger.batch_before(store, scope, snapshot.id)
     promises = promised(spec.rules, spec.contract)
@@ -102,6 +119,11 @@ def data_stages(run: Stages, spec: RunSpec) -> DatasetManifest:
     )
     write_state(store, scope, DataState(snapshot=snapshot, validated=validated, dataset=dataset))
     return dataset
+
+
+def ingested(run: Stages, store: Store, spec: RunSpec) -> Snapshot:
+    snapshot: Snapshot = run.run(stages.ingest, store, spec.data, source_digests(spec.data))
+    return snapshot
 
 
 def train_stages(run: Stages, spec: RunSpec, data: DatasetManifest) -> tuple[BaseModelRef, list[TrainReport]]:

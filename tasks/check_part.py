@@ -110,7 +110,7 @@ def _check(item: dict[str, Any], rules: RulesSpec, max_chars: int, released: fro
     if rejection:
         return _Told(None, rejection, checked.flags, repairs)
     more = {"flags": len(checked.flags), "repairs": len(repairs), "slice": item["slice"]}
-    return _Told(_kept(item["row_id"], row) | more, None, checked.flags, repairs)
+    return _Told(kept_row(item["row_id"], row) | more, None, checked.flags, repairs)
 
 
 def _each(messages: tuple[Message, ...], change: Callable[[str], str]) -> tuple[Message, ...]:
@@ -162,7 +162,8 @@ def _without_private(
     return rejection, tuple(changed)
 
 
-def _kept(row_id: str, row: Row) -> dict[str, Any]:
+def kept_row(row_id: str, row: Row) -> dict[str, Any]:
+    """A row as later stages need it; without the columns that count what its check found."""
     return {
         "row_id": row_id,
         "source": row.source,

@@ -104,8 +104,8 @@ def known_splits(store: Store, scope: str) -> dict[str, Known]:
     query = "SELECT row_id, split, fate FROM rows WHERE scope = ? AND split IS NOT NULL ORDER BY rowid"
     known: dict[str, Known] = {}
     values = {(split, kept): Known(split, kept) for split in ("train", "validation", "test") for kept in (True, False)}
-    with _connection(store) as connection:
-        for row_id, split, fate in connection.execute(query, (scope,)):
+    with connection(store) as database:
+        for row_id, split, fate in database.execute(query, (scope,)):
             known.setdefault(row_id, values[split, fate == "kept"])  # shared: there may be millions
     return known
 
@@ -113,10 +113,10 @@ def known_splits(store: Store, scope: str) -> dict[str, Known]:
 def held_out(store: Store, scope: str) -> list[HeldOut]:
     """Every row that was ever held out, with its text, sorted by id."""
     query = "SELECT row_id, split, messages FROM held_out WHERE scope = ? ORDER BY row_id"
-    with _connection(store) as connection:
+    with connection(store) as database:
         return [
             HeldOut(row_id, cast(Split, split), from_json(messages))
-            for row_id, split, messages in connection.execute(query, (scope,))
+            for row_id, split, messages in database.execute(query, (scope,))
         ]
 
 
@@ -128,9 +128,9 @@ def record(
 
     Of several entries of one id the first counts.
     """
-    with _connection(store) as connection:
+    with connection(store) as database:
         query = "SELECT row_id, fate, reason, split FROM rows WHERE scope = ? ORDER BY rowid"
-        latest = {row_id: tuple(state) for row_id, *state in connection.execute(query, (scope,))}
+        latest = {row_id: tuple(state) for row_id, *state in database.execute(query, (scope,))}
         before, changed, seen = len(latest), [], set()
         for row_id, fate, reason, split in entries:
             if row_id in seen:
@@ -139,20 +139,20 @@ def record(
             if latest.get(row_id) != (fate, reason, split):
                 changed.append((scope, row_id, snapshot_id, fate, reason, split))
         new = len(seen - latest.keys()) if before else len(seen)
-        connection.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", changed)
+        database.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", changed)
         rows = ((scope, row.row_id, row.split, as_json(row.messages)) for row in kept_out)
-        connection.executemany("INSERT OR IGNORE INTO held_out VALUES (?, ?, ?, ?)", rows)
+        database.executemany("INSERT OR IGNORE INTO held_out VALUES (?, ?, ?, ?)", rows)
         if profile:
             batch = (scope, snapshot_id, new, time.time(), profile.path, profile.sha256)
-            connection.execute("INSERT OR IGNORE INTO batches VALUES (?, ?, ?, ?, ?, ?)", batch)
+            database.execute("INSERT OR IGNORE INTO batches VALUES (?, ?, ?, ?, ?, ?)", batch)
     return new
 
 
 def batch_before(store: Store, scope: str, snapshot_id: str) -> tuple[str, FileRef] | None:
     """Snapshot id and profile of the newest batch older than this one, or of the newest of all if this one is new."""
     query = "SELECT snapshot_id, profile_path, profile_sha256, at FROM batches WHERE scope = ? ORDER BY at"
-    with _connection(store) as connection:
-        batches = list(connection.execute(query, (scope,)))
+    with connection(store) as database:
+        batches = list(database.execute(query, (scope,)))
     mine = next((at for name, _, _, at in batches if name == snapshot_id), float("inf"))
     older = [(name, FileRef(path=path, sha256=sha256)) for name, path, sha256, at in batches if at < mine]
     return older[-1] if older else None
@@ -161,32 +161,32 @@ def batch_before(store: Store, scope: str, snapshot_id: str) -> tuple[str, FileR
 def history(store: Store, scope: str, row_id: str) -> list[Event]:
     """All that ever happened to a row, oldest first."""
     query = "SELECT snapshot_id, fate, reason, split FROM rows WHERE scope = ? AND row_id = ? ORDER BY rowid"
-    with _connection(store) as connection:
-        return [Event(*event) for event in connection.execute(query, (scope, row_id))]
+    with connection(store) as database:
+        return [Event(*event) for event in database.execute(query, (scope, row_id))]
 
 
 def release(store: Store, scope: str, row_ids: Iterable[str], reason: str, why: str) -> None:
     """Overrule a reason for some rows, and remember who did and why."""
     rows = ((scope, row_id, reason, why, getpass.getuser(), time.time()) for row_id in row_ids)
-    with _connection(store) as connection:
-        connection.executemany("INSERT OR IGNORE INTO releases VALUES (?, ?, ?, ?, ?, ?)", rows)
+    with connection(store) as database:
+        database.executemany("INSERT OR IGNORE INTO releases VALUES (?, ?, ?, ?, ?, ?)", rows)
 
 
 def releases(store: Store, scope: str) -> list[Release]:
     """Every release, sorted by row."""
     query = "SELECT row_id, reason, why, who, at FROM releases WHERE scope = ? ORDER BY row_id, reason"
-    with _connection(store) as connection:
-        return [Release(*row) for row in connection.execute(query, (scope,))]
+    with connection(store) as database:
+        return [Release(*row) for row in database.execute(query, (scope,))]
 
 
 @contextmanager
-def _connection(store: Store) -> Iterator[sqlite3.Connection]:
-    """One transaction: committed if the block ends well."""
+def connection(store: Store, tables: str = "") -> Iterator[sqlite3.Connection]:
+    """One transaction: committed if the block ends well. `tables`: further ones, made if they are not there."""
     store.files.mkdir(parents=True, exist_ok=True)
     try:
-        with closing(sqlite3.connect(store.ledger, timeout=_WAIT_SECONDS)) as connection, connection:
-            connection.executescript(_TABLES)
-            yield connection
+        with closing(sqlite3.connect(store.ledger, timeout=_WAIT_SECONDS)) as database, database:
+            database.executescript(_TABLES + tables)
+            yield database
     except sqlite3.Error as error:
         act = "check that the disk has room and that no other program holds the file"
         raise StoreError(Problem(f"the row ledger failed: {error}", str(store.ledger), act=act)) from error

@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from data_contracts.errors import ConfigError, GateError, Problem
 from data_contracts.reports import ModelVersion
 from data_contracts.run_spec import StoreSpec
@@ -15,13 +17,18 @@ from tasks.tracking import connect
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+Judged = str | None
+_WAIT_SECONDS = 60.0
+
 
 def promote_version(
-    store: StoreSpec, name: str, version: str | None, override: bool = False, reason: str = ""
+    store: StoreSpec, name: str, version: str | None, override: bool = False, reason: str = "", judged: Judged = None
 ) -> ModelVersion:
     """Point `champion` at a version (the challenger if none is named) whose gates passed; history keeps the move.
 
-    Raises GateError if its gates did not pass and there is no override, ConfigError if there is no such version.
+    judged: who its gates compared it with, if that is to be checked: the champion's version, or "none".
+    Raises GateError if its gates did not pass, or another version has become champion since they judged, and there is no
+    override; ConfigError if there is no such version.
     """
     client = connect(store)
     chosen = version or alias_version(client, name, CHALLENGER)
@@ -31,7 +38,7 @@ def promote_version(
     if found.verdict != "pass" and not override:
         act = 'look at its gates with `tunegate compare`, or overrule them: --override --reason "why"'
         raise GateError(Problem(f"the gates of {name} version {chosen} say {found.verdict}", "promote", "pass", act))
-    return _move(client, store, found, "promote", reason or f"gates: {found.verdict}")
+    return _move(client, store, found, "promote", reason or f"gates: {found.verdict}", judged)
 
 
 def rollback_version(store: StoreSpec, name: str) -> ModelVersion:
@@ -46,13 +53,21 @@ def rollback_version(store: StoreSpec, name: str) -> ModelVersion:
     return _move(client, store, found, "rollback", f"back from version {standing[-1]}")
 
 
-def _move(client: "MlflowClient", store: StoreSpec, to: Registered, act: str, reason: str) -> ModelVersion:
-    before = alias_version(client, to.name, CHAMPION)
-    if before != to.version:
-        client.set_registered_model_alias(to.name, CHAMPION, to.version)
-        entry = {"name": to.name, "act": act, "from": before, "to": to.version, "reason": reason}
-        with _history_file(store).open("a") as file:
-            file.write(json.dumps({**entry, "unix_seconds": time.time()}) + "\n")
+def _move(
+    client: "MlflowClient", store: StoreSpec, to: Registered, act: str, reason: str, judged: Judged = None
+) -> ModelVersion:
+    # MLflow has no compare-and-set: between two promoters on one store the lock decides, and the later one sees the first.
+    with FileLock(f"{_history_file(store)}.lock", timeout=_WAIT_SECONDS):
+        before = alias_version(client, to.name, CHAMPION)
+        if judged and before not in (to.version, None if judged == "none" else judged):
+            what = f"version {before} has become champion since {to.name} version {to.version} was judged"
+            limit = f"judged against {'no champion' if judged == 'none' else f'version {judged}'}"
+            raise GateError(Problem(what, "promote", limit, "judge it again: run once more, or tunegate gate"))
+        if before != to.version:
+            client.set_registered_model_alias(to.name, CHAMPION, to.version)
+            entry = {"name": to.name, "act": act, "from": before, "to": to.version, "reason": reason}
+            with _history_file(store).open("a") as file:
+                file.write(json.dumps({**entry, "unix_seconds": time.time()}) + "\n")
     return version_now(store, ModelVersion(name=to.name, version=to.version, aliases=[], run_id=to.run_id))
 
 

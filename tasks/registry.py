@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+import time
 import uuid
 import warnings
 from dataclasses import dataclass
@@ -195,6 +196,7 @@ class Rival:
     """The champion that a candidate must not be worse than. target is None if it stands on another base."""
 
     label: str
+    version: str
     target: EvalTarget | None
 
 
@@ -217,7 +219,18 @@ def as_rival(found: Registered, base_digest: str) -> Rival:
         adapter=AdapterRef(folder=found.adapter, sha256=found.adapter_sha256),
         quantisation=found.quantisation,
     )
-    return Rival(f"{found.name} version {found.version}", target if found.base_digest == base_digest else None)
+    label = f"{found.name} version {found.version}"
+    return Rival(label, found.version, target if found.base_digest == base_digest else None)
+
+
+def champion_days(store: StoreSpec, name: str) -> float | None:
+    """Days since the champion was registered, or None."""
+    client = connect(store)
+    version = alias_version(client, name, CHAMPION)
+    if version is None:
+        return None
+    made: float = client.get_model_version(name, version).creation_timestamp / 1000  # MLflow: milliseconds
+    return (time.time() - made) / 86_400
 
 
 def alias_version(client: "MlflowClient", name: str, alias: str) -> str | None:

@@ -143,8 +143,8 @@ def load_back(store: StoreSpec, model: ModelVersion, scores: EvalReport, sample_
 
 
 @stage("promote")
-def promote(store: StoreSpec, model: ModelVersion, loaded_back: LoadedBack) -> ModelVersion:
-    return promotion.promote_version(store, model.name, model.version)
+def promote(store: StoreSpec, model: ModelVersion, loaded_back: LoadedBack, champion: str | None) -> ModelVersion:
+    return promotion.promote_version(store, model.name, model.version, judged=champion or "none")
 
 
 @stage("report")
