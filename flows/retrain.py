@@ -12,7 +12,7 @@ from data_contracts.rules import Reason, action_of
 from data_contracts.run_spec import DOMAIN_TASKS, Form, RunSpec
 from data_contracts.verdict import Served
 from flows.stages import Stages
-from tasks import ledger, registry, stages
+from tasks import artifacts, ledger, notify, registry, stages
 from tasks.arms import Arm, arms_of, candidate_arm
 from tasks.base import base_identity, start_dials
 from tasks.evaluate import task_files
@@ -50,7 +50,10 @@ def prepare_data_flow(spec: RunSpec, force: bool = False) -> Any:
     return run.end((dataset, run.done))
 
 
-@flow(name="retrain", result_serializer="json")
+@flow(
+    name="retrain", result_serializer="json", on_running=[notify.run_begins], on_completion=[notify.run_ends],
+    on_failure=[notify.run_fails], on_crashed=[notify.run_fails],
+)  # fmt: skip
 def retrain_flow(spec: RunSpec, force: bool = False) -> Any:
     """The run's RunReport."""
     run, store = Stages(force), Store(Path(spec.store.root))
@@ -66,6 +69,7 @@ def retrain_flow(spec: RunSpec, force: bool = False) -> Any:
     comparison = run.run(stages.compare, store, arms, evaluations, candidate.arm, candidate.name, spec.gates)
     served = serve(run, spec, base, dataset.test, target_of(candidate))
     gates = run.run(stages.gate, comparison, spec.gates, rival.label if rival else None, True, served)
+    artifacts.show_verdict(arms, evaluations, comparison, gates)
     recorded = run.run(stages.record, spec, dataset, arms, evaluations, comparison, gates)
     model = run.run(stages.register, spec, base, candidate, scores, dataset, gates, recorded)
     answer = run.run(stages.load_back, spec.store, model, scores, spec.evaluate.sample_tokens)
@@ -80,6 +84,7 @@ def retrain_flow(spec: RunSpec, force: bool = False) -> Any:
         model=registry.version_now(spec.store, model), loaded_back=answer, stages=run.done, html=page,
     )  # fmt: skip
     store.write_report(report)
+    artifacts.show_report(report)
     return run.end(report)
 
 
@@ -100,6 +105,7 @@ def data_stages(run: Stages, spec: RunSpec) -> DatasetManifest:
     dataset: DatasetManifest = run.run(
         stages.curate, store, validated, spec.curate, scope, contradictions, items, engine
     )
+    artifacts.show_data(store, dataset)
     write_state(store, scope, DataState(snapshot=snapshot, validated=validated, dataset=dataset))
     return dataset
 
@@ -122,6 +128,7 @@ def train_stages(run: Stages, spec: RunSpec, data: DatasetManifest) -> tuple[Bas
         trained: TrainReport = run.run(stages.train_arm, *inputs, label=f"train {arm.name}")
         # The same training may be known under another name: as one of several seeds, or as a variant.
         arms.append(trained.model_copy(update={"name": arm.name, "arm": arm.arm}))
+        artifacts.show_training(arms[-1])
     return base, arms
 
 

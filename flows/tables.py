@@ -7,8 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from data_contracts.reports import EvalReport, ModelVersion, RunReport, Stage
-from flows.summary import html_file, model_uri, store_of
+from flows.summary import html_file, store_of
 from flows.verdict_tables import show_comparison, show_gate
+from tasks.links import model_uri
 from tasks.sentences import label_of
 from tasks.side_by_side import cost_rows, models_of, score_rows
 

@@ -4,9 +4,11 @@ import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 if TYPE_CHECKING:  # `gate` looks at its folder before anything slow is imported
     from jinja2 import Environment
+    from markupsafe import Markup
 
     from data_contracts.verdict import Estimate, GateResult, Interval
 
@@ -22,18 +24,26 @@ def escape(text: str) -> str:
     return _SPECIAL.sub(lambda match: "@&#8203;" if match[0] == "@" else f"&#{ord(match[0])};", line)
 
 
+def link(address: str, text: object) -> "Markup":
+    """A link of ours: the address is ours too, but may hold a name that somebody chose."""
+    from markupsafe import Markup
+
+    return Markup(f"[{escape(str(text))}]({quote(address, safe=':/#?&=%+,~')})")
+
+
 def environment(*folders: Path) -> "Environment":
     """Templates of these folders and of ours; whatever they print is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
     found = Environment(
         loader=FileSystemLoader([*folders, _TEMPLATES]),
-        finalize=lambda value: escape(str(value)),
+        finalize=lambda value: value if isinstance(value, Markup) else escape(str(value)),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"number": number, "interval": interval, "estimate": estimate, "needs": needs}
+    found.filters |= {"number": number, "interval": interval, "estimate": estimate, "needs": needs, "link": link}
     return found
 
 
