@@ -137,7 +137,7 @@ def _curve(arm: TrainReport) -> list[dict[str, Any]]:
             "validation": next(
                 (p.nll_nats for p in reversed(arm.validation) if part[0].step <= p.step <= part[-1].step), None
             ),
-            "minutes": sum(point.seconds for point in part) / 60,
+            "seconds": sum(point.seconds for point in part),
         }
         for part in parts
     ]

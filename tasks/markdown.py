@@ -31,6 +31,13 @@ def link(address: str, text: object) -> "Markup":
     return Markup(f"[{escape(str(text))}]({quote(address, safe=':/#?&=%+,~')})")
 
 
+def code(text: object) -> "Markup":
+    """As it is, to copy; without the few characters that would end it."""
+    from markupsafe import Markup
+
+    return Markup(f"`{re.sub('[`|<>]', '?', ' '.join(str(text).split()))}`")
+
+
 def environment(*folders: Path) -> "Environment":
     """Templates of these folders and of ours; whatever they print is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -43,7 +50,14 @@ def environment(*folders: Path) -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"number": number, "interval": interval, "estimate": estimate, "needs": needs, "link": link}
+    found.filters |= {
+        "number": number,
+        "interval": interval,
+        "estimate": estimate,
+        "needs": needs,
+        "link": link,
+        "code": code,
+    }
     return found
 
 

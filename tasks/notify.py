@@ -19,6 +19,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext
+from prefect.exceptions import ObjectNotFound
 from prefect.logging.loggers import flow_run_logger
 from prefect.utilities.asyncutils import run_coro_as_sync
 
@@ -36,9 +37,9 @@ _TRIES, _FIRST_WAIT_SECONDS = 3, 1.0
 _WHERE = "schedule.notify"
 _PAGE = "docs/notifications.md"
 
-# Runs in which no stage had anything to do so far. Their start is told when the first one has: one that finds all done
-# before has nothing to tell.
-_idle: dict[UUID, FlowRun] = {}
+# Runs in which no stage had anything to do so far, and the blocks that were there. Their start is told when the first
+# stage has: a run that finds all done before has nothing to tell.
+_idle: dict[UUID, tuple[FlowRun, list[str]]] = {}
 
 
 class AppriseUrl(AppriseNotificationBlock):
@@ -54,22 +55,21 @@ class AppriseUrl(AppriseNotificationBlock):
 @aside("the blocks were not looked at")
 def run_begins(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Say now, not after hours, if a block is not there."""
-    names = _names(flow_run)
-    for name in names:
-        _load(name, flow_run_logger(flow_run))
-    if names:
-        _idle[flow_run.id] = flow_run
+    there = [name for name in _names(flow_run) if _load(name, flow_run_logger(flow_run))]
+    if there:
+        _idle[flow_run.id] = (flow_run, there)
 
 
 @aside("the start was not told")
 def work_begins() -> None:
     """Every stage calls it that has something to do: the first one's call tells the start of its run."""
     context = FlowRunContext.get()
-    run = _idle.pop(context.flow_run.id, None) if context and context.flow_run else None
-    if run:
+    idle = _idle.pop(context.flow_run.id, None) if context and context.flow_run else None
+    if idle:
+        run, there = idle
         spec, reason = RunSpec.model_validate(run.parameters["spec"]), str(run.parameters.get("reason") or "")
         told = messages.started(spec, run.name, reason, prefect_page(run.id))
-        _send(spec.schedule.notify, told, flow_run_logger(run))
+        _send(there, told, flow_run_logger(run))
 
 
 @aside("the verdict was not told")
@@ -147,7 +147,7 @@ def _load(name: str, log: Log | None) -> NotificationBlock | None:
     try:
         block = Block.load(name)
     except Exception as error:  # noqa: BLE001 a block's own class may raise anything
-        missing = isinstance(error.__cause__, LookupError) or "Unable to find" in str(error)
+        missing = isinstance(error.__cause__, ObjectNotFound)
         what = f"no block {name}" if missing else f"{name} cannot be loaded: {type(error).__name__}"
         warn(Problem(what, _WHERE, act=f"create it: {_PAGE} shows how"), log)
         return None
@@ -168,7 +168,7 @@ def _deliver(name: str, block: NotificationBlock, message: Message, log: Log | N
         except Exception as error:  # noqa: BLE001 a block's own class may raise anything
             if attempt == _TRIES:
                 what = f"{name} was not told {message.subject!r}: {_reason(error)}"
-                warn(Problem(what, _WHERE, f"{_TRIES} tries", f"look at the block and its server; {_PAGE}"), log)
+                warn(Problem(what, _WHERE, f"{_TRIES} tries", f"look at the block and its server ({_PAGE})"), log)
             else:
                 time.sleep(_FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
 
