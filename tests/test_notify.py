@@ -23,9 +23,7 @@ from prefect import Task, flow
 from prefect.artifacts import update_progress_artifact
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State
-from prefect.client.schemas.sorting import ArtifactSort
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
@@ -39,7 +37,7 @@ from tasks import artifacts, links, messages, notify
 from tasks.policies import stage
 from tasks.stores import Store
 from tests.test_pages import planted, saved
-from tests.webhook import SECRET, save_block, webhook
+from tests.told import SECRET, save_block, shown, webhook
 
 MISSING = "slack-webhook/no-such-team"
 
@@ -122,11 +120,13 @@ class Run:
 
 @pytest.fixture(scope="module")
 def first(team, dead, tmp_path_factory) -> Run:
-    """A run that tells three blocks: one is not there, one's server is down, one works."""
+    """A run that tells four blocks: one is not there, one's server is down, one's server refuses, one works."""
     root, text = tmp_path_factory.mktemp("first"), io.StringIO()
-    with redirect_stderr(text):
-        state = retrain(root, [MISSING, dead, team["block"]], reason="120 new rows")
-    wanted, log, deadline = f"{dead} was not told 'm version 1", "", time.monotonic() + 20
+    with redirect_stderr(text), webhook() as refusing:
+        refusing["failures"] += 6 * [404]
+        blocks = [MISSING, dead, save_block("refusing", refusing["url"]), team["block"]]
+        state = retrain(root, blocks, reason="120 new rows")
+    wanted, log, deadline = "custom-webhook/refusing was not told 'm version 1", "", time.monotonic() + 20
     while wanted not in log and time.monotonic() < deadline:  # it is sent every two seconds
         time.sleep(0.2)
         log = log_of(state)
@@ -182,10 +182,11 @@ def test_a_block_that_is_missing_is_told_before_the_first_stage_and_fails_nothin
     assert f"no block {MISSING}" in first.log
 
 
-def test_a_webhook_that_is_down_is_told_on_stderr_and_in_the_log(first):
-    told = "custom-webhook/dead was not told 'm version 1: PASS': ConnectError\n    limit: 3 tries"
-    assert told in first.stderr
-    assert told in first.log
+def test_a_webhook_that_is_down_or_refuses_is_told_on_stderr_and_in_the_log(first):
+    for block, error in (("dead", "ConnectError"), ("refusing", "HTTPStatusError 404")):
+        told = f"custom-webhook/{block} was not told 'm version 1: PASS': {error}\n    limit: 3 tries"
+        assert told in first.stderr
+        assert told in first.log
 
 
 def test_no_secret_of_a_block_is_in_what_prefect_or_a_terminal_shows(first):
@@ -329,15 +330,6 @@ def test_pages_are_linked_where_a_server_is_known_and_never_with_a_password(monk
 # --- artifacts ----------------------------------------------------------------------------------------------
 
 HOSTILE = "a|b<script>x</script>[l](http://e)\n# h"
-
-
-def shown(run_id: UUID) -> dict[str, Any]:
-    """The newest artifact of each key that a flow run has."""
-    with get_client(sync_client=True) as client:
-        found = client.read_artifacts(
-            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id])), sort=ArtifactSort.CREATED_DESC
-        )
-    return {item.key: item for item in reversed(found) if item.key}
 
 
 def show_all(report: RunReport, root: Path) -> None:

@@ -1,4 +1,4 @@
-"""A webhook on this machine that keeps what it was sent, and Prefect's block for it."""
+"""What a run told: a webhook on this machine that keeps what it was sent, with Prefect's block for it, and artifacts."""
 
 import json
 import threading
@@ -6,8 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from uuid import UUID
 
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.sorting import ArtifactSort
 
 SECRET = "token-that-nobody-may-read"
 
@@ -54,3 +59,12 @@ def save_block(name: str, url: str) -> str:
     )
     block.save(name, overwrite=True)
     return f"custom-webhook/{name}"
+
+
+def shown(run_id: UUID) -> dict[str, Any]:
+    """The newest artifact of each key that a flow run has."""
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id])), sort=ArtifactSort.CREATED_DESC
+        )
+    return {item.key: item for item in reversed(found) if item.key}
