@@ -13,6 +13,7 @@ from data_contracts.reports import Stage
 from data_contracts.rules import LEAKS, UNREADABLE
 from flows.summary import data_summary
 from flows.tables import show_stages
+from tasks.links import data_files
 from tasks.stores import Store
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def show_data(data: DatasetManifest, stages: list[Stage], store: Store, console:
     for line in (_languages(data), _drift(data), _contamination(data)):
         console.print(line, soft_wrap=True)
     console.print(_contract_line(store, data), soft_wrap=True)
-    for label, path in files(data, store).items():
+    for label, path in data_files(data, store).items():
         console.print(Text(f"  {label:<16} {path}"), soft_wrap=True)
     if any(reason not in UNREADABLE | LEAKS for reason in data.reasons):
         console.print(Text("a rule was wrong about some rows? tunegate data release --reason REASON --why TEXT"))
@@ -71,15 +72,8 @@ def data_payload(data: DatasetManifest, stages: list[Stage], store: Store) -> di
         "drift": data.drift.model_dump(mode="json"),
         "contamination": data.contamination,
         "contract": contract_summary(data, store),
-        "files": files(data, store),
+        "files": {name: str(path) for name, path in data_files(data, store).items()},
     }
-
-
-def files(data: DatasetManifest, store: Store) -> dict[str, str]:
-    """Where everything lies."""
-    names = ("train", "validation", "test", "quarantine", "duplicate_rows", "contract_result")
-    paths = {name.replace("_", " "): getattr(data, name).path for name in names} | {"data docs": data.data_docs}
-    return {name: str(store.files / path) for name, path in paths.items()}
 
 
 def contract_summary(data: DatasetManifest, store: Store) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What the gates said, as files: JSON for scripts, Markdown for people, JUnit XML for dashboards."""
 
-import math
 import os
 import re
 from pathlib import Path
@@ -9,15 +8,11 @@ from xml.etree import ElementTree
 
 from data_contracts.errors import ConfigError, Problem
 from flows.console import show_problems, write_json
+from tasks.markdown import environment, interval, needs, number
 
 if TYPE_CHECKING:  # `gate` looks at its folder before anything slow is imported
-    from jinja2 import Environment
+    from data_contracts.verdict import Decision
 
-    from data_contracts.verdict import Decision, Estimate, GateResult, Interval
-
-_NONE = "-"
-# What stands for itself in Markdown's running text, whatever is around it.
-_SPECIAL = re.compile(r"[^\w .,:;()/%+='?-]|(?<![^\W_])_|_(?![^\W_])")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -57,45 +52,11 @@ def write_decision(decision: "Decision", folder: Path | None) -> None:
 def markdown(decision: "Decision", details: bool = True) -> str:
     """The verdict first, then the gates, then all that was measured. Every text is escaped."""
     text = (
-        _environment().get_template("gate.md.j2").render(decision=decision, found=decision.comparison, details=details)
+        environment(Path(__file__).parent / "templates")
+        .get_template("gate.md.j2")
+        .render(decision=decision, found=decision.comparison, details=details)
     )
     return text.rstrip() + "\n"
-
-
-def escape(text: str) -> str:
-    """Text that Markdown and HTML show as it is, on one line. Nobody is notified by an @."""
-    line = " ".join(text.split())
-    return _SPECIAL.sub(lambda match: "@&#8203;" if match[0] == "@" else f"&#{ord(match[0])};", line)
-
-
-def _environment() -> "Environment":
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        finalize=lambda value: escape(str(value)),  # whatever a template prints
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": _number, "interval": _interval, "estimate": _estimate, "needs": _needs}
-    return environment
-
-
-def _number(value: float | None) -> str:
-    return _NONE if value is None or not math.isfinite(value) else f"{value:.3f}"
-
-
-def _interval(interval: "Interval | None") -> str:
-    return _NONE if interval is None else f"{_number(interval[0])} to {_number(interval[1])}"
-
-
-def _estimate(found: "Estimate | None") -> str:
-    return _NONE if found is None else f"{_number(found.value)} ({_interval(found.interval)})"
-
-
-def _needs(gate: "GateResult") -> str:
-    return _NONE if gate.threshold is None else f"{gate.direction} {gate.threshold:g}"
 
 
 # --- JUnit --------------------------------------------------------------------------------------------------
@@ -114,7 +75,7 @@ def junit(decision: "Decision") -> str:
     suite = ElementTree.SubElement(root, "testsuite", {"name": name, **counts, "skipped": str(len(off))})
     for gate in gates:
         case = _case(suite, gate.name)
-        told = _xml(f"needs {_needs(gate)}, measured {_number(gate.actual)} ({_interval(gate.interval)}): {gate.why}")
+        told = _xml(f"needs {needs(gate)}, measured {number(gate.actual)} ({interval(gate.interval)}): {gate.why}")
         if gate.verdict == "pass":
             ElementTree.SubElement(case, "system-out").text = told
         else:

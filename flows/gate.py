@@ -11,7 +11,7 @@ from data_contracts.run_spec import RunSpec, StoreSpec
 from data_contracts.verdict import Decision
 from flows.retrain import data_stages, evaluate, in_store, serve
 from flows.stages import Stages
-from tasks import registry, stages
+from tasks import artifacts, registry, stages
 from tasks.base import base_identity
 from tasks.registry import Registered, Rival
 from tasks.stores import Store
@@ -46,6 +46,7 @@ def gate_flow(spec: RunSpec, model_uri: str, baseline_uri: str | None = None) ->
     served = serve(run, spec, base, dataset.test, own)
     label = rival.label if rival else None
     report = run.run(stages.gate, comparison, spec.gates, label, False, served)
+    artifacts.show_verdict([], evaluations, comparison, report)
     return Decision(
         model=model_uri, name=version.name, version=version.version, rival=label, gate=report, comparison=comparison
     )

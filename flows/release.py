@@ -4,17 +4,24 @@ from prefect import flow
 
 from data_contracts.reports import ModelVersion
 from data_contracts.run_spec import StoreSpec
-from tasks import promotion, registry
+from tasks import notify, promotion, registry
+from tasks.tracking import connect
 
 
 @flow(name="promote")
 def promote_flow(store: StoreSpec, name: str, version: str | None, override: bool, reason: str) -> ModelVersion:
-    return promotion.promote_version(store, name, version, override, reason)
+    before = registry.alias_version(connect(store), name, registry.CHAMPION)
+    found = promotion.promote_version(store, name, version, override, reason)
+    notify.champion_moved(store, found, before, "promotion", reason)
+    return found
 
 
 @flow(name="rollback")
 def rollback_flow(store: StoreSpec, name: str) -> ModelVersion:
-    return promotion.rollback_version(store, name)
+    before = registry.alias_version(connect(store), name, registry.CHAMPION)
+    found = promotion.rollback_version(store, name)
+    notify.champion_moved(store, found, before, "rollback")
+    return found
 
 
 def promote(store: StoreSpec, name: str, version: str | None, override: bool, reason: str) -> ModelVersion:

@@ -14,7 +14,7 @@ from data_contracts.run_spec import DOMAIN_TASKS, Form, RunSpec
 from data_contracts.verdict import Served
 from flows.runs_left import bury
 from flows.stages import Stages, tell
-from tasks import ledger, registry, stages, watermark
+from tasks import artifacts, ledger, notify, registry, stages, watermark
 from tasks.arms import Arm, arms_of, candidate_arm
 from tasks.base import base_identity, start_dials
 from tasks.evaluate import task_files
@@ -55,7 +55,10 @@ def prepare_data_flow(spec: RunSpec, force: bool = False) -> Any:
     return run.end((dataset, run.done))
 
 
-@flow(name="retrain", result_serializer="json")
+@flow(
+    name="retrain", result_serializer="json", on_running=[notify.run_begins], on_completion=[notify.run_ends],
+    on_failure=[notify.run_fails], on_crashed=[notify.run_fails],
+)  # fmt: skip
 def retrain_flow(spec: RunSpec, force: bool = False, reason: str = BY_HAND) -> Any:
     """The run's RunReport, or a state named Skipped if another run works in this store and `when_busy` says so."""
     store = Store(Path(spec.store.root))
@@ -82,6 +85,7 @@ def chain(run: Stages, spec: RunSpec, reason: str) -> Any:
     comparison = run.run(stages.compare, store, arms, evaluations, candidate.arm, candidate.name, spec.gates)
     served = serve(run, spec, base, dataset.test, target_of(candidate))
     gates = run.run(stages.gate, comparison, spec.gates, rival.label if rival else None, True, served)
+    artifacts.show_verdict(arms, evaluations, comparison, gates)
     recorded = run.run(stages.record, spec, dataset, arms, evaluations, comparison, gates)
     model = run.run(stages.register, spec, base, candidate, scores, dataset, gates, recorded)
     answer = run.run(stages.load_back, spec.store, model, scores, spec.evaluate.sample_tokens)
@@ -97,6 +101,7 @@ def chain(run: Stages, spec: RunSpec, reason: str) -> Any:
     )  # fmt: skip
     store.write_report(report)
     watermark.finish(store, spec.model.name, dataset.snapshot_id, report.run_id)
+    artifacts.show_report(report)
     return run.end(report)
 
 
@@ -117,6 +122,7 @@ def data_stages(run: Stages, spec: RunSpec) -> DatasetManifest:
     dataset: DatasetManifest = run.run(
         stages.curate, store, validated, spec.curate, scope, contradictions, items, engine
     )
+    artifacts.show_data(store, dataset)
     write_state(store, scope, DataState(snapshot=snapshot, validated=validated, dataset=dataset))
     return dataset
 
@@ -144,6 +150,7 @@ def train_stages(run: Stages, spec: RunSpec, data: DatasetManifest) -> tuple[Bas
         trained: TrainReport = run.run(stages.train_arm, *inputs, label=f"train {arm.name}")
         # The same training may be known under another name: as one of several seeds, or as a variant.
         arms.append(trained.model_copy(update={"name": arm.name, "arm": arm.arm}))
+        artifacts.show_training(arms[-1])
     return base, arms
 
 

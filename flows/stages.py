@@ -27,6 +27,7 @@ class Stages:
         state = task.with_options(refresh_cache=self.force, task_run_name=name)(*args, return_state=True)
         if state.is_failed() or state.is_crashed():
             self._tell("failed", name, time.monotonic() - started)
+            state.result(raise_on_failure=False).add_note(f"in stage {name}")
         result = state.result()
         self._note(name, "cached" if state.name == "Cached" else "ran", time.monotonic() - started)
         return result

@@ -7,6 +7,7 @@ from data_contracts.data_reports import DatasetManifest
 from data_contracts.errors import ConfigError, Problem, StoreError
 from data_contracts.reports import EvalReport, ModelVersion, RunReport, Stage, TrainReport
 from data_contracts.verdict import Comparison, Decision, GateReport
+from tasks.links import model_uri
 from tasks.stores import Store
 
 
@@ -67,11 +68,6 @@ def decision_summary(decision: Decision) -> dict[str, Any]:
 
 def model_summary(model: ModelVersion) -> dict[str, Any]:
     return {**model.model_dump(mode="json"), "uri": model_uri(model)}
-
-
-def model_uri(model: ModelVersion) -> str:
-    """By alias if it is in production, else by number."""
-    return f"models:/{model.name}{'@champion' if 'champion' in model.aliases else f'/{model.version}'}"
 
 
 # --- where reports lie --------------------------------------------------------------------------------------

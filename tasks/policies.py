@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 from prefect import task
@@ -21,6 +22,7 @@ from data_contracts.errors import TransientError
 from data_contracts.reports import AdapterRef, BaseModelRef
 from tasks.check_part import LIBRARIES
 from tasks.fingerprint import code_digest, library_versions
+from tasks.notify import work_begins
 from tasks.stores import Store
 
 _RETRIES, _FIRST_DELAY_SECONDS = 3, 2
@@ -79,7 +81,16 @@ POLICIES = {
 def stage(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Make a function the Prefect task of a stage: cached by content, retried only if the error may pass."""
     policy = POLICIES[name]
-    return task(
+
+    def make(function: Callable[..., Any]) -> Any:
+        @wraps(function)
+        def work(*args: Any, **kwargs: Any) -> Any:
+            work_begins()  # not called where the cache has the result
+            return function(*args, **kwargs)
+
+        return made(work)
+
+    made = task(
         name=name,
         persist_result=True,
         result_serializer="json",  # never pickle
@@ -90,6 +101,7 @@ def stage(name: str) -> Callable[[Callable[..., Any]], Any]:
         retry_condition_fn=_may_pass(),
         timeout_seconds=policy.timeout_seconds,
     )
+    return make
 
 
 def is_forced() -> bool:

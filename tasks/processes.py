@@ -20,12 +20,17 @@ _LOG_LINES_SHOWN = 12
 _SECONDS_BETWEEN_LINES = 15.0
 SECONDS_TO_END = 60.0  # for a worker that was asked to: a step, and a checkpoint
 Event = dict[str, Any]
+Watch = Callable[[Event], None]
+
+
+def _nobody(event: Event) -> None:
+    pass
 
 
 def run_worker(
-    module: str, spec: dict[str, Any], out: Path, title: str | None = None, afresh: bool = False
+    module: str, spec: dict[str, Any], out: Path, title: str | None = None, afresh: bool = False, watch: Watch = _nobody
 ) -> dict[str, Any]:
-    """Run `python -m module spec.json out/` with live progress on stderr and return its report.
+    """Run `python -m module spec.json out/` with live progress on stderr, and to `watch`, and return its report.
 
     A worker that has already ended well with the same spec is not run again, and a killed one goes on from what it
     left in `out`, unless `afresh` is set. Raises what the worker raised,
@@ -48,7 +53,7 @@ def run_worker(
         command = [sys.executable, "-m", *_launcher(spec), module, str(spec_file), str(out)]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=worker_environment())
         try:
-            _follow(child, display.show)
+            _follow(child, display.show, watch)
         finally:
             _end(child)
     if child.returncode != 0:
@@ -80,12 +85,14 @@ def _launcher(spec: dict[str, Any]) -> list[str]:
     return ["tasks.workers.launch_ray" if spec.get("engine") == "ray" else "tasks.workers.launch"]
 
 
-def _follow(child: "subprocess.Popen[str]", show: Callable[[Event], None]) -> None:
+def _follow(child: "subprocess.Popen[str]", *watching: Watch) -> None:
     assert child.stdout is not None  # asked for with PIPE
     for line in child.stdout:
         _, mark, rest = line.partition('{"event"')  # Ray puts a prefix before it
         if mark:
-            show(json.loads(mark + rest))
+            event = json.loads(mark + rest)
+            for watch in watching:
+                watch(event)
     child.wait()
 
 

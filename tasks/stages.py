@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from prefect.artifacts import create_table_artifact
+from prefect.runtime import task_run
 
 from data_contracts.data_reports import DatasetManifest, FileRef, Snapshot, ValidatedData
 from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
@@ -25,6 +25,7 @@ from tasks import curate as curation
 from tasks import evaluate as evaluation
 from tasks import ingest as ingestion
 from tasks import promotion, registry, report, tracking, train, validate
+from tasks.artifacts import LiveTraining
 from tasks.core.gates import judge
 from tasks.policies import is_forced, stage, stage_key
 from tasks.stores import Store
@@ -80,7 +81,8 @@ def train_arm(
 ) -> TrainReport:  # fmt: skip
     inputs = {"method": method, "seed": seed, "base": base, "step0": step0, "rows": rows, "validation": validation}
     key = stage_key("train", {**inputs, "dials": dials, "precision": precision})
-    return train.train_arm(store, key, method, seed, base, step0, rows, validation, dials, precision, is_forced())
+    live = LiveTraining(task_run.name.removeprefix("train ")).show
+    return train.train_arm(store, key, method, seed, base, step0, rows, validation, dials, precision, is_forced(), live)
 
 
 @stage("evaluate")
@@ -112,10 +114,7 @@ def serve_alone(
 def gate(
     comparison: Comparison, gates: GateSpec, champion: str | None, has_baseline: bool, served: Served | None
 ) -> GateReport:
-    report = judge(comparison, gates, champion, has_baseline, served)
-    table = [{name: str(value) for name, value in gate} for gate in report.gates]
-    create_table_artifact(key="gates", table=table, description=f"verdict: {report.verdict}")
-    return report
+    return judge(comparison, gates, champion, has_baseline, served)
 
 
 @stage("record")

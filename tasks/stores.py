@@ -6,12 +6,14 @@ ROOT/store/             snapshots, data sets, bases, adapters, evaluations, the 
 """
 
 import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_contracts.data_reports import FileRef
 from data_contracts.errors import Problem, StoreError
@@ -78,6 +80,12 @@ class Store:
         """Keep a finished run's report under its run id."""
         with self.publish("runs", report.run_id) as folder:
             (folder / "report.json").write_text(report.model_dump_json(indent=1))
+
+    def newest_spec(self, model: str) -> dict[str, Any] | None:
+        """The spec of the newest finished run of this model."""
+        files = sorted(self.files.glob("runs/*/report.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+        specs: Iterator[dict[str, Any]] = (json.loads(file.read_bytes())["spec"] for file in files)
+        return next((spec for spec in specs if spec["model"]["name"] == model), None)
 
     def check_room(self, needed: int = _FREE_BYTES_NEEDED) -> None:
         """Raise StoreError before the work starts if the disk cannot hold it."""

@@ -7,15 +7,18 @@ from data_contracts.data_reports import FileRef
 from data_contracts.reports import AdapterRef, BaseModelRef, LossPoint, TrainReport
 from data_contracts.run_spec import Method, TrainSpec
 from tasks.base import adapter_ref
-from tasks.processes import run_worker
+from tasks.processes import Watch, run_worker
 from tasks.stores import Store
 
 
 def train_arm(
     store: Store, key: str, method: Method, seed: int, base: BaseModelRef, step0: AdapterRef | None, rows: FileRef,
-    validation: FileRef, train: TrainSpec, precision: str, afresh: bool = False,
+    validation: FileRef, train: TrainSpec, precision: str, afresh: bool, watch: Watch,
 ) -> TrainReport:  # fmt: skip
-    """Run the worker in a folder named by the stage's key, so that the same work finds its own checkpoints."""
+    """Run the worker in a folder named by the stage's key, so that the same work finds its own checkpoints.
+
+    watch: is told of every step.
+    """
     store.check_room()
     out = store.files / "training" / f"{method}-{key[-16:]}"
     spec: dict[str, Any] = train.model_dump(exclude={"methods", "seeds", "variants", "learning_rates"}) | {
@@ -29,7 +32,7 @@ def train_arm(
         "validation": str(store.path(validation)),
         "precision": precision,
     }
-    report = run_worker("tasks.workers.train_adapter", spec, out, f"train {method} seed {seed}", afresh)
+    report = run_worker("tasks.workers.train_adapter", spec, out, f"train {method} seed {seed}", afresh, watch)
     for checkpoint in out.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)  # the arm is complete: its optimiser state is of no more use
     loss = [LossPoint(**point) for point in report.pop("loss")]

@@ -15,12 +15,18 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from data_contracts.errors import ConfigError, GateError
 from data_contracts.run_spec import StoreSpec
 from tests.servers import COMMAND, prefect_server
+from tests.told import save_block, shown, webhook
 
 CHANGED = ["--set", "train.learning_rate=0.004", "--set", "train.max_steps=60", "--set", "train.epochs=10"]
+
+NOTIFY = ["--set", "schedule.notify=[custom-webhook/team]"]
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +42,20 @@ def environment(place) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def tunegate(place, environment):
+def hook(environment) -> Iterator[dict]:
+    """A webhook that every run tells; this process speaks with the commands' Prefect server too."""
+    with webhook() as state, temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}):
+        save_block("team", state["url"])
+        yield state
+
+
+@pytest.fixture(scope="module")
+def tunegate(place, environment, hook):
     """Run the command in an empty folder; answer with (exit code, JSON, stderr)."""
 
     def run(*arguments: str) -> tuple[int, dict, str]:
-        command = [*COMMAND, *arguments, "--json", "--set", f"store.root={place / 'store'}"]
+        told = NOTIFY if arguments[0] == "run" else []
+        command = [*COMMAND, *arguments, *told, "--json", "--set", f"store.root={place / 'store'}"]
         done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, check=False)
         return done.returncode, json.loads(done.stdout), done.stderr
 
@@ -145,6 +160,39 @@ def test_the_report_shows_the_verdict_and_escapes_what_comes_from_data(first, pl
     assert "<script" not in page
 
 
+def artifacts_of(result: dict) -> dict:
+    name = result["run_id"].rpartition("-")[0]
+    with get_client(sync_client=True) as client:
+        (run,) = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[name])))
+    return shown(run.id)
+
+
+def test_the_run_is_told_when_it_starts_and_with_its_verdict(first, hook):
+    (start, begun), (verdict, ended) = hook["messages"]
+    assert start == "tunegate-smoke: retrain started"
+    assert "trains lora, qlora on builtin:tiny-llama" in begun
+    assert verdict == "tunegate-smoke version 1: PASS"
+    assert "champion now: version 1, the new one" in ended
+    gain = first["comparison"]["gain"]
+    assert f"- candidate_beats_base {gain['value']:.3f} ({gain['low']:.3f} to {gain['high']:.3f})" in ended
+    assert f"report: {first['html']}" in ended
+    assert f"MLflow: run {first['mlflow_run_id']}" in ended
+
+
+def test_prefects_page_shows_the_data_the_training_the_comparison_the_gates_and_the_report(first):
+    found = artifacts_of(first)
+    assert set(found) == {"data", "training-lora", "training-qlora", "comparison", "gates", "report"}
+    assert f"| in | {first['snapshot']['rows_in']} |" in found["data"].data
+    assert "QLoRA, seed 17: 12 steps" in found["training-qlora"].data
+    losses = (first["base"]["eval"], *(arm["eval"] for arm in first["arms"]))
+    row = " | ".join(f"{item['nll_nats']:.3f}" for item in losses)
+    assert f"| held-out loss, nats/token | {row} |" in found["comparison"].data
+    gates = {gate["gate"]: gate["verdict"] for gate in json.loads(found["gates"].data)}
+    assert gates == {gate["name"]: gate["verdict"] for gate in first["gates"]}
+    assert "`models:/tunegate-smoke@champion`" in found["report"].data
+    assert f"[report.html]({Path(first['html']).as_uri()})" in found["report"].data
+
+
 def test_nothing_is_written_to_home(first, place):
     assert list((place / "home").rglob("*")) == []
 
@@ -152,7 +200,8 @@ def test_nothing_is_written_to_home(first, place):
 # --- again --------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_does_nothing_and_prefect_calls_it_skipped(first, tunegate, place):
+def test_a_second_run_does_nothing_and_prefect_calls_it_skipped(first, tunegate, place, hook):
+    told = len(hook["messages"])
     code, again, _ = tunegate("run", "smoke")
     assert code == 0
     with closing(sqlite3.connect(place / "prefect" / "prefect.db")) as prefect:
@@ -161,6 +210,11 @@ def test_a_second_run_does_nothing_and_prefect_calls_it_skipped(first, tunegate,
     assert set(statuses(again).values()) == {"cached"}
     assert again["model"] == first["model"]
     assert again["mlflow_run_id"] == first["mlflow_run_id"]
+    assert len(hook["messages"]) == told, "there is nothing to tell"
+    before, after = artifacts_of(first), artifacts_of(again)
+    assert {key: item.data for key, item in after.items() if key != "report"} == {
+        key: item.data for key, item in before.items() if key != "report"
+    }
 
 
 def _worker(pid: int) -> int | None:
@@ -178,7 +232,7 @@ def _worker(pid: int) -> int | None:
 @pytest.fixture(scope="module")
 def second(first, tunegate, place, environment) -> dict:
     """Another learning rate, through a worker killed once and the command itself killed once."""
-    command = [*COMMAND, "run", "smoke", *CHANGED, "--set", f"store.root={place / 'store'}"]
+    command = [*COMMAND, "run", "smoke", *CHANGED, *NOTIFY, "--set", f"store.root={place / 'store'}"]
     with (place / "killed.log").open("w") as log:
         running = subprocess.Popen(command, env=environment, cwd=place, stdout=log, stderr=log)
         killed = 0
@@ -239,8 +293,9 @@ def test_a_model_that_is_not_there_is_an_input_error_with_what_there_is(first, t
     assert "has versions 1" in error["error"]["problems"][0]["act"]
 
 
-def test_promotion_needs_a_passed_gate_or_a_reason_and_can_be_rolled_back(second, place):
-    from tasks.promotion import promote_version, rollback_version
+def test_promotion_needs_a_passed_gate_or_a_reason_and_can_be_rolled_back(second, place, hook):
+    from flows.release import promote, rollback
+    from tasks.promotion import promote_version
     from tasks.registry import champion
     from tasks.tracking import connect
 
@@ -250,9 +305,13 @@ def test_promotion_needs_a_passed_gate_or_a_reason_and_can_be_rolled_back(second
     with pytest.raises(GateError, match="say fail"):
         promote_version(store, name, "2")
     assert champion(store, name).version == "1"
-    promote_version(store, name, "2", override=True, reason="we know better")
+    promote(store, name, "2", override=True, reason="we know better")
     assert champion(store, name).version == "2"
-    rollback_version(store, name)
+    rollback(store, name)
     assert champion(store, name).version == "1"
+    assert hook["messages"][-2:] == [
+        (f"{name} version 2 is champion now, by promotion", "before: version 1\nreason: we know better"),
+        (f"{name} version 1 is champion now, by rollback", "before: version 2"),
+    ]
     with pytest.raises(ConfigError, match="no challenger"):
         promote_version(store, "no-such-model", None)

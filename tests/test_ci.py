@@ -27,8 +27,9 @@ from data_contracts.run_spec import StoreSpec
 from data_contracts.verdict import Claim, Comparison, Decision, Estimate, GateReport, GateResult, SliceGain, TaskChange
 from flows import pull_request
 from flows.cli import main
-from flows.decision_files import escape, junit, markdown, write_decision
+from flows.decision_files import junit, markdown, write_decision
 from flows.pull_request import body, find_thread, marker, put_comment
+from tasks.markdown import escape
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "ghs_secret"
