@@ -10,7 +10,7 @@ from rich.text import Text
 from data_contracts.reports import EvalReport, ModelVersion, RunReport, Stage, TrainReport
 from flows.summary import html_file, model_uri, store_of
 from flows.verdict_tables import show_comparison, show_gate
-from tasks.sentences import label_of, number
+from tasks.sentences import label_of, number, started
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,6 +64,9 @@ def show_models(report: RunReport, console: "Console") -> None:
     for label, cost in _COSTS:
         table.add_row(label, *(cost(arms) if arms else _NONE for _, arms in models.values()))
     console.print(table)
+    for arm in report.arms:
+        if arm.start:
+            console.print(Text(f"  {arm.name} {started(arm.start)}"), soft_wrap=True)
 
 
 def models_of(report: RunReport) -> dict[str, tuple[list[EvalReport], list[TrainReport]]]:

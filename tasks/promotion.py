@@ -44,13 +44,19 @@ def promote_version(
 def rollback_version(store: StoreSpec, name: str) -> ModelVersion:
     """Point `champion` back at the version before the last promotion. Raises ConfigError if there was none."""
     client = connect(store)
-    standing: list[str] = []
-    for entry in _history(store, name):
-        standing = standing[:-1] if entry["act"] == "rollback" else [*standing, entry["to"]]
-    if len(standing) < 2:
+    champions = standing(store, name)
+    if len(champions) < 2:
         raise ConfigError(Problem(f"{name} has no champion before this one", "rollback", act=offer(client, name)))
-    found = resolve(store, f"models:/{name}/{standing[-2]}")
-    return _move(client, store, found, "rollback", f"back from version {standing[-1]}")
+    found = resolve(store, f"models:/{name}/{champions[-2]}")
+    return _move(client, store, found, "rollback", f"back from version {champions[-1]}")
+
+
+def standing(store: StoreSpec, name: str) -> list[str]:
+    """The versions that became champion, oldest first, without those that were rolled back."""
+    champions: list[str] = []
+    for entry in _history(store, name):
+        champions = champions[:-1] if entry["act"] == "rollback" else [*champions, entry["to"]]
+    return champions
 
 
 def _move(
