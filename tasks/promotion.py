@@ -65,7 +65,8 @@ def _move(
     # MLflow has no compare-and-set: between two promoters on one store the lock decides, and the later one sees the first.
     with FileLock(f"{_history_file(store)}.lock", timeout=_WAIT_SECONDS):
         before = alias_version(client, to.name, CHAMPION)
-        if judged and before not in (to.version, None if judged == "none" else judged):
+        expected = (to.version, None if judged == "none" else judged)
+        if judged and before not in expected and not _is_same(client, to, before):
             what = f"version {before} has become champion since {to.name} version {to.version} was judged"
             limit = f"judged against {'no champion' if judged == 'none' else f'version {judged}'}"
             raise GateError(Problem(what, "promote", limit, "judge it again: run once more, or tunegate gate"))
@@ -75,6 +76,12 @@ def _move(
             with _history_file(store).open("a") as file:
                 file.write(json.dumps({**entry, "unix_seconds": time.time()}) + "\n")
     return version_now(store, ModelVersion(name=to.name, version=to.version, aliases=[], run_id=to.run_id))
+
+
+def _is_same(client: "MlflowClient", to: Registered, version: str | None) -> bool:
+    """Whether a version has the very adapter that is to be promoted: a run that was forced registers it once more."""
+    tags = client.get_model_version(to.name, version).tags if version else {}
+    return tags.get("tunegate.adapter_sha256") == to.adapter_sha256
 
 
 def _history(store: StoreSpec, name: str) -> list[dict[str, Any]]:

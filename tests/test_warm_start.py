@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from data_contracts.data_reports import DatasetManifest
-from data_contracts.errors import ConfigError, StoreError
+from data_contracts.errors import ConfigError, GateError, StoreError
 from data_contracts.reports import AdapterRef, BaseModelRef, Origin, Start, TrainReport
 from data_contracts.run_spec import ModelSpec, RunSpec, StoreSpec, TrainSpec
 from data_contracts.verdict import GateReport
@@ -22,7 +22,7 @@ from tasks.arms import arms_of
 from tasks.base import init_adapter, start_dials
 from tasks.core.replay import Form, choose, differences
 from tasks.policies import stage_key
-from tasks.promotion import promote_version
+from tasks.promotion import promote_version, rollback_version
 from tasks.rivals import rival
 from tasks.row_ids import ids_of, publish_ids, read_ids
 from tasks.stores import Store, digest
@@ -168,7 +168,7 @@ class Place:
         ).model_copy(update={"start": start})  # fmt: skip
         return Generation(data, start, arm, self.register(data, arm))
 
-    def register(self, data: DatasetManifest, arm: TrainReport) -> str:
+    def register(self, data: DatasetManifest, arm: TrainReport, judged: str | None = None) -> str:
         import mlflow
 
         from data_contracts.reports import RecordedRun
@@ -180,9 +180,9 @@ class Place:
             pass
         recorded = RecordedRun(mlflow_run_id=run.info.run_id, arm_run_ids={"lora": run.info.run_id})
         gate = GateReport(gates=[], off=[], verdict="pass")
-        key = f"register-{arm.adapter.sha256}"
+        key = f"register-{arm.adapter.sha256}-{judged}"
         made = registry.register_version(self.spec(), key, self.base, arm, scores("lora", 2.0), data, gate, recorded)
-        promote_version(self.model, NAME, made.version)
+        promote_version(self.model, NAME, made.version, judged=judged)
         return made.version
 
 
@@ -282,6 +282,16 @@ def test_the_champion_itself_is_judged_against_the_one_it_took_over_from(place, 
     found = [rival(place.model, NAME, adapter, place.base) for adapter in (*adapters, adapters[2])]
     assert [of.version for of in found] == ["3", "3", "2", "2"]
     assert rival(place.model, "nobody", adapters[0], place.base) is None
+
+
+def test_the_champions_adapter_registered_once_more_needs_no_other_judgement(place, generations):
+    """As a forced run does: it was judged against the version before, and finds itself in production."""
+    _, second, third = generations
+    with pytest.raises(GateError, match="version 3 has become champion since"):
+        place.register(second.data, second.arm, judged="1")
+    version = place.register(third.data, third.arm, judged="2")
+    assert registry.champion(place.model, NAME).version == version == "5"
+    rollback_version(place.model, NAME)
 
 
 # --- what does not fit --------------------------------------------------------------------------------------
