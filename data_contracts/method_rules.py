@@ -1,6 +1,6 @@
 """Which dials of training go together: what cannot work, or would be silently without effect, is refused with its reason."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 LORA_ARMS = ("lora", "qlora")
@@ -27,6 +27,14 @@ def refusals(train: Any) -> Iterator[str]:
     yield from _impossible(train)
     if train.early_stopping_patience is not None and train.validation_steps is None:
         yield "early_stopping_patience counts validations: set validation_steps too"
+    if train.warm_start == "never" and train.replay_share != type(train).model_fields["replay_share"].default:
+        yield "replay_share is of a warm start's rows: set warm_start to champion, or leave replay_share out"
+
+
+def unread_by(method: str, dials: Mapping[str, Any]) -> list[str]:
+    """The dials that an arm with this method and these dials does not read."""
+    found = [dial for dial, arms in _READ_BY.items() if method not in arms]
+    return [*found, "replay_share"] if dials["warm_start"] == "never" else found
 
 
 def _unread(train: Any) -> Iterator[str]:
@@ -44,6 +52,8 @@ def _impossible(train: Any) -> Iterator[str]:
         yield "methods names an arm twice: each is trained once"
     if train.use_dora and train.init != "default":
         yield f"use_dora takes its magnitudes from the untouched base, and init={train.init} starts elsewhere: drop one"
+    if train.warm_start != "never" and train.init != "default":
+        yield f"warm_start begins with the champion's adapter, and init={train.init} with parts of the base: drop one"
     if train.init == "loftq" and "qlora" not in train.methods:
         yield "init=loftq makes up for what quantisation lost, and no arm is quantised: add qlora to methods"
     if train.lora_plus_ratio is not None and train.optimizer.startswith(_SORTING):

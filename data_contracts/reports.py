@@ -33,6 +33,30 @@ class AdapterRef(Report):
     sha256: str
 
 
+class Origin(Report):
+    """The registered version that a warm start may go on from, in the champion's line; or why there is none."""
+
+    told: str  # the version by name; or why an arm starts from scratch
+    version: str | None = None
+    method: Method | None = None
+    base_digest: str | None = None
+    adapter: AdapterRef | None = None  # where the registry has it
+    trained: FileRef | None = None  # ids of the rows it was trained on, its ancestors' included
+
+
+class Start(Report):
+    """Where the training of an arm begins that was to go on from the champion, and on which rows."""
+
+    version: str | None  # of the model; None: from scratch, on all training rows
+    told: str  # that version by name; or why from scratch
+    adapter: AdapterRef | None  # None: the fresh one
+    rows: FileRef
+    new_rows: int
+    old_rows: int  # that the version was trained on, and that are still here
+    replayed_rows: int  # of the old ones
+    trained: FileRef | None  # ids of these rows and of all that its ancestors saw; None: of these alone
+
+
 class Quantisation(Report):
     """How a base was quantised to 4 bits: another way gives other weights, on which an adapter does not fit."""
 
@@ -92,6 +116,7 @@ class TrainReport(Report):
     scoring: Literal["packed", "padded"]
     scoring_reason: str
     device: str
+    start: Start | None = None  # None: warm_start is never, so from scratch
 
 
 class EvalTarget(Report):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, Fraction, RulesSpec, Section
-from data_contracts.method_rules import refusals
+from data_contracts.method_rules import refusals, unread_by
 from data_contracts.schedule_spec import ScheduleSpec
 
 Method = Literal["lora", "qlora", "full", "prefix"]
@@ -106,6 +106,11 @@ class TrainSpec(Section):
     max_loss_rise_nats: Annotated[float, Field(gt=0.0)] | None = 2.0
     """How far the training loss, as the mean of 10 steps, may rise above its lowest before training stops with an error,
     in nats per token: 2 is a perplexity 7.4 times as high. null never stops."""
+    warm_start: Literal["never", "champion"] = "never"
+    """What LoRA's arms start from: a fresh adapter, on all training rows; or the `champion`'s, on the rows that are new to
+    it and a share of old ones. Where its adapter does not fit: from scratch, with the reason. See docs/training.md."""
+    replay_share: Fraction = 0.5
+    """Share of a warm start's rows that the champion has seen before, against forgetting: 0 replays none, 1 all."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of a worker; null takes the cores that are free."""
     workers: Annotated[int, Field(ge=1)] = 1
@@ -139,10 +144,12 @@ class TrainSpec(Section):
                 yield from (f"variants: {variant.name}: {_one_line(detail)}" for detail in error.errors())
 
     def of(self, method: Method, dials: dict[str, Any]) -> "TrainSpec":
-        """The dials of one arm."""
+        """The dials of one arm. Those of the others, which it does not read, are as if nobody had turned them."""
         rates = {} if "learning_rate" in dials else {m: r for m, r in self.learning_rates.items() if m == method}
         alone = {"methods": [method], "variants": [], "learning_rates": rates}
-        return TrainSpec.model_validate(self.model_dump() | dials | alone)
+        own = self.model_dump() | dials
+        unread = {dial: TrainSpec.model_fields[dial].default for dial in unread_by(method, own) if dial not in dials}
+        return TrainSpec.model_validate(own | unread | alone)
 
 
 # What makes arms comparable, and how they are run.

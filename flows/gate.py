@@ -13,7 +13,8 @@ from flows.retrain import data_stages, evaluate, in_store, serve
 from flows.stages import Stages
 from tasks import artifacts, registry, stages
 from tasks.base import base_identity
-from tasks.registry import Registered, Rival
+from tasks.registry import Registered
+from tasks.rivals import Rival, as_rival
 from tasks.stores import Store
 
 
@@ -65,6 +66,6 @@ def rival_of(store: StoreSpec, version: Registered, baseline_uri: str | None) ->
     found = named or registry.champion(store, version.name)
     if found is None:
         return None
-    rival = registry.as_rival(found, version.base_digest)
+    rival = as_rival(found, version.base_digest)
     same = found.adapter_sha256 == version.adapter_sha256
     return replace(rival, label=f"{rival.label} (the candidate itself)") if same else rival

@@ -21,6 +21,7 @@ STAGES = {
     "curate": "drop duplicates, split, decontaminate, and remember it all in the ledger",
     "prepare_base": "the base model in the store, named by its content",
     "init_adapter": "the step-0 adapter every arm starts from",
+    "choose_start": "if asked for: the champion's adapter, the rows new to it, and old ones to replay",
     "check_tasks": "find further lm-eval tasks and their data before hours are spent",
     "train": "one worker process for each arm, in the same data order",
     "evaluate": "lm-eval on base, arms and champion, the base loaded once",

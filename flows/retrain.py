@@ -8,18 +8,19 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from data_contracts.data_reports import DatasetManifest, DataState, FileRef, Snapshot
-from data_contracts.reports import AdapterRef, BaseModelRef, EvalReport, EvalTarget, RunReport, Stage, TrainReport
+from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget, RunReport, Stage, TrainReport
 from data_contracts.rules import Reason, action_of
 from data_contracts.run_spec import DOMAIN_TASKS, Form, RunSpec
 from data_contracts.verdict import Served
 from flows.runs_left import bury
 from flows.stages import Stages, tell
-from tasks import artifacts, ledger, notify, registry, stages, watermark
-from tasks.arms import Arm, arms_of, candidate_arm
-from tasks.base import base_identity, start_dials
+from flows.starts import beginnings
+from tasks import artifacts, ledger, notify, registry, rivals, stages, watermark
+from tasks.arms import arms_of, candidate_arm
+from tasks.base import base_identity
 from tasks.evaluate import task_files
 from tasks.explain import write_state
-from tasks.registry import Rival
+from tasks.rivals import Rival
 from tasks.sources import source_digests
 from tasks.stores import Store
 from tasks.turns import me, turn
@@ -77,7 +78,7 @@ def chain(run: Stages, spec: RunSpec, reason: str) -> Any:
     base, arms = train_stages(run, spec, dataset)
 
     candidate = released_of(arms)
-    rival = registry.rival(spec.store, spec.model.name, candidate.adapter, base)
+    rival = rivals.rival(spec.store, spec.model.name, candidate.adapter, base)
     targets = [target_of(arm) for arm in arms] + forms_of(candidate, spec.evaluate.forms)
     evaluations = evaluate(run, spec, base, dataset.test, targets, rival)
     scores = next(report for report in evaluations if report.target == candidate.name)
@@ -133,37 +134,24 @@ def ingested(run: Stages, store: Store, spec: RunSpec) -> Snapshot:
 
 
 def train_stages(run: Stages, spec: RunSpec, data: DatasetManifest) -> tuple[BaseModelRef, list[TrainReport]]:
-    """Every arm over the same rows in the same order; LoRA's from the same step-0 adapter."""
+    """Every arm over the same rows in the same order, unless a warm start has its own; LoRA's from the same adapter."""
     store = Store(Path(spec.store.root))
     base = run.run(stages.prepare_base, store, spec.model.base, spec.model.revision, base_identity(spec.model))
     planned, precision = arms_of(spec.train), spec.model.precision
-    starts = make_starts(run, store, base, planned, precision)
+    begins = beginnings(run, spec, base, data, planned)
     if set(spec.evaluate.tasks) - set(DOMAIN_TASKS):
         own = task_files(spec.evaluate)
         run.run(stages.check_tasks, store, base, data.test, spec.evaluate, own, spec.train.max_tokens)
-    rows = (data.train, data.validation)
     arms: list[TrainReport] = []
-    for arm, start in zip(planned, starts, strict=True):
+    for arm, begin in zip(planned, begins, strict=True):
         # Arms on unlike threads could not be compared for speed: all take what was free for the first.
         dials = arm.dials.model_copy(update={"threads": arms[0].threads}) if arms else arm.dials
-        inputs = (store, arm.method, arm.seed, base, start, *rows, dials, precision)
+        inputs = (store, arm.method, arm.seed, base, begin.adapter, begin.rows, data.validation, dials, precision)
         trained: TrainReport = run.run(stages.train_arm, *inputs, label=f"train {arm.name}")
         # The same training may be known under another name: as one of several seeds, or as a variant.
-        arms.append(trained.model_copy(update={"name": arm.name, "arm": arm.arm}))
+        arms.append(trained.model_copy(update={"name": arm.name, "arm": arm.arm, "start": begin.start}))
         artifacts.show_training(arms[-1])
     return base, arms
-
-
-def make_starts(
-    run: Stages, store: Store, base: BaseModelRef, arms: list[Arm], precision: str
-) -> list[AdapterRef | None]:
-    """Each arm's step-0 adapter, or None; the same one where it is made from the same dials."""
-    dials = [start_dials(arm.method, arm.seed, arm.dials, precision) for arm in arms]
-    made: dict[str, AdapterRef] = {}
-    for own in dials:
-        if own and str(own) not in made:
-            made[str(own)] = run.run(stages.init_adapter, store, base, own)
-    return [made.get(str(own)) for own in dials]
 
 
 def released_of(arms: list[TrainReport]) -> TrainReport:

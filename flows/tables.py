@@ -10,7 +10,7 @@ from data_contracts.reports import EvalReport, ModelVersion, RunReport, Stage
 from flows.summary import html_file, store_of
 from flows.verdict_tables import show_comparison, show_gate
 from tasks.links import model_uri
-from tasks.sentences import label_of
+from tasks.sentences import label_of, started
 from tasks.side_by_side import cost_rows, models_of, score_rows
 
 if TYPE_CHECKING:
@@ -60,6 +60,9 @@ def show_models(report: RunReport, console: "Console") -> None:
     for label, cells in cost_rows(models):
         table.add_row(label, *cells)
     console.print(table)
+    for arm in report.arms:
+        if arm.start:
+            console.print(Text(f"  {arm.name} {started(arm.start)}"), soft_wrap=True)
 
 
 def show_version(model: ModelVersion, console: "Console") -> None:

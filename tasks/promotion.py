@@ -44,13 +44,19 @@ def promote_version(
 def rollback_version(store: StoreSpec, name: str) -> ModelVersion:
     """Point `champion` back at the version before the last promotion. Raises ConfigError if there was none."""
     client = connect(store)
-    standing: list[str] = []
-    for entry in _history(store, name):
-        standing = standing[:-1] if entry["act"] == "rollback" else [*standing, entry["to"]]
-    if len(standing) < 2:
+    champions = standing(store, name)
+    if len(champions) < 2:
         raise ConfigError(Problem(f"{name} has no champion before this one", "rollback", act=offer(client, name)))
-    found = resolve(store, f"models:/{name}/{standing[-2]}")
-    return _move(client, store, found, "rollback", f"back from version {standing[-1]}")
+    found = resolve(store, f"models:/{name}/{champions[-2]}")
+    return _move(client, store, found, "rollback", f"back from version {champions[-1]}")
+
+
+def standing(store: StoreSpec, name: str) -> list[str]:
+    """The versions that became champion, oldest first, without those that were rolled back."""
+    champions: list[str] = []
+    for entry in _history(store, name):
+        champions = champions[:-1] if entry["act"] == "rollback" else [*champions, entry["to"]]
+    return champions
 
 
 def _move(
@@ -59,7 +65,8 @@ def _move(
     # MLflow has no compare-and-set: between two promoters on one store the lock decides, and the later one sees the first.
     with FileLock(f"{_history_file(store)}.lock", timeout=_WAIT_SECONDS):
         before = alias_version(client, to.name, CHAMPION)
-        if judged and before not in (to.version, None if judged == "none" else judged):
+        expected = (to.version, None if judged == "none" else judged)
+        if judged and before not in expected and not _is_same(client, to, before):
             what = f"version {before} has become champion since {to.name} version {to.version} was judged"
             limit = f"judged against {'no champion' if judged == 'none' else f'version {judged}'}"
             raise GateError(Problem(what, "promote", limit, "judge it again: run once more, or tunegate gate"))
@@ -69,6 +76,12 @@ def _move(
             with _history_file(store).open("a") as file:
                 file.write(json.dumps({**entry, "unix_seconds": time.time()}) + "\n")
     return version_now(store, ModelVersion(name=to.name, version=to.version, aliases=[], run_id=to.run_id))
+
+
+def _is_same(client: "MlflowClient", to: Registered, version: str | None) -> bool:
+    """Whether a version has the very adapter that is to be promoted: a run that was forced registers it once more."""
+    tags = client.get_model_version(to.name, version).tags if version else {}
+    return tags.get("tunegate.adapter_sha256") == to.adapter_sha256
 
 
 def _history(store: StoreSpec, name: str) -> list[dict[str, Any]]:

@@ -3,20 +3,17 @@
 import json
 import shutil
 import tempfile
-import time
 import uuid
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from data_contracts.data_reports import DatasetManifest
+from data_contracts.data_reports import DatasetManifest, FileRef
 from data_contracts.errors import ConfigError, Problem, StoreError
 from data_contracts.reports import (
-    AdapterRef,
     BaseModelRef,
     EvalReport,
-    EvalTarget,
     LoadedBack,
     ModelVersion,
     Quantisation,
@@ -26,6 +23,7 @@ from data_contracts.reports import (
 from data_contracts.run_spec import Method, RunSpec, StoreSpec
 from data_contracts.verdict import GateReport
 from tasks.processes import run_worker
+from tasks.row_ids import NAME, ids_of, publish_ids
 from tasks.stores import Store
 from tasks.tracking import KEY_TAG, SPEC_FILE, connect, open_experiment, resumed
 
@@ -37,6 +35,8 @@ CHAMPION, CHALLENGER = "champion", "challenger"
 _CODE = Path(__file__).parent / "workers" / "served_model.py"
 _EXAMPLE = "What do you know?"
 _QUANTISATION_TAG = "tunegate.quantisation"
+STARTED_TAG, TRAINED_TAG = "tunegate.started_from", "tunegate.trained_rows"
+_SCRATCH = "scratch"
 _NF4 = Quantisation(quant_type="nf4", double_quant=True)  # of versions from before there was a choice
 
 
@@ -53,6 +53,12 @@ class Registered:
     base_digest: str
     verdict: str
     run_id: str
+    started_from: str | None = None  # the version whose adapter its training went on from; None: from scratch
+    trained: FileRef | None = None  # ids of the rows it was trained on, at an absolute path; None: not recorded
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} version {self.version}"
 
 
 def register_version(
@@ -70,6 +76,7 @@ def register_version(
     name = spec.model.name
     open_experiment(client, spec.store, name)
     found = client.search_model_versions(f"name = '{name}' and tags.`{KEY_TAG}` = '{key}'")
+    trained = _trained_rows(Store(Path(spec.store.root)), arm, dataset)
     tags = {
         KEY_TAG: key,
         "tunegate.method": arm.method,
@@ -80,13 +87,24 @@ def register_version(
         "tunegate.verdict": gate.verdict,
         "tunegate.run": recorded.mlflow_run_id,
         "tunegate.nll_nats": f"{scores.nll_nats}",
+        STARTED_TAG: (arm.start.version if arm.start else None) or _SCRATCH,
+        TRAINED_TAG: trained.sha256,
     }
     if arm.quantisation:
         tags[_QUANTISATION_TAG] = arm.quantisation.model_dump_json()
     run_id = recorded.arm_run_ids[arm.name]
-    version = str(found[0].version) if found else _make_version(client, spec, run_id, _meta(spec, base, arm), arm, tags)
+    meta = _meta(spec, base, arm)
+    version = str(found[0].version) if found else _make_version(client, spec, run_id, meta, arm, trained, tags)
     client.set_registered_model_alias(name, CHALLENGER, version)
     return version_now(spec.store, ModelVersion(name=name, version=version, aliases=[], run_id=run_id))
+
+
+def _trained_rows(store: Store, arm: TrainReport, dataset: DatasetManifest) -> FileRef:
+    """Ids of all rows the arm has seen. They go with the version: a later warm start must know them, whatever the store
+    still has."""
+    if arm.start and arm.start.trained:
+        return arm.start.trained
+    return publish_ids(store, ids_of(store.path(dataset.train)))
 
 
 def _meta(spec: RunSpec, base: BaseModelRef, arm: TrainReport) -> dict[str, Any]:
@@ -106,12 +124,14 @@ def _meta(spec: RunSpec, base: BaseModelRef, arm: TrainReport) -> dict[str, Any]
 
 
 def _make_version(
-    client: "MlflowClient", spec: RunSpec, run_id: str, meta: dict[str, Any], arm: TrainReport, tags: dict[str, str]
-) -> str:
+    client: "MlflowClient", spec: RunSpec, run_id: str, meta: dict[str, Any], arm: TrainReport, trained: FileRef,
+    tags: dict[str, str],
+) -> str:  # fmt: skip
     import mlflow
     from mlflow.models import infer_signature
 
-    adapter = Store(Path(spec.store.root)).path(arm.adapter.folder)
+    store = Store(Path(spec.store.root))
+    adapter, rows = store.path(arm.adapter.folder), store.path(trained)
     # MLflow turns its own hints on again in there, whatever is filtered: recorded, they do not reach the terminal.
     with tempfile.TemporaryDirectory() as folder, resumed(run_id), warnings.catch_warnings(record=True):
         meta_file = Path(folder) / "meta.json"
@@ -119,7 +139,7 @@ def _make_version(
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(_CODE),
-            artifacts={"adapter": str(adapter), "meta": str(meta_file)},
+            artifacts={"adapter": str(adapter), "meta": str(meta_file), "trained_rows": str(rows)},
             signature=infer_signature([_EXAMPLE], ["..."], params={"max_new_tokens": 64}),
             # MLflow tries it only where it finds the base, and only warns; `load_back` is the check that counts.
             input_example=[_EXAMPLE],
@@ -192,48 +212,6 @@ def champion(store: StoreSpec, name: str) -> Registered | None:
     return None if version is None else _registered(client, client.get_model_version(name, version))
 
 
-@dataclass(frozen=True)
-class Rival:
-    """The champion that a candidate must not be worse than. target is None if it stands on another base."""
-
-    label: str
-    version: str
-    target: EvalTarget | None
-
-
-def rival(store: StoreSpec, name: str, candidate: AdapterRef, base: BaseModelRef) -> Rival | None:
-    """The champion, unless there is none or the candidate is the champion itself.
-
-    A champion on another base cannot be scored on this one: its numbers are then missing, and its gate fails.
-    """
-    found = champion(store, name)
-    if found is None or found.adapter_sha256 == candidate.sha256:
-        return None
-    return as_rival(found, base.digest)
-
-
-def as_rival(found: Registered, base_digest: str) -> Rival:
-    """A version as what a candidate on that base must not be worse than."""
-    target = EvalTarget(
-        name="champion",
-        method=found.method,
-        adapter=AdapterRef(folder=found.adapter, sha256=found.adapter_sha256),
-        quantisation=found.quantisation,
-    )
-    label = f"{found.name} version {found.version}"
-    return Rival(label, found.version, target if found.base_digest == base_digest else None)
-
-
-def champion_days(store: StoreSpec, name: str) -> float | None:
-    """Days since the champion was registered, or None."""
-    client = connect(store)
-    version = alias_version(client, name, CHAMPION)
-    if version is None:
-        return None
-    made: float = client.get_model_version(name, version).creation_timestamp / 1000  # MLflow: milliseconds
-    return (time.time() - made) / 86_400
-
-
 def alias_version(client: "MlflowClient", name: str, alias: str) -> str | None:
     """The version an alias points at, or None."""
     models = client.search_registered_models(f"name = '{name}'")
@@ -246,17 +224,19 @@ def _registered(client: "MlflowClient", found: "MlflowVersion") -> Registered:
     tags = found.tags
     if "tunegate.adapter_sha256" not in tags:
         raise ConfigError(Problem(f"{found.name} version {found.version} was not registered by Tunegate", "--model"))
-    folder = mlflow.artifacts.download_artifacts(f"models:/{found.name}/{found.version}")
+    files = Path(mlflow.artifacts.download_artifacts(f"models:/{found.name}/{found.version}")) / "artifacts"
     return Registered(
         name=found.name,
         version=str(found.version),
         method=cast(Method, tags["tunegate.method"]),
         quantisation=_quantisation(tags),
-        adapter=str(Path(folder) / "artifacts" / "adapter"),
+        adapter=str(files / "adapter"),
         adapter_sha256=tags["tunegate.adapter_sha256"],
         base_digest=tags["tunegate.base_digest"],
         verdict=tags["tunegate.verdict"],
         run_id=tags["tunegate.run"],
+        started_from=None if tags.get(STARTED_TAG, _SCRATCH) == _SCRATCH else tags[STARTED_TAG],
+        trained=FileRef(path=str(files / NAME), sha256=tags[TRAINED_TAG]) if TRAINED_TAG in tags else None,
     )
 
 

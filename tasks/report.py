@@ -12,7 +12,7 @@ from data_contracts.run_spec import RunSpec
 from data_contracts.verdict import Comparison, GateReport, Interval
 from tasks.drafts import content_key
 from tasks.plots import figures, svg
-from tasks.sentences import sentences
+from tasks.sentences import sentences, started
 from tasks.stores import Store
 from tasks.tracking import attach
 
@@ -41,6 +41,7 @@ def write_report(
         model=model,
         answers=_answers(evaluations),
         sentences=list(sentences(comparison)),
+        starts=[f"{arm.name} {started(arm.start)}" for arm in arms if arm.start],
         plots={name: svg(figure) for name, figure in figures(arms, comparison).items()},
     )  # fmt: skip
     name = content_key(page)[:16]

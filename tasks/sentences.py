@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from data_contracts.reports import Start
 from data_contracts.verdict import Comparison, Estimate, Interval
 
 _LABELS = {"lora": "LoRA", "qlora": "QLoRA"}
@@ -23,6 +24,14 @@ def interval(found: Interval | None, form: str = ".3f") -> str:
 
 def estimate(found: Estimate, form: str = ".3f") -> str:
     return f"{found.value:{form}} {interval(found.interval, form)}"
+
+
+def started(start: Start) -> str:
+    """Where an arm's training began, after the arm's name."""
+    if start.version is None:
+        return f"starts from scratch on {start.new_rows:,} rows: {start.told}"
+    replayed = f"{start.replayed_rows:,} of {start.old_rows:,} old ones"
+    return f"goes on from {start.told}, on {start.new_rows:,} new rows and {replayed}"
 
 
 def sentences(found: Comparison) -> Iterator[str]:

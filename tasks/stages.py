@@ -13,7 +13,9 @@ from data_contracts.reports import (
     EvalTarget,
     LoadedBack,
     ModelVersion,
+    Origin,
     RecordedRun,
+    Start,
     TrainReport,
 )
 from data_contracts.rules import Action
@@ -24,7 +26,7 @@ from tasks import compare as comparisons
 from tasks import curate as curation
 from tasks import evaluate as evaluation
 from tasks import ingest as ingestion
-from tasks import promotion, registry, report, tracking, train, validate
+from tasks import promotion, registry, report, tracking, train, validate, warm_start
 from tasks.artifacts import LiveTraining
 from tasks.core.gates import judge
 from tasks.policies import is_forced, stage, stage_key
@@ -65,6 +67,14 @@ def prepare_base(store: Store, base: str, revision: str | None, identity: str) -
 @stage("init_adapter")
 def init_adapter(store: Store, base: BaseModelRef, dials: dict[str, Any]) -> AdapterRef:
     return bases.init_adapter(store, base, dials, is_forced())
+
+
+@stage("choose_start")
+def choose_start(
+    store: Store, origin: Origin, base: BaseModelRef, step0: AdapterRef, train: FileRef, held_out: list[FileRef],
+    share: float,
+) -> Start:  # fmt: skip
+    return warm_start.choose_start(store, origin, base, step0, train, held_out, share)
 
 
 @stage("check_tasks")

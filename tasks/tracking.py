@@ -115,6 +115,10 @@ def _record_arm(
         numbers: dict[str, float | None] = {k: float(v) for k, v in facts.items() if isinstance(v, int | float)}
         mlflow.log_metrics(_finite(numbers | _scores(scores)))
         mlflow.set_tag("tunegate.adapter_sha256", arm.adapter.sha256)
+        if arm.start:
+            begun = {"tunegate.started_from": arm.start.version or "scratch", "tunegate.start": arm.start.told}
+            mlflow.set_tags(begun)
+            mlflow.log_metrics(arm.start.model_dump(include={"new_rows", "old_rows", "replayed_rows"}))
         points = [
             Metric(name, getattr(point, name), 0, point.step)
             for point in arm.loss
@@ -123,7 +127,7 @@ def _record_arm(
         points += [Metric("validation_nll_nats", point.nll_nats, 0, point.step) for point in arm.validation]
         for start in range(0, len(points), 1000):  # MLflow's limit for one batch
             client.log_batch(child.info.run_id, metrics=points[start : start + 1000])
-        _log_data(dataset, store)
+        _log_data(dataset.model_copy(update={"train": arm.start.rows}) if arm.start else dataset, store)
         if scores:
             mlflow.log_artifact(str(store.path(scores.samples)))
             mlflow.log_table(_items(store, scores), "items.json")
