@@ -15,13 +15,20 @@ Format = Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion"]
 _Named = Annotated[Reason, BeforeValidator(Reason)]
 
 
+# user:password@ or a query such as ?sig=, ?X-Amz-Signature= or &access_token=.
+_SECRET = re.compile(
+    r"://[^/@]*:[^/@]*@|[?&][^=&]*(sig|token|key|secret|password|credential|auth)[^=&]*=", re.IGNORECASE
+)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class DataSpec(Section):
     source: list[str] = ["builtin:python-docs"]
-    """Where raw rows come from: files, globs, folders, `hub:ORG/NAME`, or `builtin:python-docs`."""
+    """Where raw rows come from: files, globs, folders, on this machine or at a URL (s3://, https:// and more, see docs/data.md);
+    `hub:ORG/NAME` or `hub:ORG/NAME@REVISION`; or `builtin:python-docs`."""
     format: Format = "auto"
     """Row format; `auto` looks at the first rows of each file."""
     columns: dict[str, str] = {}
@@ -47,6 +54,15 @@ class DataSpec(Section):
     """python-docs only: most summary rows (source -> docstring), shortest sources first; null takes all."""
     max_rows_per_package: Annotated[int, Field(ge=1)] = 400
     """python-docs only: most rows of each kind from one top-level package, so that none dominates."""
+
+    @model_validator(mode="after")
+    def _no_source_holds_a_secret(self) -> "DataSpec":
+        # A spec is shown in Prefect and MLflow, so neither is the entry repeated here.
+        wrong = [number for number, entry in enumerate(self.source, start=1) if _SECRET.search(entry)]
+        if wrong:
+            told = ", ".join(map(str, wrong))
+            raise ValueError(f"source: entry {told} holds a password, key or signature; put it in the environment")
+        return self
 
 
 class ContractSpec(Section):

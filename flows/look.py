@@ -12,10 +12,12 @@ from data_contracts.data_spec import ContractSpec, DataSpec
 from data_contracts.errors import ConfigError, DataError, Problem
 from data_contracts.run_spec import RunSpec
 from flows.spec_files import DEFAULT_PRESET, load_changes, load_spec, write_new, write_spec
+from tasks.downloads import local_copies
 from tasks.probes import probe
 from tasks.propose import Proposed, Sample, draw, propose
 from tasks.readers import read_source
 from tasks.sources import Source, find_sources
+from tasks.stores import Store
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,6 +78,7 @@ def init(file: Path, data: str, name: str | None, base: str | None, overrides: l
     sources, problems = find_sources(spec.data)
     if problems:
         raise ConfigError(*problems)
+    sources = local_copies(Store(Path(spec.store.root)), sources)
     spec, formats = _mapped(spec, sources)
     sample = draw(sources, formats, spec.data)
     proposed = propose(sample, spec, suite)

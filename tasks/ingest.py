@@ -15,6 +15,7 @@ from data_contracts.errors import DataError
 from data_contracts.records import as_json
 from data_contracts.rules import Rejection
 from tasks.core.formats import Converter, converter, slice_of
+from tasks.downloads import local_copies
 from tasks.drafts import content_key, draft_folder, publish_draft
 from tasks.probes import probe
 from tasks.processes import Display, run_worker
@@ -48,7 +49,7 @@ def ingest(store: Store, data: DataSpec) -> Snapshot:
     gets the same id on any machine; other columns or another format of the same files give another id.
     """
     with draft_folder(store, "snapshots") as draft:
-        sources = _ready_sources(data, draft)
+        sources = _ready_sources(store, data, draft)
         formats, problems = probe(sources, data)
         if problems:
             raise DataError(*problems)
@@ -66,13 +67,14 @@ def ingest(store: Store, data: DataSpec) -> Snapshot:
     )
 
 
-def _ready_sources(data: DataSpec, draft: Path) -> list[Source]:
-    """Sources that can be read now: files exist and builders have run."""
+def _ready_sources(store: Store, data: DataSpec, draft: Path) -> list[Source]:
+    """Sources that can be read now: files are on this machine and builders have run."""
     sources, problems = find_sources(data)
     if problems:
         # What is wrong inside the files that were found belongs into the same message.
         readable = [source for source in sources if source.kind == "file"]
         raise DataError(*problems, *probe(readable, data)[1])
+    sources = local_copies(store, sources)
     return [_build_python_docs(source, data, draft) if source.kind == "builtin" else source for source in sources]
 
 

@@ -25,7 +25,7 @@ _SAMPLE_RECORDS: Final = 50
 def read_source(source: Source, data: DataSpec) -> Iterator[RawRow]:
     """All records of a file or hub data set. Raises DataError if the source as a whole cannot be read."""
     if source.kind == "hub":
-        return _read_hub(source.address, data.hub_split)
+        return _read_hub(source, data.hub_split)
     suffix = data_suffix(source.path)
     if suffix == ".parquet":
         return _read_parquet(source.path)
@@ -161,13 +161,14 @@ def _numbered(rows: Iterator[Mapping[str, Any]]) -> Iterator[RawRow]:
         yield RawRow(number, json.dumps(row, ensure_ascii=False, default=str), row)
 
 
-def _read_hub(name: str, split: str) -> Iterator[RawRow]:
+def _read_hub(source: Source, split: str) -> Iterator[RawRow]:
     import datasets
 
+    name = source.name
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(source.address, split=split, revision=source.version or None)
     except datasets.exceptions.DatasetNotFoundError as error:
-        act = "check ORG/NAME, and log in with `hf auth login` if it is private"
+        act = "check ORG/NAME@REVISION, and log in with `hf auth login` if it is private"
         raise DataError(Problem("no such data set on the hub", f"hub:{name}", act=act)) from error
     except ValueError as error:
         act = "choose another one with --set data.hub_split=NAME"

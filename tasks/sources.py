@@ -1,18 +1,19 @@
-"""What `data.source` names on this machine, and a digest of each that is cheap enough to be a cache key."""
+"""What `data.source` names, and a digest of each that is cheap enough to be a cache key."""
 
 import difflib
 import glob
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib.machinery import PathFinder
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Final, Literal
 
 from data_contracts.data_spec import DataSpec
-from data_contracts.errors import Problem
+from data_contracts.errors import ConfigError, Problem
+from tasks import urls
 from tasks.stores import digest
 from tasks.text_files import data_suffix
 
@@ -25,8 +26,11 @@ class Source:
     """One file, hub data set or builder. `name` is unique in a run and holds no path of this machine."""
 
     name: str
-    kind: Literal["file", "hub", "builtin"]
-    address: str  # the file's path, ORG/NAME, or the builder's name
+    kind: Literal["file", "url", "hub", "builtin"]
+    address: str  # the file's path, here or in its store, ORG/NAME, or the builder's name
+    version: str = ""  # of a file at a URL: what its store says of its content; of a hub data set: the one asked for
+    entry: str = ""  # of a file at a URL: the entry that named it
+    place: str = ""  # of a file at a URL: host or bucket and folders
 
     @property
     def path(self) -> Path:
@@ -36,23 +40,29 @@ class Source:
 def find_sources(data: DataSpec) -> tuple[list[Source], list[Problem]]:
     """Every source sorted by name, so that the order in which they are listed means nothing, and all problems."""
     paths: dict[Path, None] = {}
+    remote: dict[str, Source] = {}
     found: list[Source] = []
     problems: list[Problem] = []
-    for entry in dict.fromkeys(data.source):
+    for entry in dict.fromkeys(item.removeprefix("file://") for item in data.source):
         scheme, _, rest = entry.partition(":")
         if scheme == "builtin":
             found += [Source(rest, "builtin", rest)] if rest in BUILTINS else []
             problems += [] if rest in BUILTINS else [_unknown_builtin(entry)]
         elif scheme == "hub":
-            found.append(Source(rest, "hub", rest))
+            name, _, version = rest.partition("@")
+            found.append(Source(rest, "hub", name, version))
+        elif urls.is_url(entry):
+            matched, wrong = _at_url(entry)
+            remote.update((f"{scheme}://{source.place}", source) for source in matched)
+            problems += wrong
         else:
             matches = _files(entry)
             paths.update(dict.fromkeys(path.resolve() for path in matches if data_suffix(path) in SUFFIXES))
             problems += _file_problems(entry, matches)
     if not data.source:
         problems.append(Problem("no source is given", "data.source", act="--set data.source='[\"rows.jsonl\"]'"))
-    found += [Source(name, "file", str(path)) for path, name in zip(paths, _short_names(list(paths)), strict=True)]
-    return sorted(found, key=lambda source: source.name), problems
+    found += [Source("", "file", str(path)) for path in paths]
+    return sorted(_named([*found, *remote.values()]), key=lambda source: source.name), problems
 
 
 def source_digests(data: DataSpec) -> dict[str, str]:
@@ -66,18 +76,20 @@ def source_digests(data: DataSpec) -> dict[str, str]:
 def _digest(source: Source, data: DataSpec) -> str:
     if source.kind == "file":
         return digest(source.path)
+    if source.kind == "url":
+        return source.version
     if source.kind == "hub":
-        return _hub_revision(source.address)
+        return _hub_revision(source)
     return hashlib.sha256("\n".join([sys.version, *map(_package_stamp, data.packages)]).encode()).hexdigest()
 
 
-def _hub_revision(name: str) -> str:
-    """The data set's commit now, or "unknown" without a network."""
+def _hub_revision(source: Source) -> str:
+    """The commit that its branch or tag is at now, or "unknown" without a network."""
     import httpx
     from huggingface_hub import HfApi
 
     try:
-        return HfApi().dataset_info(name, timeout=5).sha or "unknown"
+        return HfApi().dataset_info(source.address, revision=source.version or None, timeout=5).sha or "unknown"
     except (OSError, ValueError, httpx.HTTPError):
         return "unknown"
 
@@ -121,6 +133,20 @@ def _file_problems(entry: str, matches: list[Path]) -> Iterator[Problem]:
             )
 
 
+def _at_url(entry: str) -> tuple[list[Source], list[Problem]]:
+    try:
+        files = urls.find(entry)
+    except ConfigError as error:
+        return [], list(error.problems)
+    known = ", ".join(SUFFIXES)
+    readable = [file for file in files if data_suffix(PurePosixPath(file.place)) in SUFFIXES]
+    found = [Source("", "url", file.path, file.version, entry, file.place) for file in readable]
+    if found:
+        return found, []
+    what = f"of {len(files)} files there none has a known type" if files else "nothing is there"
+    return [], [Problem(what, urls.without_query(entry), known, "check the address")]
+
+
 def _nearby(folder: Path, name: str) -> str:
     if not folder.is_dir():
         return f"check the path: the folder {folder} does not exist"
@@ -137,7 +163,15 @@ def _unknown_builtin(entry: str) -> Problem:
     return Problem("no such built-in data set", entry, ", ".join(f"builtin:{name}" for name in BUILTINS))
 
 
-def _short_names(paths: list[Path]) -> list[str]:
+def _named(sources: list[Source]) -> list[Source]:
+    """Files get short names; the others have theirs."""
+    files = [source for source in sources if not source.name]
+    names = _short_names([PurePosixPath(source.place) if source.place else source.path for source in files])
+    named = [replace(source, name=name) for source, name in zip(files, names, strict=True)]
+    return [source for source in sources if source.name] + named
+
+
+def _short_names(paths: Sequence[PurePath]) -> list[str]:
     """For each path the shortest tail that no other path shares: `rows.jsonl`, or `a/rows.jsonl` and `b/rows.jsonl`."""
     taken: dict[str, int] = {}
     tails = [["/".join(path.parts[-n:]) for n in range(1, len(path.parts) + 1)] for path in paths]

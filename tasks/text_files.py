@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO, Final, TextIO, cast
 
 import pyarrow as pa
@@ -31,9 +31,9 @@ _MARKS: Final = (  # UTF-32 first: its mark begins with that of UTF-16
 )  # fmt: skip
 
 
-def data_suffix(path: Path) -> str:
+def data_suffix(path: PurePath) -> str:
     """The suffix that tells the format: `.csv` of `rows.csv.gz`."""
-    name = Path(path.stem) if path.suffix.lower() in PACKED else path
+    name = PurePath(path.stem) if path.suffix.lower() in PACKED else path
     return name.suffix.lower()
 
 

@@ -619,9 +619,17 @@ def test_a_hub_data_set_without_network_says_what_to_do(tmp_path: Path, monkeypa
         ingest(Store(tmp_path), DataSpec(source=["hub:org/name"]))
 
 
-def test_a_hub_data_set_is_read_like_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_data_set_is_read_like_a_file_at_the_revision_asked_for(tmp_path: Path, monkeypatch) -> None:
     import datasets
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list([GOOD, GOOD]))
+    asked: list[tuple[str, str | None]] = []
+
+    def load(name: str, revision: str | None, **_: object) -> datasets.Dataset:
+        asked.append((name, revision))
+        return datasets.Dataset.from_list([GOOD, GOOD])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
     snapshot = ingest(Store(tmp_path), DataSpec(source=["hub:org/name"]))
     assert (snapshot.rows_in, snapshot.sources[0].name) == (2, "org/name")
+    ingest(Store(tmp_path), DataSpec(source=["hub:org/name@v1"]))
+    assert set(asked) == {("org/name", None), ("org/name", "v1")}
