@@ -45,7 +45,7 @@ def in_store(flow_: Any, spec: RunSpec) -> Any:
 @flow(name="prepare-data", result_serializer="json")
 def prepare_data_flow(spec: RunSpec, force: bool = False) -> Any:
     """The data set and how each stage went."""
-    run = Stages(force)
+    run = Stages.of(spec, force)
     dataset = data_stages(run, spec)
     return run.end((dataset, run.done))
 
@@ -53,7 +53,7 @@ def prepare_data_flow(spec: RunSpec, force: bool = False) -> Any:
 @flow(name="retrain", result_serializer="json")
 def retrain_flow(spec: RunSpec, force: bool = False) -> Any:
     """The run's RunReport."""
-    run, store = Stages(force), Store(Path(spec.store.root))
+    run, store = Stages.of(spec, force), Store(Path(spec.store.root))
     dataset = data_stages(run, spec)
     base, arms = train_stages(run, spec, dataset)
 
