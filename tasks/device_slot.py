@@ -34,7 +34,7 @@ def device_slot(what: str) -> Iterator[None]:
         return
     if not _any_free():
         holder = Variable.get(_HOLDER, default="another run")
-        line = f"  waiting for {LIMIT}, held by {holder}"
+        line = f"  waiting for {LIMIT}, held by {holder}; if that was killed, it is free within 3 minutes"
         Console(stderr=True).print(line, style="dim", markup=False, soft_wrap=True)
     with concurrency(
         LIMIT,

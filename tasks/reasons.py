@@ -54,8 +54,10 @@ class Reasons:
         last = self._last(label)
         if last is None:
             return FIRST
-        told = _differences(last, parts_of(stage, arguments))
-        told = [f"{line}{self._new_rows(arguments)}" if line == "data changed" else line for line in told]
+        told = _differences(last["parts"], parts_of(stage, arguments))
+        data = _data(arguments)
+        if data and data.snapshot_id != last["snapshot"]:
+            told = [line + self._new_rows(data) if line == "data changed" else line for line in told]
         return _listed(told) or GONE
 
     def keep(self, stage: str, label: str, arguments: dict[str, Any]) -> None:
@@ -63,10 +65,12 @@ class Reasons:
         file = self._file(label)
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_suffix(".draft")
-        draft.write_text(json.dumps(parts_of(stage, arguments), indent=0))
+        data = _data(arguments)
+        made_of = {"snapshot": data.snapshot_id if data else None, "parts": parts_of(stage, arguments)}
+        draft.write_text(json.dumps(made_of, indent=0))
         draft.replace(file)
 
-    def _last(self, label: str) -> Parts | None:
+    def _last(self, label: str) -> dict[str, Any] | None:
         with suppress(OSError, ValueError):
             return dict(json.loads(self._file(label).read_text()))
         return None
@@ -75,12 +79,13 @@ class Reasons:
         names = (quote(name, safe=" ") for name in (self.model, self.flow, f"{label}.json"))
         return self.store.files.joinpath("keys", *names)
 
-    def _new_rows(self, arguments: dict[str, Any]) -> str:
-        data = next((value for value in arguments.values() if isinstance(value, CheckedRows)), None)
-        new = data and ledger.new_rows(self.store, self.model, data.snapshot_id)
-        if data is None or new is None:
-            return ""
-        return f": {new:,} new {'row' if new == 1 else 'rows'} of {data.rows_in:,}"
+    def _new_rows(self, data: CheckedRows) -> str:
+        new = ledger.new_rows(self.store, self.model, data.snapshot_id)
+        return "" if new is None else f": {new:,} new {'row' if new == 1 else 'rows'} of {data.rows_in:,}"
+
+
+def _data(arguments: dict[str, Any]) -> CheckedRows | None:
+    return next((value for value in arguments.values() if isinstance(value, CheckedRows)), None)
 
 
 def parts_of(stage: str, arguments: dict[str, Any]) -> Parts:
