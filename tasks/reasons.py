@@ -143,7 +143,7 @@ def _digest(value: Any) -> str:
 
 def _differences(last: Parts, now: Parts) -> list[str]:
     """One line for each: dials first, then what earlier stages made, code, libraries."""
-    changed = sorted(name for name in last.keys() | now.keys() if last.get(name) != now.get(name))
+    changed = sorted((name for name in last.keys() | now.keys() if last.get(name) != now.get(name)), key=str.casefold)
     kinds: dict[str, list[str]] = {"": [], "made": [], "code": [], "version": []}
     for name in changed:
         kind, _, rest = name.partition(" ")

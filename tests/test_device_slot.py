@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 from prefect import flow
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, GlobalConcurrencyLimitUpdate
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from tasks.device_slot import LIMIT, device_slot
+from tasks.device_slot import LIMIT, _any_free, device_slot
 from tasks.policies import POLICIES
 
 RUN = """
@@ -97,6 +97,22 @@ def test_two_runs_share_the_device_one_after_the_other(no_limit, prefect, tmp_pa
     assert all(before[1] <= after[0] for before, after in pairwise(spans)), spans
     limit = no_limit.read_global_concurrency_limit_by_name(LIMIT)
     assert (limit.limit, limit.active_slots) == (1, 0)
+
+
+def test_a_limit_that_another_run_makes_at_the_same_moment_is_taken_as_it_is(no_limit, monkeypatch):
+    read = SyncPrefectClient.read_global_concurrency_limit_by_name
+
+    def read_too_early(client: SyncPrefectClient, name: str) -> object:
+        try:
+            return read(client, name)
+        except ObjectNotFound:
+            client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=3))
+            raise
+
+    monkeypatch.setattr(SyncPrefectClient, "read_global_concurrency_limit_by_name", read_too_early)
+    assert _any_free()
+    monkeypatch.undo()
+    assert no_limit.read_global_concurrency_limit_by_name(LIMIT).limit == 3
 
 
 def test_a_limit_that_somebody_has_raised_stays_so(no_limit, prefect):
