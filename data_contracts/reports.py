@@ -198,6 +198,7 @@ class Stage(Report):
     name: str
     status: Literal["ran", "cached", "skipped"]
     seconds: float
+    why: str = ""  # it ran or was skipped
 
 
 class Look(Report):

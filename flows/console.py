@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from data_contracts.errors import Problem, TunegateError
+from data_contracts.failures import explained, without_secrets
 
 if TYPE_CHECKING:  # rich takes 0.1 s to import, which `--help` need not wait for
     from psutil import Process
@@ -95,11 +96,19 @@ def fail(error: TunegateError, stream: TextIO, as_json: bool) -> int:
 
 
 def fail_unexpectedly(error: Exception, args: list[str], stream: TextIO, as_json: bool) -> int:
-    """A bug or a broken library: one line, and the traceback in a file (or on stderr with TUNEGATE_DEBUG=1)."""
-    what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    text = "".join(traceback.format_exception(error))
-    if os.environ.get("TUNEGATE_DEBUG") == "1":
+    """A known cause as one of our errors. Else a bug or a broken library: one line, and the traceback in a file.
+
+    TUNEGATE_DEBUG=1 prints every traceback on stderr instead.
+    """
+    known = explained(error, _store_root(args))
+    what = without_secrets(f"{type(error).__name__}: {error}".strip().splitlines()[0])
+    text = without_secrets("".join(traceback.format_exception(error)))
+    debug = os.environ.get("TUNEGATE_DEBUG") == "1"
+    if debug:
         sys.stderr.write(text)
+    if known:
+        return fail(known, stream, as_json)
+    if debug:
         act = "the traceback is above"
     else:
         act = f"the traceback is in {_write_log(text, _store_root(args))}; TUNEGATE_DEBUG=1 prints it"

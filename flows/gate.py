@@ -32,7 +32,7 @@ def gate(spec: RunSpec, model_uri: str, baseline_uri: str | None = None) -> Deci
 @flow(name="gate", result_serializer="json")
 def gate_flow(spec: RunSpec, model_uri: str, baseline_uri: str | None = None) -> Decision:
     """Score the version, the untuned base and the baseline on the spec's frozen items, and judge."""
-    run, store = Stages(), Store(Path(spec.store.root))
+    run, store = Stages.of(spec, flow="gate"), Store(Path(spec.store.root))
     version = registry.resolve(spec.store, model_uri)
     rival = rival_of(spec.store, version, baseline_uri)
     dataset = data_stages(run, spec)

@@ -51,7 +51,7 @@ def in_store(flow_: Any, spec: RunSpec) -> Any:
 @flow(name="prepare-data", result_serializer="json")
 def prepare_data_flow(spec: RunSpec, force: bool = False) -> Any:
     """The data set and how each stage went."""
-    run = Stages(force)
+    run = Stages.of(spec, force)
     dataset = data_stages(run, spec)
     return run.end((dataset, run.done))
 
@@ -68,7 +68,7 @@ def retrain_flow(spec: RunSpec, force: bool = False, reason: str = BY_HAND) -> A
             return Completed(name="Skipped", message=f"at work already: {own.other or 'another run'}", data=None)
         if own.other:
             bury(own.other)
-        return chain(Stages(force), spec, reason)
+        return chain(Stages.of(spec, force), spec, reason)
 
 
 def chain(run: Stages, spec: RunSpec, reason: str) -> Any:

@@ -1,14 +1,26 @@
-"""Run the stages of a flow one after the other, tell each one's end, and remember how it went."""
+"""Run the stages of a flow one after the other, tell each one's end and why it ran, and remember how it went."""
 
+import inspect
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from prefect.logging import get_run_logger
+from prefect.results import get_result_store
 from prefect.states import Completed
+from rich.text import Text
 
+from data_contracts.failures import explained
 from data_contracts.reports import Stage
+from data_contracts.run_spec import RunSpec
 from flows.console import page
+from tasks.device_slot import device_slot
+from tasks.policies import POLICIES, stage_key
+from tasks.reasons import FORCED, Reasons
+from tasks.stores import Store
 
 _COLOURS = {"ran": "green", "cached": "cyan", "skipped": "yellow", "failed": "red"}
 
@@ -17,19 +29,30 @@ _COLOURS = {"ran": "green", "cached": "cyan", "skipped": "yellow", "failed": "re
 class Stages:
     """force: run every stage again, whatever the cache holds."""
 
+    reasons: Reasons
     force: bool = False
     done: list[Stage] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, spec: RunSpec, force: bool = False, flow: str = "retrain") -> "Stages":
+        """flow: what its stages are compared with; the data stages of a retrain are the same alone."""
+        return cls(Reasons(Store(Path(spec.store.root)), spec.model.name, flow), force)
+
     def run(self, task: Any, *args: Any, label: str | None = None) -> Any:
         """Run one Prefect task and return its result; what it raised is raised here."""
-        started = time.monotonic()
         name = label or task.name
-        state = task.with_options(refresh_cache=self.force, task_run_name=name)(*args, return_state=True)
+        arguments = inspect.signature(task.fn).bind(*args).arguments
+        with self._device(task.name, name, arguments):
+            started = time.monotonic()
+            state = task.with_options(refresh_cache=self.force, task_run_name=name)(*args, return_state=True)
+        seconds = time.monotonic() - started
         if state.is_failed() or state.is_crashed():
-            self._tell("failed", name, time.monotonic() - started)
-            state.result(raise_on_failure=False).add_note(f"in stage {name}")
-        result = state.result()
-        self._note(name, "cached" if state.name == "Cached" else "ran", time.monotonic() - started)
+            self._tell("failed", name, seconds)
+        result = _result(state, name)
+        status = "cached" if state.name == "Cached" else "ran"
+        why = "" if status == "cached" else FORCED if self.force else self.reasons.why(task.name, name, arguments)
+        self.reasons.keep(task.name, name, arguments)
+        self._note(name, status, seconds, why)
         return result
 
     def skip(self, name: str, why: str) -> None:
@@ -41,14 +64,34 @@ class Stages:
             return result
         return Completed(name="Skipped", message="nothing new: every stage was done before", data=result)
 
+    def _device(self, stage: str, name: str, arguments: dict[str, Any]) -> AbstractContextManager[None]:
+        """A slot of the device, if this stage needs one. Taken out here, so that waiting costs a stage none of its time."""
+        if not POLICIES[stage].device:
+            return nullcontext()
+        cached = not self.force and get_result_store().exists(stage_key(stage, arguments))
+        return nullcontext() if cached else device_slot(name)
+
     def _note(self, name: str, status: Any, seconds: float, why: str = "") -> None:
-        self.done.append(Stage(name=name, status=status, seconds=round(seconds, 3)))
+        self.done.append(Stage(name=name, status=status, seconds=round(seconds, 3), why=why))
         self._tell(status, name, seconds, why)
 
     def _tell(self, status: str, name: str, seconds: float, why: str = "") -> None:
         colour = _COLOURS[status]
-        line = f"[{colour}]{status:>7}[/{colour}]  {name:<16} {seconds:7.1f} s  {why}"
-        page(sys.stderr).print(line.rstrip())
+        console = page(sys.stderr)
+        line = Text.assemble((f"{status:>7}", colour), f"  {name:<16} {seconds:7.1f} s  {why}".rstrip())
+        console.print(line, soft_wrap=True)
+        get_run_logger().info("%s: %s%s", name, status, f", {why}" if why else "")
+
+
+def _result(state: Any, name: str) -> Any:
+    try:
+        return state.result()
+    except Exception as error:
+        known = explained(error) or error  # a stage out of time ends outside of its own function
+        known.add_note(f"in stage {name}")
+        if known is error:
+            raise
+        raise known from error
 
 
 def tell(line: str) -> None:

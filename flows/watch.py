@@ -40,7 +40,7 @@ def watch_flow(spec: RunSpec) -> Any:
     if changing := fresh.still_changing(spec.data, spec.schedule.quiet_seconds):
         return _skipped(Watched(due=False, why=changing, look=None))
     store = Store(Path(spec.store.root))
-    snapshot = ingested(Stages(), store, spec)
+    snapshot = ingested(Stages.of(spec), store, spec)
     age = rivals.champion_days(spec.store, spec.model.name)
     look, due, why = fresh.decide(store, spec, snapshot, age)
     if not due:

@@ -8,25 +8,30 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parent.parent
 _OURS = ("tasks", "data_contracts", "flows")
+# What a failure is called, and whether it is tried again, shapes no result.
+_WITHOUT_RESULT = frozenset({"data_contracts.errors", "data_contracts.failures"})
+
+
+def code_digest(modules: tuple[str, ...]) -> str:
+    """Hex sha256 over the named modules and everything of ours that they import, directly or not."""
+    lines = (f"{name} {digest}" for name, digest in sorted(code_digests(modules).items()))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 @cache
-def code_digest(modules: tuple[str, ...]) -> str:
-    """Hex sha256 over the named modules and everything of ours that they import, directly or not.
-
-    Taken over the syntax tree, so a comment or a blank line changes nothing.
-    """
+def code_digests(modules: tuple[str, ...]) -> dict[str, str]:
+    """The same module by module. Taken over the syntax tree, so a comment or a blank line changes nothing."""
     found: dict[str, str] = {}
     waiting = list(modules)
     while waiting:
         name = waiting.pop()
         file = _file(name)
-        if name in found or file is None:
+        if name in found or name in _WITHOUT_RESULT or file is None:
             continue
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        found[name] = ast.dump(tree)
+        found[name] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()
         waiting += _imports(tree)
-    return hashlib.sha256("\n".join(f"{name} {found[name]}" for name in sorted(found)).encode()).hexdigest()
+    return found
 
 
 def library_versions(names: tuple[str, ...]) -> dict[str, str]:

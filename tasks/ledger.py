@@ -14,7 +14,8 @@ from typing import Final, Literal, NamedTuple, cast
 from filelock import FileLock, Timeout
 
 from data_contracts.data_reports import FileRef
-from data_contracts.errors import Problem, StoreError
+from data_contracts.errors import Problem, StoreError, TransientError
+from data_contracts.failures import may_pass
 from data_contracts.records import Message, as_json, from_json
 from tasks.core.split import Known, Split
 from tasks.stores import Store
@@ -148,6 +149,14 @@ def record(
     return new
 
 
+def new_rows(store: Store, scope: str, snapshot_id: str) -> int | None:
+    """How many rows of a snapshot were never seen before it; None before it was split."""
+    query = "SELECT new_rows FROM batches WHERE scope = ? AND snapshot_id = ?"
+    with connection(store) as database:
+        found = database.execute(query, (scope, snapshot_id)).fetchone()
+    return None if found is None else int(found[0])
+
+
 def batch_before(store: Store, scope: str, snapshot_id: str) -> tuple[str, FileRef] | None:
     """Snapshot id and profile of the newest batch older than this one, or of the newest of all if this one is new."""
     query = "SELECT snapshot_id, profile_path, profile_sha256, at FROM batches WHERE scope = ? ORDER BY at"
@@ -189,4 +198,5 @@ def connection(store: Store, tables: str = "") -> Iterator[sqlite3.Connection]:
             yield database
     except sqlite3.Error as error:
         act = "check that the disk has room and that no other program holds the file"
-        raise StoreError(Problem(f"the row ledger failed: {error}", str(store.ledger), act=act)) from error
+        kind = TransientError if may_pass(error) else StoreError
+        raise kind(Problem(f"the row ledger failed: {error}", str(store.ledger), act=act)) from error

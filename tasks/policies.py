@@ -1,5 +1,7 @@
 """Every retry, timeout and cache policy of the project, on one screen.
 
+Which errors are tried again says data_contracts/failures.py.
+
 A stage's cache key is its name, its arguments (the configuration it uses and the digests of its inputs), the code of the
 modules it uses and the versions of the libraries that shape its result. It holds no run id and no path.
 """
@@ -14,22 +16,23 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.context import TaskRunContext
-from prefect.tasks import exponential_backoff
 from pydantic import BaseModel
 
 from data_contracts.data_reports import FileRef
-from data_contracts.errors import TransientError
+from data_contracts.failures import may_pass
 from data_contracts.reports import AdapterRef, BaseModelRef
+from tasks.attempts import explaining
 from tasks.check_part import LIBRARIES
 from tasks.fingerprint import code_digest, library_versions
 from tasks.notify import work_begins
 from tasks.stores import Store
 
-_RETRIES, _FIRST_DELAY_SECONDS = 3, 2
+# Three more tries, each wait up to half as long again: a server that restarts within a minute is back in time.
+_DELAYS_SECONDS, _JITTER = (2.0, 15.0, 60.0), 0.5
 _HOURS = 3600
 
 # Dials that change how a result is reached, not what it is.
-_NOT_IDENTITY = frozenset(
+NOT_IDENTITY = frozenset(
     {
         "store",
         "methods",
@@ -54,6 +57,7 @@ class Policy:
     code: tuple[str, ...]  # modules whose code, with what they import of ours, is part of the key
     libraries: tuple[str, ...] = ()
     timeout_seconds: float = 1 * _HOURS
+    device: bool = False  # it fills the GPU, or the cores: one such stage at a time (tasks/device_slot.py)
 
 
 POLICIES = {
@@ -62,50 +66,53 @@ POLICIES = {
     "benchmarks": Policy(("tasks.workers.benchmark_items",), ("lm-eval",)),
     "curate": Policy(("tasks.curate",), ("rensa",)),
     "prepare_base": Policy(("tasks.workers.prepare_base",), ("transformers",), 6 * _HOURS),
-    "init_adapter": Policy(("tasks.workers.init_adapter",), ("torch", "peft")),
+    "init_adapter": Policy(("tasks.workers.init_adapter",), ("torch", "peft"), device=True),
     "choose_start": Policy(("tasks.warm_start",)),
     "check_tasks": Policy(("tasks.workers.evaluate_models",), ("lm-eval",)),
-    "train": Policy(("tasks.train", "tasks.workers.train_adapter"), _MODEL_LIBRARIES, 7 * 24 * _HOURS),
+    "train": Policy(("tasks.train", "tasks.workers.train_adapter"), _MODEL_LIBRARIES, 7 * 24 * _HOURS, True),
     "evaluate": Policy(
-        ("tasks.evaluate", "tasks.workers.evaluate_models"), (*_MODEL_LIBRARIES, "lm-eval", "rouge-score"), 24 * _HOURS
+        ("tasks.evaluate", "tasks.workers.evaluate_models"),
+        (*_MODEL_LIBRARIES, "lm-eval", "rouge-score"),
+        24 * _HOURS,
+        True,
     ),
     "compare": Policy(("tasks.compare",), ("scipy", "numpy")),
     "serve_alone": Policy(
-        ("tasks.evaluate", "tasks.workers.evaluate_models"), (*_MODEL_LIBRARIES, "lm-eval"), 2 * _HOURS
+        ("tasks.evaluate", "tasks.workers.evaluate_models"), (*_MODEL_LIBRARIES, "lm-eval"), 2 * _HOURS, True
     ),
     "gate": Policy(("tasks.core.gates",), ("scipy",)),
     "record": Policy(("tasks.tracking",), ("mlflow",)),
     "register": Policy(("tasks.registry", "tasks.workers.served_model"), ("mlflow",)),
-    "load_back": Policy(("tasks.workers.ask_model",), ("mlflow", *_MODEL_LIBRARIES)),
+    "load_back": Policy(("tasks.workers.ask_model",), ("mlflow", *_MODEL_LIBRARIES), device=True),
     "promote": Policy(("tasks.promotion",)),
     "report": Policy(("tasks.report",), ("matplotlib",)),
 }
 
 
 def stage(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Make a function the Prefect task of a stage: cached by content, retried only if the error may pass."""
+    """Make a function the Prefect task of a stage: cached by content, tried again only if the error may pass."""
     policy = POLICIES[name]
-
-    def make(function: Callable[..., Any]) -> Any:
-        @wraps(function)
-        def work(*args: Any, **kwargs: Any) -> Any:
-            work_begins()  # not called where the cache has the result
-            return function(*args, **kwargs)
-
-        return made(work)
-
-    made = task(
+    as_task = task(
         name=name,
         persist_result=True,
         result_serializer="json",  # never pickle
         cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda _, arguments: stage_key(name, arguments)),
-        retries=_RETRIES,
-        retry_delay_seconds=exponential_backoff(_FIRST_DELAY_SECONDS),
-        retry_jitter_factor=0.5,
-        retry_condition_fn=_may_pass(),
+        retries=len(_DELAYS_SECONDS),
+        retry_delay_seconds=list(_DELAYS_SECONDS),
+        retry_jitter_factor=_JITTER,
+        retry_condition_fn=_again(),
         timeout_seconds=policy.timeout_seconds,
     )
-    return make
+    return lambda function: as_task(explaining(_announced(function)))
+
+
+def _announced(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def work(*args: Any, **kwargs: Any) -> Any:
+        work_begins()  # not called where the cache has the result
+        return function(*args, **kwargs)
+
+    return work
 
 
 def is_forced() -> bool:
@@ -118,35 +125,34 @@ def stage_key(name: str, arguments: dict[str, Any]) -> str:
     """Content key of a stage: hex sha256, led by the stage's name for whoever looks into the folder."""
     policy = POLICIES[name]
     parts = {
-        "arguments": _plain(arguments),
+        "arguments": plain(arguments),
         "code": code_digest(policy.code),
         "libraries": library_versions(policy.libraries),
     }
     return f"{name}-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Arguments as JSON; files, adapters and bases by their content, wherever they lie."""
     if isinstance(value, FileRef | AdapterRef):
         return value.sha256
     if isinstance(value, BaseModelRef):
         return value.digest
     if isinstance(value, BaseModel):
-        return _plain(dict(value))
+        return plain(dict(value))
     if isinstance(value, dict):
-        items = {str(key): _plain(item) for key, item in value.items() if key not in _NOT_IDENTITY}
+        items = {str(key): plain(item) for key, item in value.items() if key not in NOT_IDENTITY}
         return items
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Store):
         raise TypeError("a store is a place, not an input: name its argument `store`")
     return value
 
 
-def _may_pass() -> Callable[[Any, Any, Any], bool]:
+def _again() -> Callable[[Any, Any, Any], bool]:
     # Prefect calls only plain functions here: a partial, a method or a callable object silently never retries.
     def condition(task: Any, task_run: Any, state: Any) -> bool:
-        error = state.result(raise_on_failure=False)
-        return isinstance(error, TransientError | ConnectionError) or "database is locked" in str(error)
+        return may_pass(state.result(raise_on_failure=False))
 
     return condition

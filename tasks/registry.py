@@ -196,6 +196,8 @@ def resolve(store: StoreSpec, uri: str, option: str = "--model") -> Registered:
     try:
         found = client.get_model_version_by_alias(name, label) if at == "@" else client.get_model_version(name, label)
     except MlflowException as error:
+        if error.get_http_status_code() not in (400, 404):
+            raise  # a server that is away says nothing about what it has
         raise ConfigError(Problem(f"the registry has no {uri}", option, act=offer(client, name))) from error
     return _registered(client, found)
 

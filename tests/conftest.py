@@ -7,6 +7,7 @@ Prefect server. The `gpu` tests skip without a CUDA device and fail there if REQ
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,22 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 os.environ["COLUMNS"] = "120"  # tables break lines alike, whatever the terminal
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # files side by side: a second thread would spin on a busy core
+
+
+@pytest.fixture(scope="session")
+def prefect(tmp_path_factory) -> Iterator[str]:
+    """One real Prefect server for every test that runs a flow in this process; its address."""
+    from prefect import settings
+    from prefect.testing.utilities import prefect_test_harness
+
+    quiet = {
+        settings.PREFECT_HOME: tmp_path_factory.mktemp("prefect"),
+        settings.PREFECT_SERVER_ANALYTICS_ENABLED: False,
+        settings.PREFECT_LOGGING_LEVEL: "CRITICAL",
+        settings.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,  # ending its thread takes each flow a second
+    }
+    with settings.temporary_settings(quiet), prefect_test_harness(server_startup_timeout=120):
+        yield str(settings.PREFECT_API_URL.value())
 
 
 LORA = {"kind": "lora", "use_rslora": False, "use_dora": False, "init": "default"}

@@ -1,8 +1,9 @@
 """How every worker runs: `python -m tasks.workers.NAME spec.json out/`.
 
 It reads its spec, keeps other workers out of `out/`, says how far it is as JSON lines on stdout, and ends with
-`out/report.json` (complete or absent). A wrong input ends with exit code 2 and `out/error.json`. Where several ranks do
-one worker's work, the first speaks, locks and reports; an error is told by whichever has it first.
+`out/report.json` (complete or absent). What fails with a known cause (ours, or in the table of data_contracts/failures.py)
+ends with its exit code and `out/error.json`. Where several ranks do one worker's work, the first speaks, locks and reports;
+an error is told by whichever has it first.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -20,6 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from data_contracts.errors import Problem, TransientError, TunegateError
+from data_contracts.failures import explained, without_secrets
 
 _LOCK_SECONDS = 60.0
 
@@ -59,7 +62,7 @@ def main(work: Work) -> None:
 
 
 def run(work: Work, spec_file: Path, out: Path) -> None:
-    """Do the work of a spec file. An error that is ours is left in `out` and raised."""
+    """Do the work of a spec file. An error with a known cause is left in `out` and raised as one of ours."""
     out.mkdir(parents=True, exist_ok=True)
     if "RANK" not in os.environ:
         (out / "error.json").unlink(missing_ok=True)
@@ -78,6 +81,13 @@ def run(work: Work, spec_file: Path, out: Path) -> None:
     except TunegateError as error:
         write_error(out, error)
         raise
+    except Exception as error:
+        known = explained(error, out)
+        if known is None:
+            raise
+        sys.stderr.write(without_secrets(traceback.format_exc()))  # into the worker's log
+        write_error(out, known)
+        raise known from None
 
 
 def write_error(out: Path, error: TunegateError) -> None:

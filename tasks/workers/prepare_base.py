@@ -25,7 +25,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from data_contracts.errors import ConfigError, Problem
+from data_contracts.errors import ConfigError, Problem, TransientError, TunegateError
+from data_contracts.failures import may_pass
 from tasks.workers.chat import PLAIN_TEMPLATE, load_chat
 from tasks.workers.harness import main, say
 
@@ -111,11 +112,13 @@ def _download(base: str, revision: str | None) -> dict[str, Any]:
     try:
         folder = Path(snapshot_download(base, revision=revision, allow_patterns=_HUB_FILES))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise _no_base(base, f"the hub does not have it (revision {revision or 'newest'})", "check the id") from error
+        act = "check the id; if it is private or gated, log in with `hf auth login` or set HF_TOKEN"
+        raise _no_base(base, f"the hub does not give it (revision {revision or 'newest'})", act) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise _no_base(
             base, "it is neither a folder nor in the local hub cache, and the hub cannot be reached",
             "go online once, give a folder, or use model.base=builtin:smollm2-135m",
+            TransientError if may_pass(error) else ConfigError,
         ) from error  # fmt: skip
     return {"path": str(_check_files(folder)), "note": "weights as stored", "revision": folder.name}
 
@@ -128,8 +131,8 @@ def _check_files(folder: Path) -> Path:
     return folder.resolve()
 
 
-def _no_base(base: str, what: str, act: str) -> ConfigError:
-    return ConfigError(Problem(f"{base}: {what}", "model.base", act=act))
+def _no_base(base: str, what: str, act: str, kind: type[TunegateError] = ConfigError) -> TunegateError:
+    return kind(Problem(f"{base}: {what}", "model.base", act=act))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""One run at a time on a device that several share: a slot of Prefect's global concurrency limit `tunegate-device`.
+
+Only with a Prefect server that others use too; a run that starts a server of its own has nobody to share with. The limit is
+1; raise it for a machine with several devices: `prefect gcl update tunegate-device --limit 2`.
+"""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from typing import Final
+from uuid import UUID
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.client.schemas.objects import ConcurrencyLeaseHolder
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
+from prefect.variables import Variable
+from rich.console import Console
+
+LIMIT: Final = "tunegate-device"
+_HOLDER: Final = "tunegate_device"  # a Prefect variable: who took the last slot, for whoever waits
+_LEASE_SECONDS: Final = 120.0  # renewed after three quarters of it; the slot of a killed holder is free after it
+
+
+@contextmanager
+def device_slot(what: str) -> Iterator[None]:
+    """Hold a slot while the block runs; wait for one as long as it takes, and say so once."""
+    if not PREFECT_API_URL.value():
+        yield
+        return
+    if not _any_free():
+        holder = Variable.get(_HOLDER, default="another run")
+        line = f"  waiting for {LIMIT}, held by {holder}; if that was killed, it is free within 3 minutes"
+        Console(stderr=True).print(line, style="dim", markup=False, soft_wrap=True)
+    with concurrency(
+        LIMIT,
+        occupy=1,
+        strict=True,  # a missing limit is an error, not no limit at all
+        lease_duration=_LEASE_SECONDS,
+        holder=ConcurrencyLeaseHolder(type="flow_run", id=UUID(flow_run.id)),
+        raise_on_lease_renewal_failure=False,  # hours of training are worth more than a slot
+    ):
+        place = f"{socket.gethostname()}, since {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+        Variable.set(_HOLDER, f"{flow_run.name} ({what}, on {place})", overwrite=True)
+        yield
+
+
+def _any_free() -> bool:
+    """Whether a slot is free now. The limit exists from here on; one that somebody has raised stays so."""
+    with get_client(sync_client=True) as client:
+        try:
+            limit = client.read_global_concurrency_limit_by_name(LIMIT)
+        except ObjectNotFound:
+            with suppress(ObjectAlreadyExists):  # another run was faster
+                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=1))
+            return True
+    return limit.active_slots < limit.limit

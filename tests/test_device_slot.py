@@ -1,0 +1,140 @@
+"""Two runs on one Prefect server never hold the device at once, and the one that waits says so.
+
+Run: pytest tests/test_device_slot.py
+"""
+
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, GlobalConcurrencyLimitUpdate
+from prefect.exceptions import ObjectNotFound
+from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from tasks.device_slot import LIMIT, _any_free, device_slot
+from tasks.policies import POLICIES
+
+RUN = """
+import sys, time
+from pathlib import Path
+from prefect import flow
+from flows.stages import Stages
+from tasks.policies import stage
+from tasks.reasons import Reasons
+from tasks.stores import Store
+
+def work(store, seconds: float) -> str:
+    began = time.time()
+    Path(sys.argv[1], "begun").touch()
+    time.sleep(seconds)
+    return f"{began} {time.time()}"
+
+task = stage("train")(work)
+
+@flow(result_storage=Path(sys.argv[1]))
+def run(seconds: float) -> str:
+    store = Store(Path(sys.argv[1]))
+    return Stages(Reasons(store, "m", "t")).run(task, store, seconds, label="train lora")
+
+print(run(1.0))
+print(run(1.0))  # cached: it asks for no slot
+"""
+
+
+def start(place: Path, server: str) -> "subprocess.Popen[str]":
+    place.mkdir()
+    environment = os.environ | {
+        "PREFECT_API_URL": server,
+        "PREFECT_HOME": str(place / "home"),
+        "PYTHONPATH": os.getcwd(),
+    }
+    environment |= {"PREFECT_LOGGING_LEVEL": "CRITICAL", "HOME": str(place)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, str(place)], env=environment, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+@pytest.fixture
+def no_limit(prefect):
+    """A server on which nobody has made the limit yet."""
+    with get_client(sync_client=True) as client:
+        with suppress(ObjectNotFound):
+            client.delete_global_concurrency_limit_by_name(LIMIT)
+        yield client
+
+
+def test_a_run_waits_for_the_device_says_so_once_and_gives_it_back(no_limit, prefect, tmp_path):
+    @flow
+    def hold() -> "subprocess.Popen[str]":
+        with device_slot("train qlora"):
+            waiting = start(tmp_path / "waiting", prefect)
+            line = waiting.stderr.readline()
+            assert f"waiting for {LIMIT}, held by {flow_run.name} (train qlora, on " in line
+            assert not (tmp_path / "waiting" / "begun").exists()
+            return waiting
+
+    out, err = (waiting := hold()).communicate(timeout=120)
+    assert waiting.returncode == 0, err
+    assert "waiting" not in err
+    assert len(set(out.splitlines())) == 1
+    assert no_limit.read_global_concurrency_limit_by_name(LIMIT).active_slots == 0
+
+
+@pytest.mark.slow
+def test_two_runs_share_the_device_one_after_the_other(no_limit, prefect, tmp_path):
+    runs = [start(tmp_path / name, prefect) for name in ("a", "b")]
+    told = [run.communicate(timeout=120) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], told
+    spans = sorted(tuple(map(float, out.splitlines()[0].split())) for out, _ in told)
+    assert all(before[1] <= after[0] for before, after in pairwise(spans)), spans
+    limit = no_limit.read_global_concurrency_limit_by_name(LIMIT)
+    assert (limit.limit, limit.active_slots) == (1, 0)
+
+
+def test_a_limit_that_another_run_makes_at_the_same_moment_is_taken_as_it_is(no_limit, monkeypatch):
+    read = SyncPrefectClient.read_global_concurrency_limit_by_name
+
+    def read_too_early(client: SyncPrefectClient, name: str) -> object:
+        try:
+            return read(client, name)
+        except ObjectNotFound:
+            client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=3))
+            raise
+
+    monkeypatch.setattr(SyncPrefectClient, "read_global_concurrency_limit_by_name", read_too_early)
+    assert _any_free()
+    monkeypatch.undo()
+    assert no_limit.read_global_concurrency_limit_by_name(LIMIT).limit == 3
+
+
+def test_a_limit_that_somebody_has_raised_stays_so(no_limit, prefect):
+    @flow
+    def hold() -> tuple[int, int]:
+        with device_slot("first"):
+            no_limit.update_global_concurrency_limit(LIMIT, GlobalConcurrencyLimitUpdate(limit=2))
+            with device_slot("second"):
+                limit = no_limit.read_global_concurrency_limit_by_name(LIMIT)
+                return limit.limit, limit.active_slots
+
+    assert hold() == (2, 2)
+
+
+def test_who_has_no_server_has_nobody_to_share_with(no_limit):
+    with temporary_settings({PREFECT_API_URL: None}), device_slot("alone"):
+        pass
+    with pytest.raises(ObjectNotFound):
+        no_limit.read_global_concurrency_limit_by_name(LIMIT)
+
+
+def test_the_stages_that_load_a_model_onto_the_device_take_a_slot():
+    assert {name for name, policy in POLICIES.items() if policy.device} == {
+        "init_adapter", "train", "evaluate", "serve_alone", "load_back",
+    }  # fmt: skip
