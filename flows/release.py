@@ -4,15 +4,16 @@ from prefect import flow
 
 from data_contracts.reports import ModelVersion
 from data_contracts.run_spec import StoreSpec
+from flows.runs_left import hold
 from tasks import promotion, registry
 
 
-@flow(name="promote")
+@flow(name="promote", on_running=[hold])
 def promote_flow(store: StoreSpec, name: str, version: str | None, override: bool, reason: str) -> ModelVersion:
     return promotion.promote_version(store, name, version, override, reason)
 
 
-@flow(name="rollback")
+@flow(name="rollback", on_running=[hold])
 def rollback_flow(store: StoreSpec, name: str) -> ModelVersion:
     return promotion.rollback_version(store, name)
 

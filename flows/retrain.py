@@ -12,8 +12,9 @@ from data_contracts.reports import AdapterRef, BaseModelRef, EvalReport, EvalTar
 from data_contracts.rules import Reason, action_of
 from data_contracts.run_spec import DOMAIN_TASKS, Form, RunSpec
 from data_contracts.verdict import Served
-from flows.runs_left import bury
-from flows.stages import Stages, tell
+from flows.console import tell
+from flows.runs_left import bury, hold
+from flows.stages import Stages
 from tasks import ledger, registry, stages, watermark
 from tasks.arms import Arm, arms_of, candidate_arm
 from tasks.base import base_identity, start_dials
@@ -47,7 +48,7 @@ def in_store(flow_: Any, spec: RunSpec) -> Any:
     return flow_.with_options(result_storage=results)
 
 
-@flow(name="prepare-data", result_serializer="json")
+@flow(name="prepare-data", result_serializer="json", on_running=[hold])
 def prepare_data_flow(spec: RunSpec, force: bool = False) -> Any:
     """The data set and how each stage went."""
     run = Stages(force)
@@ -55,7 +56,7 @@ def prepare_data_flow(spec: RunSpec, force: bool = False) -> Any:
     return run.end((dataset, run.done))
 
 
-@flow(name="retrain", result_serializer="json")
+@flow(name="retrain", result_serializer="json", on_running=[hold])
 def retrain_flow(spec: RunSpec, force: bool = False, reason: str = BY_HAND) -> Any:
     """The run's RunReport, or a state named Skipped if another run works in this store and `when_busy` says so."""
     store = Store(Path(spec.store.root))

@@ -48,8 +48,3 @@ class Stages:
         colour = _COLOURS[status]
         line = f"[{colour}]{status:>7}[/{colour}]  {name:<16} {seconds:7.1f} s  {why}"
         page(sys.stderr).print(line.rstrip())
-
-
-def tell(line: str) -> None:
-    """A line for the person at the terminal, beside the stages'."""
-    page(sys.stderr).print(f"  {line}", style="dim", markup=False, soft_wrap=True)
