@@ -139,6 +139,7 @@ def ask_version(store: StoreSpec, uri: str, questions: list[str], max_new_tokens
     spec = {
         "tracking_uri": store.mlflow_uri or place.database_uri,
         "model": uri,
+        "store": str(place.root.resolve()),
         "questions": questions,
         "max_new_tokens": max_new_tokens,
     }

@@ -35,7 +35,13 @@ class Finished(NamedTuple):
 
 
 def finish(store: Store, scope: str, snapshot_id: str, run_id: str) -> None:
-    """A run has ended on this snapshot, whatever its verdict: these rows are no news any more."""
+    """A run has ended on this snapshot, whatever its verdict: these rows are no news any more.
+
+    A run that found everything done before leaves no second entry.
+    """
+    last = last_finished(store, scope)
+    if last and last.snapshot_id == snapshot_id:
+        return
     with connection(store, _TABLES) as database:
         database.execute("INSERT INTO finished VALUES (?, ?, ?, ?)", (scope, snapshot_id, run_id, time.time()))
 

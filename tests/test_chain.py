@@ -7,13 +7,9 @@ Run: pytest tests/test_chain.py
 import json
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -22,8 +18,8 @@ import pytest
 
 from data_contracts.errors import ConfigError, GateError
 from data_contracts.run_spec import StoreSpec
+from tests.servers import COMMAND, prefect_server
 
-COMMAND = [sys.executable, "-c", "import sys; from flows.cli import main; sys.exit(main())"]
 CHANGED = ["--set", "train.learning_rate=0.004", "--set", "train.max_steps=60", "--set", "train.epochs=10"]
 
 
@@ -35,45 +31,8 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def environment(place) -> Iterator[dict[str, str]]:
     """An empty HOME and one Prefect server for all commands: each would start one of its own otherwise."""
-    home = place / "home"
-    home.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-    clean |= {"HOME": str(home), "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
-    clean |= {"PREFECT_HOME": str(place / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-    command = [
-        sys.executable,
-        "-m",
-        "prefect",
-        "server",
-        "start",
-        "--no-ui",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    with (place / "server.log").open("w") as log:
-        server = subprocess.Popen(command, env=clean, stdout=log, stderr=log)
-    try:
-        _wait_for(f"http://127.0.0.1:{port}/api/health")
-        yield clean | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
-
-
-def _wait_for(url: str, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(url, timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    raise TimeoutError(url)
+    with prefect_server(place) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

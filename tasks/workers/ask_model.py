@@ -1,8 +1,10 @@
 """Ask a registered model in a fresh process: `python -m tasks.workers.ask_model spec.json out/`.
 
-spec: tracking_uri, model (a models:/ URI), questions, max_new_tokens. report: answers.
+spec: tracking_uri, model (a models:/ URI), store (its folder, where the base lies), questions, max_new_tokens.
+report: answers.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from tasks.workers.harness import main, say
 
 def ask(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     choose_device()
+    # From a tracking server the version's files come into a temporary folder, from where no base can be found.
+    os.environ.setdefault("TUNEGATE_STORE_DIR", spec["store"])
     mlflow.set_tracking_uri(spec["tracking_uri"])
     mlflow.set_registry_uri(spec["tracking_uri"])
     say("note", text=f"loading {spec['model']} from the registry")

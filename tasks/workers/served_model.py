@@ -83,12 +83,14 @@ def find_base(meta: dict[str, Any], starts: list[Path]) -> str:
         from huggingface_hub import snapshot_download
 
         return str(snapshot_download(meta["base"], revision=meta["base_revision"]))
-    raise FileNotFoundError(f"base {meta['base']} is not found: set TUNEGATE_BASE_DIR to its folder")
+    raise FileNotFoundError(f"base {meta['base']} is not found: set TUNEGATE_BASE_DIR to its folder, or TUNEGATE_STORE_DIR to the store's")
 
 
 def _candidates(meta: dict[str, Any], starts: list[Path]) -> Iterator[Path]:
     if "TUNEGATE_BASE_DIR" in os.environ:
         yield Path(os.environ["TUNEGATE_BASE_DIR"])
+    if "TUNEGATE_STORE_DIR" in os.environ:
+        yield Path(os.environ["TUNEGATE_STORE_DIR"]) / "store" / meta["base_path"]
     for parent in (parent for start in starts for parent in start.resolve().parents):
         yield parent / "store" / meta["base_path"]
         yield parent / "mlruns" / "store" / meta["base_path"]
