@@ -7,16 +7,17 @@ parameters: a system prompt with braces in it would not arrive as it was written
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate, WorkPoolUpdate
-from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
+from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions, WorkerStatus
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.exceptions import ObjectNotFound
-from prefect.flows import load_flow_from_entrypoint
+from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
 from ruamel.yaml import YAML
@@ -24,7 +25,7 @@ from ruamel.yaml import YAML
 from data_contracts.run_spec import RunSpec
 
 FILE = Path(__file__).parent.parent / "infra" / "prefect.yaml"
-POOL = "tunegate"
+POOL = TAG = "tunegate"
 DEVICE_LIMIT = "tunegate-device"
 _STRATEGY = {"wait": "ENQUEUE", "skip": "CANCEL_NEW"}
 
@@ -61,14 +62,14 @@ def digest(deployments: list[Deployment]) -> str:
 
 
 def apply(client: SyncPrefectClient, deployments: list[Deployment]) -> None:
-    """Make the pool, the limit and every deployment, or bring them up to date. What a person has paused goes on."""
+    """Make the pool, the limit and every deployment, or bring them up to date."""
     _make_pool(client)
     try:
         client.read_global_concurrency_limit_by_name(DEVICE_LIMIT)
     except ObjectNotFound:  # a limit that a person has changed stays
         client.upsert_global_concurrency_limit_by_name(DEVICE_LIMIT, 1)
     for deployment in deployments:
-        flow = load_flow_from_entrypoint(deployment["entrypoint"])
+        flow: Flow[..., Any] = load_flow_from_entrypoint(deployment["entrypoint"])
         client.create_deployment(
             flow_id=client.create_flow_from_name(flow.name),
             name=deployment["name"],
@@ -86,8 +87,22 @@ def apply(client: SyncPrefectClient, deployments: list[Deployment]) -> None:
             work_pool_name=deployment["work_pool"]["name"],
             job_variables=deployment["work_pool"]["job_variables"],
             pull_steps=deployment["pull"],
-            paused=False,
         )
+
+
+def client_of(url: str) -> SyncPrefectClient:
+    """Of this very server, whatever the environment names."""
+    return SyncPrefectClient(api=f"{url}/api")
+
+
+def are_there(client: SyncPrefectClient, deployments: list[Deployment]) -> bool:
+    """Whether nobody has deleted one."""
+    there = {found.name for found in client.read_deployments()}
+    return {deployment["name"] for deployment in deployments} <= there
+
+
+def worker_is_online(client: SyncPrefectClient) -> bool:
+    return any(worker.status == WorkerStatus.ONLINE for worker in client.read_workers_for_work_pool(POOL))
 
 
 def _make_pool(client: SyncPrefectClient) -> None:
@@ -96,12 +111,12 @@ def _make_pool(client: SyncPrefectClient) -> None:
     except ObjectNotFound:
         template = ProcessWorker.get_default_base_job_template()
         client.create_work_pool(WorkPoolCreate(name=POOL, type=ProcessWorker.type, base_job_template=template))
-    pause(client, False)
 
 
 def pause(client: SyncPrefectClient, paused: bool) -> None:
-    """A worker of a paused pool takes no new run."""
-    client.update_work_pool(POOL, WorkPoolUpdate(is_paused=paused))
+    """A worker of a paused pool takes no new run. There may be no pool yet."""
+    with suppress(ObjectNotFound):
+        client.update_work_pool(POOL, WorkPoolUpdate(is_paused=paused))
 
 
 def _schedules(deployment: Deployment) -> Iterator[DeploymentScheduleCreate]:

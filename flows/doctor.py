@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from data_contracts.errors import Problem
 from data_contracts.run_spec import StoreSpec
 from flows.servers import MLFLOW_PORT, PREFECT_PORT, port_is_free
 from tasks.stores import Store
@@ -74,6 +75,12 @@ def show_checks(checks: list[Check], console: "Console") -> None:
     console.print(table)
     bad = sum(check.health == "bad" for check in checks)
     console.print(f"{bad} to fix before a run" if bad else "ready: tunegate run demo")
+
+
+def package_problems() -> list[Problem]:
+    """Missing packages and versions that this release cannot run with."""
+    bad = [check for check in _packages() if check.health == "bad"]
+    return [Problem(check.found, check.name, act=check.fix) for check in bad]
 
 
 # --- the checks ---------------------------------------------------------------------------------------------

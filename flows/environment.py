@@ -9,17 +9,24 @@ from pathlib import Path
 
 from data_contracts.errors import ConfigError, Problem, StoreError
 from data_contracts.run_spec import StoreSpec
+from flows.services_state import own_server, services_folder
 from tasks.stores import Store
 
 
 def prepare_environment(store: StoreSpec) -> None:
-    """Set defaults for this process and its children."""
+    """Set defaults for this process and its children. If `tunegate up` runs in this store, its Prefect server is used."""
     files = Store(Path(store.root)).files.resolve()
-    has_server = "PREFECT_API_URL" in os.environ
+    services = own_server(services_folder(store))
+    yours = os.environ.get("PREFECT_API_URL") not in (None, services)
+    if services:
+        os.environ.setdefault("PREFECT_API_URL", services)
     for name, value in (_QUIET | _homes(files)).items():
-        if name == "PREFECT_HOME" and has_server:
+        if name == "PREFECT_HOME" and yours:
             continue  # your server comes with your own profile
         os.environ.setdefault(name, value)
+    for name in ("NO_PROXY", "no_proxy"):
+        # A proxy must not be asked for a page of this machine.
+        os.environ[name] = ",".join(dict.fromkeys([*filter(None, os.environ.get(name, "").split(",")), *_LOOPBACK]))
 
 
 def make_homes(store: StoreSpec) -> None:
@@ -38,6 +45,7 @@ def require_store(store: StoreSpec) -> None:
         raise ConfigError(Problem("there is no store here", str(Path(store.root).resolve()), act=act))
 
 
+_LOOPBACK = ("127.0.0.1", "localhost")
 _QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

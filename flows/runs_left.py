@@ -78,6 +78,8 @@ def _is_held(home: Path, run: UUID) -> bool:
 
 def reap(client: SyncPrefectClient, home: Path) -> list[str]:
     """Set every run that no process works on any more to Crashed; their names. To be called while no worker starts one."""
+    for file in home.glob("at_work/*"):
+        _is_held(home, UUID(file.name))  # takes away what a killed process could not
     at_work = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_AT_WORK)))
     gone = [run for run in _ours(client, at_work) if not _is_held(home, run.id)]
     message = "its process was killed; the next run goes on from what it left"

@@ -11,6 +11,8 @@ import psutil
 
 from data_contracts.errors import Problem, StoreError
 from data_contracts.run_spec import StoreSpec
+from flows.servers import HEALTH, Server
+from flows.supervised import Supervisor
 from tasks.stores import Store
 
 MARK = "TUNEGATE_SERVICES"
@@ -26,7 +28,8 @@ class State:
     changes: list[str]
     directory: str
     prefect_port: int
-    mlflow_port: int | None  # None: a tracking server of your own
+    mlflow_port: int | None  # None: a tracking server of your own, which is
+    mlflow_uri: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     deployed: str = ""
 
@@ -56,29 +59,43 @@ def forget(folder: Path) -> None:
     (folder / "state.json").unlink(missing_ok=True)
 
 
+def prefect_of(folder: Path, state: State) -> Server:
+    """The Prefect server of these services, to ask whether it answers."""
+    return Server("Prefect", state.prefect_port, [], HEALTH["Prefect"], folder / "prefect.log")
+
+
+def own_server(folder: Path) -> str | None:
+    """Prefect's API, if it is up here and answers within a second: the port alone may be another store's by now."""
+    state = read_state(folder)
+    if state is None or not Supervisor(folder).is_up():
+        return None
+    prefect = prefect_of(folder, state)
+    return f"{prefect.url}/api" if prefect.answers(1.0) else None
+
+
 def processes(folder: Path) -> list[psutil.Process]:
     """Everything that `up` started here and what that started, whoever its parent is now."""
     mine = os.getpid()
     return [
-        process for process in psutil.process_iter() if process.pid != mine and _value(process, MARK) == str(folder)
+        process for process in psutil.process_iter() if process.pid != mine and value_of(process, MARK) == str(folder)
     ]
 
 
 def is_of_a_run(process: psutil.Process) -> bool:
-    return _value(process, _FLOW_RUN) is not None
+    return value_of(process, _FLOW_RUN) is not None
 
 
 def flow_runs(folder: Path) -> Iterator[tuple[psutil.Process, str]]:
     """The topmost process of each flow run that a worker started, and the flow's name."""
     for process in processes(folder):
-        run = _value(process, _FLOW_RUN)
+        run = value_of(process, _FLOW_RUN)
         with suppress(psutil.Error):
             parent = process.parent()
-            if run and (parent is None or _value(parent, _FLOW_RUN) != run):
-                yield process, _value(process, "PREFECT__FLOW_NAME") or "a flow"
+            if run and (parent is None or value_of(parent, _FLOW_RUN) != run):
+                yield process, value_of(process, "PREFECT__FLOW_NAME") or "a flow"
 
 
-def _value(process: psutil.Process, name: str) -> str | None:
+def value_of(process: psutil.Process, name: str) -> str | None:
     """A variable of a process as it was started; None also for a process that has ended."""
     try:
         if process.status() == psutil.STATUS_ZOMBIE:

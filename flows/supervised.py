@@ -21,6 +21,8 @@ _LONGEST_SOCKET = (
 )
 _START_SECONDS = 20.0
 _ALREADY_STARTED = 60
+IDLE = ("STOPPED", "EXITED", "FATAL")
+"""States of a program that will not run again by itself."""
 
 _HEAD = """\
 ; Written by `tunegate up`; `tunegate down` stops what it names.

@@ -83,7 +83,9 @@ def find_base(meta: dict[str, Any], starts: list[Path]) -> str:
         from huggingface_hub import snapshot_download
 
         return str(snapshot_download(meta["base"], revision=meta["base_revision"]))
-    raise FileNotFoundError(f"base {meta['base']} is not found: set TUNEGATE_BASE_DIR to its folder, or TUNEGATE_STORE_DIR to the store's")
+    raise FileNotFoundError(
+        f"base {meta['base']} is not found: set TUNEGATE_BASE_DIR to its folder, or TUNEGATE_STORE_DIR to the store's"
+    )
 
 
 def _candidates(meta: dict[str, Any], starts: list[Path]) -> Iterator[Path]:
