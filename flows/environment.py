@@ -9,14 +9,16 @@ from pathlib import Path
 
 from data_contracts.errors import ConfigError, Problem, StoreError
 from data_contracts.run_spec import StoreSpec
-from flows.services_state import own_server, services_folder
+from flows.servers import HOST
+from flows.services_state import open_here
 from tasks.stores import Store
 
 
 def prepare_environment(store: StoreSpec) -> None:
     """Set defaults for this process and its children. If `tunegate up` runs in this store, its Prefect server is used."""
     files = Store(Path(store.root)).files.resolve()
-    services = own_server(services_folder(store))
+    state = open_here(store)
+    services = f"http://{HOST}:{state.prefect_port}/api" if state else None
     yours = os.environ.get("PREFECT_API_URL") not in (None, services)
     if services:
         os.environ.setdefault("PREFECT_API_URL", services)

@@ -26,12 +26,14 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
 from flows.console import tell
+from flows.services_state import MARK
 from tasks.turns import Holder
 
 FLOWS = ["retrain", "watch", "gate", "promote", "rollback", "prepare-data"]
 """Every flow of ours; each has the hook `hold`."""
 _AT_WORK = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 _PAGE = 200
+_SECONDS_TO_START = 600.0
 _held: dict[UUID, FileLock] = {}
 
 
@@ -76,16 +78,31 @@ def _is_held(home: Path, run: UUID) -> bool:
     return False
 
 
-def reap(client: SyncPrefectClient, home: Path) -> list[str]:
-    """Set every run that no process works on any more to Crashed; their names. To be called while no worker starts one."""
+def reap(client: SyncPrefectClient, home: Path, seconds: float = 0.0) -> list[str]:
+    """Set every run that no process works on any more to Crashed; their names.
+
+    seconds: how long a run must have been in its state, where a worker may be just about to start one.
+    """
     for file in home.glob("at_work/*"):
         _is_held(home, UUID(file.name))  # takes away what a killed process could not
     at_work = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_AT_WORK)))
-    gone = [run for run in _ours(client, at_work) if not _is_held(home, run.id)]
+    gone = [run for run in _ours(client, at_work) if _age(run) >= seconds and not _is_held(home, run.id)]
     message = "its process was killed; the next run goes on from what it left"
     for run in gone:
         client.set_flow_run_state(run.id, Crashed(message=message), force=True)
     return [run.name for run in gone]
+
+
+def reap_beside_a_worker() -> None:
+    """For a flow that `tunegate up` starts every few minutes: on a server of your own, other machines may be at work."""
+    if MARK in os.environ:
+        with get_client(sync_client=True) as client:
+            for name in reap(client, Path(os.environ["PREFECT_HOME"]), _SECONDS_TO_START):
+                tell(f"an earlier run was killed: {name}")
+
+
+def _age(run: FlowRun) -> float:
+    return (datetime.now(UTC) - run.state.timestamp).total_seconds() if run.state else 0.0
 
 
 def drop_late(client: SyncPrefectClient) -> int:

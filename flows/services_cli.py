@@ -71,9 +71,13 @@ def ui(
     """Open MLflow's and Prefect's pages on this machine; Ctrl-C stops both. `up` keeps them open."""
     from flows.environment import prepare_environment
     from flows.servers import servers, show_servers, start_all, wait_for_ctrl_c
+    from flows.services_pages import show_open, urls
+    from flows.services_state import open_here
     from flows.spec_files import load_store
 
     store = load_store(changes or [])
+    if state := open_here(store):
+        return Outcome(urls(state), partial(show_open, state))
     prepare_environment(store)
     running = servers(store, mlflow_port, prefect_port)
     start_all(running)

@@ -4,6 +4,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from data_contracts.run_spec import StoreSpec
+from flows.servers import HOST
 from flows.status import Deployed, LastRun, NextRun, Service, Status
 
 if TYPE_CHECKING:
@@ -12,10 +13,22 @@ if TYPE_CHECKING:
 
     from flows.services import Up
     from flows.services_down import Down
+    from flows.services_state import State
     from tasks.promotion import Standing
 
 _COLOURS = {"running": "green", "starting": "yellow", "stopped": "red", "silent": "red"}
 _RUN_COLOURS = {"COMPLETED": "green", "FAILED": "red", "CRASHED": "red", "RUNNING": "cyan", "PENDING": "cyan"}
+
+
+def urls(state: "State") -> dict[str, str]:
+    ports = {"mlflow": state.mlflow_port, "prefect": state.prefect_port}
+    return {name: f"http://{HOST}:{port}" for name, port in ports.items() if port}
+
+
+def show_open(state: "State", console: "Console") -> None:
+    for name, url in urls(state).items():
+        console.print(f"{name:<8} {url}", soft_wrap=True)
+    console.print("tunegate up keeps them open; tunegate down stops them")
 
 
 # --- up and down --------------------------------------------------------------------------------------------

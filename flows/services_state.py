@@ -64,13 +64,13 @@ def prefect_of(folder: Path, state: State) -> Server:
     return Server("Prefect", state.prefect_port, [], HEALTH["Prefect"], folder / "prefect.log")
 
 
-def own_server(folder: Path) -> str | None:
-    """Prefect's API, if it is up here and answers within a second: the port alone may be another store's by now."""
+def open_here(store: StoreSpec) -> State | None:
+    """What is up here and answers within a second: the port alone may be another store's by now."""
+    folder = services_folder(store)
     state = read_state(folder)
     if state is None or not Supervisor(folder).is_up():
         return None
-    prefect = prefect_of(folder, state)
-    return f"{prefect.url}/api" if prefect.answers(1.0) else None
+    return state if prefect_of(folder, state).answers(1.0) else None
 
 
 def processes(folder: Path) -> list[psutil.Process]:

@@ -24,17 +24,17 @@ _ALREADY_STARTED = 60
 IDLE = ("STOPPED", "EXITED", "FATAL")
 """States of a program that will not run again by itself."""
 
+# Files are named from its working directory, which is where this lies: paths with a % would need escapes, twice.
 _HEAD = """\
 ; Written by `tunegate up`; `tunegate down` stops what it names.
 [unix_http_server]
-file=%(here)s/supervisor.sock
+file=supervisor.sock
 chmod=0700
 [supervisord]
-logfile=%(here)s/supervisord.log
+logfile=supervisord.log
 logfile_maxbytes=5MB
 logfile_backups=1
-pidfile=%(here)s/supervisord.pid
-directory=%(here)s
+pidfile=supervisord.pid
 [rpcinterface:supervisor]
 supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
 """
@@ -52,7 +52,7 @@ stopwaitsecs=20
 stopasgroup={group}
 killasgroup={group}
 redirect_stderr=true
-stdout_logfile=%(here)s/{name}.log
+stdout_logfile={name}.log
 stdout_logfile_maxbytes=5MB
 stdout_logfile_backups=2
 environment={environment}

@@ -17,7 +17,7 @@ from data_contracts.reports import Look, Watched
 from data_contracts.run_spec import RunSpec
 from flows.console import tell
 from flows.retrain import in_store, ingested, retrain
-from flows.runs_left import hold
+from flows.runs_left import hold, reap_beside_a_worker
 from flows.stages import Stages
 from tasks import fresh, registry
 from tasks.stores import Store
@@ -39,6 +39,7 @@ def watch(spec: RunSpec) -> Watched:
 @flow(name="watch", result_serializer="json", on_running=[hold])
 def watch_flow(spec: RunSpec) -> Any:
     """The Watched; in a state named Skipped if nothing was started."""
+    reap_beside_a_worker()
     if changing := fresh.still_changing(spec.data, spec.schedule.quiet_seconds):
         return _skipped(Watched(due=False, why=changing, look=None))
     store = Store(Path(spec.store.root))
