@@ -9,7 +9,6 @@ Without the variable a few stages of each; the full disk needs a file system of 
 import json
 import os
 import re
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tasks.processes import is_worker
 from tests.servers import COMMAND, Server, free_port, mlflow_on, prefect_on
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -133,26 +133,29 @@ def left_behind(place: Place) -> dict:
 # --- victims ------------------------------------------------------------------------------------------------
 
 
-def kill_flow(place: Place, chain: Chain) -> None:
-    chain.process.send_signal(signal.SIGKILL)
+def kill_flow(place: Place, chain: Chain) -> bool:
+    chain.process.kill()
     chain.process.wait()
+    return True
 
 
-def kill_worker(place: Place, chain: Chain) -> None:
-    for child in psutil.Process(chain.process.pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if any(argument.startswith("tasks.workers.") for argument in child.cmdline()):
-                child.kill()
+def kill_worker(place: Place, chain: Chain) -> bool:
+    """False in a stage that has no worker."""
+    workers = list(filter(is_worker, psutil.Process(chain.process.pid).children(recursive=True)))
+    for worker in workers:
+        worker.kill()
+    return bool(workers)
 
 
-def restart(server: Server) -> None:
+def restart(server: Server) -> bool:
     """Killed, gone for two seconds, and back, as what keeps services alive would do it."""
     server.kill()
     time.sleep(2)
     server.start()
+    return True
 
 
-VICTIMS: dict[str, Callable[[Place, Chain], None]] = {
+VICTIMS: dict[str, Callable[[Place, Chain], bool]] = {
     "flow": kill_flow,
     "worker": kill_worker,
     "Prefect's server": lambda place, chain: restart(place.prefect),
@@ -160,40 +163,67 @@ VICTIMS: dict[str, Callable[[Place, Chain], None]] = {
 }
 
 
-def killed_in(victim: str, stage: str, place: Place, names: list[str], seconds: float) -> tuple[str, Chain]:
-    """Start the chain and strike in the middle of a stage; how it went, and the chain."""
-    chain = Chain(place)
-    if not chain.reached(names.index(stage)):
-        return "ended before", chain
-    time.sleep(seconds / 2)
-    if chain.process.poll() is not None:
-        return "ended before", chain
-    VICTIMS[victim](place, chain)
-    now = names[min(len(chain.ended), len(names) - 1)]
-    code = chain.process.wait()
-    return f"struck in {now}: " + {0: "it went on and finished", -9: "killed"}.get(
-        code, f"ended with code {code}"
-    ), chain
+class Matrix:
+    """One victim, struck in stage after stage of one chain, which is started again whenever that has ended it."""
+
+    def __init__(self, victim: str, place: Place, whole: dict) -> None:
+        self.victim, self.place = victim, place
+        self.names = [stage["name"] for stage in whole["stages"]]
+        self.seconds = {stage["name"]: stage["seconds"] for stage in whole["stages"]}
+        self.chain = Chain(place)
+        self.done: set[str] = set()  # what earlier starts have finished
+
+    def strike(self, stage: str) -> bool:
+        """Strike in the middle of a stage; False if the chain is past it."""
+        if self.chain.process.poll() is not None:
+            self.start_again()
+        if not self.chain.reached(self.names.index(stage)):
+            return False
+        time.sleep(self.seconds[stage] / 2)
+        here = len(self.chain.ended) == self.names.index(stage) and self.chain.process.poll() is None
+        return here and VICTIMS[self.victim](self.place, self.chain)
+
+    def start_again(self) -> None:
+        again = self.chain.ran() & self.done
+        assert not again, f"{again} ran again\n{self.chain.said}"
+        self.done |= self.chain.ran()
+        self.chain = Chain(self.place)
+
+    def finish(self) -> dict:
+        """To the end, with as many starts as it takes, but no more than three."""
+        for _ in range(3):
+            code, result = self.chain.result()
+            if code == 0:
+                self.start_again()  # what it checks holds for the last start too
+                assert not self.chain.result()[0]
+                assert not self.chain.ran(), self.chain.said
+                return result
+            self.start_again()
+        raise AssertionError(self.chain.said)
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_killed_in_every_stage_the_chain_ends_as_if_nothing_had_happened(victim, whole, tmp_path, capsys):
     expected, expected_left = whole
-    names = [stage["name"] for stage in expected["stages"]]
-    took = {stage["name"]: stage["seconds"] for stage in expected["stages"]}
-    stages = [name for name in names if ALL or name in FEW]
-    assert len(stages) >= len(FEW)
-    with place_at(tmp_path) as place:
-        done: set[str] = set()
-        for stage in stages:
-            told, chain = killed_in(victim, stage, place, names, took[stage])
-            assert not chain.ran() & done, f"{stage}: {chain.ran() & done} ran again\n{chain.said}"
-            done |= chain.ran()
+    wanted = [stage["name"] for stage in expected["stages"] if ALL or stage["name"] in FEW]
+    assert len(wanted) >= len(FEW)
+    # A server's restart takes longer than some stages: what one chain has passed is struck in another.
+    for number in range(6 if ALL else 1):
+        place_root = tmp_path / str(number)
+        place_root.mkdir()
+        with place_at(place_root) as place:
+            matrix = Matrix(victim, place, expected)
+            struck = [stage for stage in wanted if matrix.strike(stage)]
+            result = matrix.finish()
             with capsys.disabled():
-                sys.stdout.write(f"{victim:<18} {stage:<14} {told}\n")
-        last = Chain(place)
-        code, result = last.result()
-        assert code == 0, last.said
-        assert not last.ran() & done, "only unfinished work is repeated"
-        assert [arm["adapter_sha256"] for arm in result["arms"]] == [arm["adapter_sha256"] for arm in expected["arms"]]
-        assert left_behind(place) == expected_left
+                sys.stdout.write(f"\n{victim} killed in: {', '.join(struck)}")
+            assert struck
+            assert adapters(result) == adapters(expected)
+            assert left_behind(place) == expected_left
+        wanted = [stage for stage in wanted if stage not in struck]
+        if not wanted or victim == "worker":  # most stages have none
+            break
+
+
+def adapters(result: dict) -> list[str]:
+    return [arm["adapter_sha256"] for arm in result["arms"]]
