@@ -28,6 +28,7 @@ from flows.data_cli import data_app
 from flows.options import AsJson, Changes, Force, Preset, StoreChanges
 from flows.prepared import prepared_spec, preset_of
 from flows.release_cli import release_app
+from flows.services_cli import services_app
 
 EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 3}
 USAGE = 2
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 
 app.add_typer(release_app)
+app.add_typer(services_app)
 app.add_typer(data_app, name="data")
 
 
@@ -158,26 +160,6 @@ def gate(
         put_comment(decision)
     show = partial(show_decision, decision.gate, decision.comparison)
     return Outcome(decision_summary(decision), show, EXIT_CODES[decision.gate.verdict])
-
-
-@app.command()
-def ui(
-    mlflow_port: Annotated[int, typer.Option("--mlflow-port", min=1, max=65535)] = 5000,
-    prefect_port: Annotated[int, typer.Option("--prefect-port", min=1, max=65535)] = 4200,
-    changes: StoreChanges = None,
-    as_json: AsJson = False,
-) -> Outcome:
-    """Open MLflow's and Prefect's pages on this machine; Ctrl-C stops both."""
-    from flows.environment import prepare_environment
-    from flows.servers import servers, show_servers, start_all, wait_for_ctrl_c
-    from flows.spec_files import load_store
-
-    store = load_store(changes or [])
-    prepare_environment(store)
-    running = servers(store, mlflow_port, prefect_port)
-    start_all(running)
-    payload = {server.name.lower(): server.url for server in running}
-    return Outcome(payload, partial(show_servers, running), then=partial(wait_for_ctrl_c, running))
 
 
 @app.command()

@@ -62,6 +62,11 @@ def page(stream: TextIO) -> "Console":
     return Console(file=stream, width=width, highlight=False)
 
 
+def tell(line: str) -> None:
+    """A line for the person at the terminal, beside the result."""
+    page(sys.stderr).print(f"  {line}", style="dim", markup=False, soft_wrap=True)
+
+
 def say(outcome: Outcome, stream: TextIO, as_json: bool) -> None:
     if as_json:
         write_json(outcome.payload, stream)

@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from data_contracts.errors import Problem
 from data_contracts.run_spec import StoreSpec
 from flows.servers import MLFLOW_PORT, PREFECT_PORT, port_is_free
+from flows.services_state import read_state, services_folder
 from tasks.stores import Store
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def examine(spec: StoreSpec) -> list[Check]:
         *_device(),
         _room(store),
         _contents(store, spec),
-        *_ports(),
+        *_ports(spec),
     ]
 
 
@@ -74,6 +76,12 @@ def show_checks(checks: list[Check], console: "Console") -> None:
     console.print(table)
     bad = sum(check.health == "bad" for check in checks)
     console.print(f"{bad} to fix before a run" if bad else "ready: tunegate run demo")
+
+
+def package_problems() -> list[Problem]:
+    """Missing packages and versions that this release cannot run with."""
+    bad = [check for check in _packages() if check.health == "bad"]
+    return [Problem(check.found, check.name, act=check.fix) for check in bad]
 
 
 # --- the checks ---------------------------------------------------------------------------------------------
@@ -163,10 +171,14 @@ def _contents(store: Store, spec: StoreSpec) -> Check:
     return Check("store", "ok", f"{where}: {', '.join(f'{count} {words}' for words, count in counts.items() if count)}")
 
 
-def _ports() -> Iterator[Check]:
+def _ports(spec: StoreSpec) -> Iterator[Check]:
+    state = read_state(services_folder(spec))
+    ours = {state.mlflow_port, state.prefect_port} if state else set()
     for name, port in (("MLflow", MLFLOW_PORT), ("Prefect", PREFECT_PORT)):
-        if port_is_free(port):
+        if port in ours:
+            yield Check(f"port {port}", "ok", f"{name}'s, by tunegate up")
+        elif port_is_free(port):
             yield Check(f"port {port}", "ok", f"free for {name}'s page")
         else:
-            fix = f"tunegate ui --{name.lower()}-port {port + 1} (runs need no port)"
+            fix = f"tunegate up --{name.lower()}-port {port + 1}, or tunegate ui with it (runs need no port)"
             yield Check(f"port {port}", "note", "in use", fix)

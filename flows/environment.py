@@ -9,17 +9,26 @@ from pathlib import Path
 
 from data_contracts.errors import ConfigError, Problem, StoreError
 from data_contracts.run_spec import StoreSpec
+from flows.servers import HOST
+from flows.services_state import open_here
 from tasks.stores import Store
 
 
 def prepare_environment(store: StoreSpec) -> None:
-    """Set defaults for this process and its children."""
+    """Set defaults for this process and its children. If `tunegate up` runs in this store, its Prefect server is used."""
     files = Store(Path(store.root)).files.resolve()
-    has_server = "PREFECT_API_URL" in os.environ
+    state = open_here(store)
+    services = f"http://{HOST}:{state.prefect_port}/api" if state else None
+    yours = os.environ.get("PREFECT_API_URL") not in (None, services)
+    if services:
+        os.environ.setdefault("PREFECT_API_URL", services)
     for name, value in (_QUIET | _homes(files)).items():
-        if name == "PREFECT_HOME" and has_server:
+        if name == "PREFECT_HOME" and yours:
             continue  # your server comes with your own profile
         os.environ.setdefault(name, value)
+    for name in ("NO_PROXY", "no_proxy"):
+        # A proxy must not be asked for a page of this machine.
+        os.environ[name] = ",".join(dict.fromkeys([*filter(None, os.environ.get(name, "").split(",")), *_LOOPBACK]))
 
 
 def make_homes(store: StoreSpec) -> None:
@@ -38,6 +47,7 @@ def require_store(store: StoreSpec) -> None:
         raise ConfigError(Problem("there is no store here", str(Path(store.root).resolve()), act=act))
 
 
+_LOOPBACK = ("127.0.0.1", "localhost")
 _QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -10,6 +10,7 @@ from data_contracts.reports import AdapterRef, EvalTarget
 from data_contracts.run_spec import RunSpec, StoreSpec
 from data_contracts.verdict import Decision
 from flows.retrain import data_stages, evaluate, in_store, serve
+from flows.runs_left import hold
 from flows.stages import Stages
 from tasks import artifacts, registry, stages
 from tasks.base import base_identity
@@ -29,7 +30,7 @@ def gate(spec: RunSpec, model_uri: str, baseline_uri: str | None = None) -> Deci
     return decision
 
 
-@flow(name="gate", result_serializer="json")
+@flow(name="gate", result_serializer="json", on_running=[hold])
 def gate_flow(spec: RunSpec, model_uri: str, baseline_uri: str | None = None) -> Decision:
     """Score the version, the untuned base and the baseline on the spec's frozen items, and judge."""
     run, store = Stages.of(spec, flow="gate"), Store(Path(spec.store.root))

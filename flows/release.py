@@ -4,11 +4,12 @@ from prefect import flow
 
 from data_contracts.reports import ModelVersion
 from data_contracts.run_spec import StoreSpec
+from flows.runs_left import hold
 from tasks import notify, promotion, registry
 from tasks.tracking import connect
 
 
-@flow(name="promote")
+@flow(name="promote", on_running=[hold])
 def promote_flow(store: StoreSpec, name: str, version: str | None, override: bool, reason: str) -> ModelVersion:
     before = registry.alias_version(connect(store), name, registry.CHAMPION)
     found = promotion.promote_version(store, name, version, override, reason)
@@ -16,7 +17,7 @@ def promote_flow(store: StoreSpec, name: str, version: str | None, override: boo
     return found
 
 
-@flow(name="rollback")
+@flow(name="rollback", on_running=[hold])
 def rollback_flow(store: StoreSpec, name: str) -> ModelVersion:
     before = registry.alias_version(connect(store), name, registry.CHAMPION)
     found = promotion.rollback_version(store, name)

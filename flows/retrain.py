@@ -12,8 +12,9 @@ from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget, RunRepo
 from data_contracts.rules import Reason, action_of
 from data_contracts.run_spec import DOMAIN_TASKS, Form, RunSpec
 from data_contracts.verdict import Served
-from flows.runs_left import bury
-from flows.stages import Stages, tell
+from flows.console import tell
+from flows.runs_left import bury, hold
+from flows.stages import Stages
 from flows.starts import beginnings
 from tasks import artifacts, ledger, notify, registry, rivals, stages, watermark
 from tasks.arms import arms_of, candidate_arm
@@ -48,7 +49,7 @@ def in_store(flow_: Any, spec: RunSpec) -> Any:
     return flow_.with_options(result_storage=results)
 
 
-@flow(name="prepare-data", result_serializer="json")
+@flow(name="prepare-data", result_serializer="json", on_running=[hold])
 def prepare_data_flow(spec: RunSpec, force: bool = False) -> Any:
     """The data set and how each stage went."""
     run = Stages.of(spec, force)
@@ -57,7 +58,7 @@ def prepare_data_flow(spec: RunSpec, force: bool = False) -> Any:
 
 
 @flow(
-    name="retrain", result_serializer="json", on_running=[notify.run_begins], on_completion=[notify.run_ends],
+    name="retrain", result_serializer="json", on_running=[hold, notify.run_begins], on_completion=[notify.run_ends],
     on_failure=[notify.run_fails], on_crashed=[notify.run_fails],
 )  # fmt: skip
 def retrain_flow(spec: RunSpec, force: bool = False, reason: str = BY_HAND) -> Any:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 MLFLOW_PORT = 5000
 PREFECT_PORT = 4200
-_START_SECONDS = 180.0
+ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # saves seven processes and 1.5 GB
+HEALTH = {"MLflow": "/health", "Prefect": "/api/health"}
+START_SECONDS = 180.0
 _STOP_SECONDS = 10.0
 
 
@@ -42,6 +44,9 @@ class Server:
     def url(self) -> str:
         return f"http://{HOST}:{self.port}"
 
+    def answers(self, seconds: float = 2.0) -> bool:
+        return _answers(self.url + self.path, seconds)
+
     def start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
@@ -49,16 +54,20 @@ class Server:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log, start_new_session=True)
 
     def wait_until_up(self) -> None:
-        deadline = time.monotonic() + _START_SECONDS
+        deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self.process is None or self.process.poll() is not None:
                 break
-            if _answers(self.url + self.path):
+            if self.answers():
                 return
             time.sleep(0.3)
-        tail = self.log.read_text(errors="replace").strip().splitlines()[-1:]
+        raise self.no_start()
+
+    def no_start(self) -> InfrastructureError:
+        """The last thing it said, and where the rest is."""
+        tail = self.log.read_text(errors="replace").strip().splitlines()[-1:] if self.log.exists() else []
         what = f"{self.name} did not start: {tail[0] if tail else 'it said nothing'}"
-        raise InfrastructureError(Problem(what, self.url, f"{_START_SECONDS:.0f} s", f"read {self.log}"))
+        return InfrastructureError(Problem(what, self.url, f"{START_SECONDS:.0f} s", f"read {self.log}"))
 
     def stop(self) -> None:
         """Stop the server and the processes it started."""
@@ -75,21 +84,22 @@ class Server:
                 continue
 
 
-def servers(spec: StoreSpec, mlflow_port: int, prefect_port: int) -> list[Server]:
+def servers(spec: StoreSpec, mlflow_port: int, prefect_port: int, logs: Path | None = None) -> list[Server]:
     """The two servers over this store, not yet started. A tracking server you name keeps its own page."""
     store = Store(Path(spec.root))
-    logs = store.files.resolve() / "logs"
-    mlflow = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(mlflow_port)]
+    logs = logs or store.files.resolve() / "logs"
+    # One worker: the default of four takes 0.8 GB more, for a page that few people read.
+    mlflow = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"]
     mlflow += ["--backend-store-uri", store.database_uri, "--default-artifact-root", str(store.artifacts)]
     prefect = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)]
-    found = [] if spec.mlflow_uri else [Server("MLflow", mlflow_port, mlflow, "/health", logs / "mlflow-server.log")]
-    return [*found, Server("Prefect", prefect_port, prefect, "/api/health", logs / "prefect-server.log")]
+    found = [] if spec.mlflow_uri else [Server("MLflow", mlflow_port, mlflow, HEALTH["MLflow"], logs / "mlflow.log")]
+    return [*found, Server("Prefect", prefect_port, prefect, HEALTH["Prefect"], logs / "prefect.log")]
 
 
 def start_all(wanted: list[Server]) -> None:
     """Start all or none: on any failure the started ones are stopped."""
-    _check_ports(wanted)
-    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # saves seven processes and 1.5 GB
+    check_ports(wanted)
+    os.environ |= ENVIRONMENT
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)  # Ctrl-C is how a page is closed: the servers are stopped in order
     try:
@@ -138,10 +148,12 @@ def port_is_free(port: int) -> bool:
         return True
 
 
-def _check_ports(wanted: list[Server]) -> None:
+def check_ports(wanted: list[Server], to_start: list[str] | None = None) -> None:
+    """Raise if two want the same port, or one that is to start wants a taken one. to_start: all if left out."""
     ports = [server.port for server in wanted]
     if len(set(ports)) < len(ports):
-        raise ConfigError(Problem(f"both servers would use port {ports[0]}", "ui", act="give two different ports"))
+        act = "give two different ports"
+        raise ConfigError(Problem(f"both servers would use port {ports[0]}", "--mlflow-port", act=act))
     problems = [
         Problem(
             f"port {server.port} is in use",
@@ -150,17 +162,17 @@ def _check_ports(wanted: list[Server]) -> None:
             f"stop what uses it, or give another: --{server.name.lower()}-port {server.port + 1}",
         )
         for server in wanted
-        if not port_is_free(server.port)
+        if (to_start is None or server.name.lower() in to_start) and not port_is_free(server.port)
     ]
     if problems:
         raise InfrastructureError(*problems)
 
 
-def _answers(url: str) -> bool:
+def _answers(url: str, seconds: float) -> bool:
     try:
         # A proxy in the environment must not be asked for a page of this machine.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(url, timeout=2) as response:
+        with opener.open(url, timeout=seconds) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False

@@ -92,8 +92,3 @@ def _result(state: Any, name: str) -> Any:
         if known is error:
             raise
         raise known from error
-
-
-def tell(line: str) -> None:
-    """A line for the person at the terminal, beside the stages'."""
-    page(sys.stderr).print(f"  {line}", style="dim", markup=False, soft_wrap=True)

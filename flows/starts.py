@@ -7,7 +7,8 @@ from data_contracts.data_reports import DatasetManifest, FileRef
 from data_contracts.method_rules import LORA_ARMS
 from data_contracts.reports import AdapterRef, BaseModelRef, Start
 from data_contracts.run_spec import RunSpec
-from flows.stages import Stages, tell
+from flows.console import tell
+from flows.stages import Stages
 from tasks import stages
 from tasks.arms import Arm
 from tasks.base import start_dials

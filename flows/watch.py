@@ -15,8 +15,10 @@ from prefect.states import Completed
 
 from data_contracts.reports import Look, Watched
 from data_contracts.run_spec import RunSpec
+from flows.console import tell
 from flows.retrain import in_store, ingested, retrain
-from flows.stages import Stages, tell
+from flows.runs_left import hold, reap_beside_a_worker
+from flows.stages import Stages
 from tasks import fresh, rivals
 from tasks.stores import Store
 
@@ -34,9 +36,10 @@ def watch(spec: RunSpec) -> Watched:
     return found
 
 
-@flow(name="watch", result_serializer="json")
+@flow(name="watch", result_serializer="json", on_running=[hold])
 def watch_flow(spec: RunSpec) -> Any:
     """The Watched; in a state named Skipped if nothing was started."""
+    reap_beside_a_worker()
     if changing := fresh.still_changing(spec.data, spec.schedule.quiet_seconds):
         return _skipped(Watched(due=False, why=changing, look=None))
     store = Store(Path(spec.store.root))

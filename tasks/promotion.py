@@ -3,7 +3,7 @@
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock
 
@@ -17,8 +17,19 @@ from tasks.tracking import connect
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+
 Judged = str | None
 _WAIT_SECONDS = 60.0
+
+
+class Standing(NamedTuple):
+    """A version under an alias. since: for a champion when it was promoted, for a challenger when it was registered."""
+
+    name: str
+    alias: str
+    version: str
+    verdict: str
+    since_unix_seconds: float
 
 
 def promote_version(
@@ -93,3 +104,19 @@ def _history(store: StoreSpec, name: str) -> list[dict[str, Any]]:
 
 def _history_file(store: StoreSpec) -> Path:
     return Store(Path(store.root)).files / "promotions.jsonl"
+
+
+def standings(store: StoreSpec) -> list[Standing]:
+    """Every model of the registry with its champion and challenger, by name."""
+    client = connect(store)
+    found: list[Standing] = []
+    for model in client.search_registered_models():
+        moved = {entry["to"]: float(entry["unix_seconds"]) for entry in _history(store, model.name)}
+        for alias in (CHAMPION, CHALLENGER):
+            if alias in model.aliases:
+                version = client.get_model_version(model.name, model.aliases[alias])
+                made = version.creation_timestamp / 1000  # MLflow: milliseconds
+                since = moved.get(str(version.version), made) if alias == CHAMPION else made
+                verdict = version.tags.get("tunegate.verdict", "")
+                found.append(Standing(model.name, alias, str(version.version), verdict, since))
+    return sorted(found, key=lambda one: (one.name, one.alias != CHAMPION))

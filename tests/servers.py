@@ -1,5 +1,6 @@
 """Real servers on loopback for tests, each in its own folder, and the command as a user runs it."""
 
+import json
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 COMMAND = [sys.executable, "-c", "import sys; from flows.cli import main; sys.exit(main())"]
 
@@ -85,6 +87,33 @@ def prefect_server(place: Path) -> Iterator[dict[str, str]]:
         yield environment
     finally:
         server.kill(signal.SIGTERM)
+
+
+class Tunegate:
+    """The command as a user runs it, in an empty folder of its own, with free ports for `up`."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.environment = place, clean_environment(place)
+        self.folder = place / "project"
+        self.folder.mkdir()
+        self.prefect, self.mlflow = free_port(), free_port()
+        self.ports = ["--prefect-port", str(self.prefect), "--mlflow-port", str(self.mlflow)]
+
+    def __call__(self, *arguments: str, **environment: str) -> tuple[int, dict, str]:
+        """(exit code, the JSON on stdout, stderr)"""
+        command = [*COMMAND, *arguments, "--json"]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        done = subprocess.run(command, env=self.environment | environment, cwd=self.folder, check=False, **streams)
+        return done.returncode, json.loads(done.stdout), done.stderr
+
+    def api(self, path: str, body: object = None) -> Any:
+        """An answer of its Prefect server."""
+        data = None if body is None else json.dumps(body).encode()
+        asked = urllib.request.Request(f"http://127.0.0.1:{self.prefect}/api{path}", data)
+        asked.add_header("Content-Type", "application/json")
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(asked, timeout=30) as response:
+            return json.load(response)
 
 
 def _wait_for(url: str, seconds: float = 120) -> None:
