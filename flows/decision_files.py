@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 from data_contracts.errors import ConfigError, Problem
 from flows.console import show_problems, write_json
-from tasks.markdown import environment, interval, needs, number
+from tasks.markdown import environment, escape, interval, needs, number
 
 if TYPE_CHECKING:  # `gate` looks at its folder before anything slow is imported
     from data_contracts.verdict import Decision
@@ -52,7 +52,7 @@ def write_decision(decision: "Decision", folder: Path | None) -> None:
 def markdown(decision: "Decision", details: bool = True) -> str:
     """The verdict first, then the gates, then all that was measured. Every text is escaped."""
     text = (
-        environment(Path(__file__).parent / "templates")
+        environment(escape, Path(__file__).parent / "templates")
         .get_template("gate.md.j2")
         .render(decision=decision, found=decision.comparison, details=details)
     )

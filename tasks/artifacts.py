@@ -22,10 +22,10 @@ from prefect.runtime import flow_run
 from data_contracts.data_reports import DatasetManifest
 from data_contracts.reports import EvalReport, LossPoint, RunReport, TrainReport
 from data_contracts.run_spec import StoreSpec
-from data_contracts.verdict import Comparison, GateReport
+from data_contracts.verdict import Comparison, GateReport, GateResult
 from tasks.asides import aside
 from tasks.links import data_files, mlflow_page, model_uri, prefect_page
-from tasks.markdown import environment, escape, interval, needs, number
+from tasks.markdown import backslashed, environment, interval, needs, number
 from tasks.sentences import label_of, sentences
 from tasks.side_by_side import cost_rows, models_of, score_rows, size
 from tasks.stores import Store
@@ -38,8 +38,8 @@ _FAILED = "not shown in Prefect"
 @aside(_FAILED)
 def show_data(store: Store, data: DatasetManifest) -> None:
     """Every row by what became of it, drift, and where the files lie."""
-    files = {name: path.resolve() for name, path in data_files(data, store).items()}
-    _markdown("data", "data.md.j2", data=data, files=files)
+    files = {name: path.relative_to(store.files) for name, path in data_files(data, store).items()}
+    _markdown("data", "data.md.j2", data=data, files=files, store=store.files.resolve())
 
 
 @aside(_FAILED)
@@ -57,19 +57,8 @@ def show_verdict(
     rows = score_rows(models, comparison), cost_rows(models)
     told, names = list(sentences(comparison)), [label_of(name) for name in models]
     _markdown("comparison", "comparison.md.j2", found=comparison, names=names, tables=rows, sentences=told)
-    off = f"; not judged: {escape('; '.join(gates.off))}" if gates.off else ""
-    table = [
-        {
-            "gate": gate.name,
-            "must be": needs(gate),
-            "is": number(gate.actual),
-            "interval": interval(gate.interval),
-            "verdict": gate.verdict,
-            "why": gate.why.replace("](", "] ("),  # a cell is plain text, unless it holds a link
-        }
-        for gate in gates.gates
-    ]
-    create_table_artifact(table, "gates", f"**{gates.verdict.upper()}**{off}")
+    off = f"; not judged: {backslashed('; '.join(gates.off))}" if gates.off else ""
+    create_table_artifact([_gate_row(gate) for gate in gates.gates], "gates", f"**{gates.verdict.upper()}**{off}")
 
 
 @aside(_FAILED)
@@ -121,8 +110,21 @@ class LiveTraining:
 
 
 def _markdown(key: str, template: str, **values: Any) -> None:
-    text = environment().get_template(template).render(**values)
+    text = environment(backslashed).get_template(template).render(**values)
     create_markdown_artifact(text.strip() + "\n", key)
+
+
+def _gate_row(gate: GateResult) -> dict[str, str]:
+    """Prefect renders a cell as Markdown, in which a lone dash is a list."""
+    told = {
+        "gate": gate.name,
+        "must be": needs(gate) if gate.direction else "",
+        "is": "" if gate.actual is None else number(gate.actual),
+        "interval": interval(gate.interval) if gate.interval else "",
+        "verdict": gate.verdict,
+        "why": gate.why,
+    }
+    return {name: backslashed(text) for name, text in told.items()}
 
 
 def _curve(arm: TrainReport) -> list[dict[str, Any]]:

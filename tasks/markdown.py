@@ -1,8 +1,14 @@
-"""Markdown from templates, for pages that others render: every text is escaped, so none forms markup or notifies anybody."""
+"""Markdown from templates, for pages that others render: every text is escaped, so none forms markup or notifies anybody.
+
+GitHub and GitLab take entities, and cannot be told otherwise to leave an @ alone. Prefect's page shows an entity as it
+stands, and takes backslashes.
+"""
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
+from string import punctuation
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -24,11 +30,17 @@ def escape(text: str) -> str:
     return _SPECIAL.sub(lambda match: "@&#8203;" if match[0] == "@" else f"&#{ord(match[0])};", line)
 
 
+def backslashed(text: str) -> str:
+    """Text that Prefect's Markdown shows as it is, on one line."""
+    line = " ".join(text.split())
+    return _SPECIAL.sub(lambda match: f"\\{match[0]}" if match[0] in punctuation else match[0], line)
+
+
 def link(address: str, text: object) -> "Markup":
     """A link of ours: the address is ours too, but may hold a name that somebody chose."""
     from markupsafe import Markup
 
-    return Markup(f"[{escape(str(text))}]({quote(address, safe=':/#?&=%+,~')})")
+    return Markup(f"[{backslashed(str(text))}]({quote(address, safe=':/#?&=%+,~')})")
 
 
 def code(text: object) -> "Markup":
@@ -38,14 +50,14 @@ def code(text: object) -> "Markup":
     return Markup(f"`{re.sub('[`|<>]', '?', ' '.join(str(text).split()))}`")
 
 
-def environment(*folders: Path) -> "Environment":
-    """Templates of these folders and of ours; whatever they print is escaped."""
+def environment(escaped: Callable[[str], str], *folders: Path) -> "Environment":
+    """Templates of these folders and of ours; whatever they print is escaped in this way."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     found = Environment(
         loader=FileSystemLoader([*folders, _TEMPLATES]),
-        finalize=lambda value: value if isinstance(value, Markup) else escape(str(value)),
+        finalize=lambda value: value if isinstance(value, Markup) else escaped(str(value)),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
