@@ -17,7 +17,7 @@ from tasks.registry import resolve
 from tasks.tracking import connect
 from tests.servers import COMMAND, prefect_server
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 DIALS = ["train.warm_start=champion", "train.max_steps=40", "train.epochs=10", "train.dropout=0.1"]
 FEWER = "data.packages=[json, shutil, logging, argparse, textwrap, pathlib]"
 
