@@ -8,12 +8,14 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
+import psutil
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import ConcurrencyLeaseHolder
+from prefect.concurrency.context import ConcurrencyContext
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.runtime import flow_run
@@ -27,15 +29,13 @@ _LEASE_SECONDS: Final = 120.0  # renewed after three quarters of it; the slot of
 
 
 @contextmanager
-def device_slot(what: str) -> Iterator[None]:
+def device_slot(stage: str) -> Iterator[None]:
     """Hold a slot while the block runs; wait for one as long as it takes, and say so once."""
     if not PREFECT_API_URL.value():
         yield
         return
     if not _any_free():
-        holder = Variable.get(_HOLDER, default="another run")
-        line = f"  waiting for {LIMIT}, held by {holder}; if that was killed, it is free within 3 minutes"
-        Console(stderr=True).print(line, style="dim", markup=False, soft_wrap=True)
+        _take_back_or_tell()
     with concurrency(
         LIMIT,
         occupy=1,
@@ -44,8 +44,7 @@ def device_slot(what: str) -> Iterator[None]:
         holder=ConcurrencyLeaseHolder(type="flow_run", id=UUID(flow_run.id)),
         raise_on_lease_renewal_failure=False,  # hours of training are worth more than a slot
     ):
-        place = f"{socket.gethostname()}, since {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-        Variable.set(_HOLDER, f"{flow_run.name} ({what}, on {place})", overwrite=True)
+        _sign(stage)
         yield
 
 
@@ -59,3 +58,44 @@ def _any_free() -> bool:
                 client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=1))
             return True
     return limit.active_slots < limit.limit
+
+
+def _sign(stage: str) -> None:
+    """Leave for others who holds the slot, and what frees it should this process be killed."""
+    me, context = psutil.Process(), ConcurrencyContext.get()
+    leases = context.cleanup_lease_ids if context else []
+    Variable.set(
+        _HOLDER,
+        {
+            "who": f"{flow_run.name} ({stage}, on {socket.gethostname()}, since {datetime.now(UTC):%Y-%m-%d %H:%M} UTC)",
+            "host": socket.gethostname(),
+            "pid": me.pid,
+            "began": me.create_time(),
+            "lease": str(leases[-1]) if leases else None,
+        },
+        overwrite=True,
+    )
+
+
+def _take_back_or_tell() -> None:
+    """A killed holder of this machine loses its slot now, not when its lease ends; of any other we say that we wait."""
+    holder: Any = Variable.get(_HOLDER, default=None)
+    if holder and holder["lease"] and holder["host"] == socket.gethostname() and not _is_alive(holder):
+        with get_client(sync_client=True) as client:
+            client.release_concurrency_slots_with_lease(UUID(holder["lease"]))
+        _say(f"{LIMIT} is taken back from {holder['who']}, which was killed")
+    else:
+        _say(f"waiting for {LIMIT}, held by {holder['who'] if holder else 'another run'}")
+
+
+def _is_alive(holder: Any) -> bool:
+    """Whether the very process still runs: its number may have been given to another one."""
+    try:
+        process = psutil.Process(holder["pid"])
+        return bool(process.create_time() == holder["began"] and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _say(text: str) -> None:
+    Console(stderr=True).print(f"  {text}", style="dim", markup=False, soft_wrap=True)

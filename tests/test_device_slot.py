@@ -6,6 +6,8 @@ Run: pytest tests/test_device_slot.py
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -43,12 +45,12 @@ def run(seconds: float) -> str:
     store = Store(Path(sys.argv[1]))
     return Stages(Reasons(store, "m", "t")).run(task, store, seconds, label="train lora")
 
-print(run(1.0))
-print(run(1.0))  # cached: it asks for no slot
+print(run(float(sys.argv[2])))
+print(run(float(sys.argv[2])))  # cached: it asks for no slot
 """
 
 
-def start(place: Path, server: str) -> "subprocess.Popen[str]":
+def start(place: Path, server: str, seconds: float = 1.0) -> "subprocess.Popen[str]":
     place.mkdir()
     environment = os.environ | {
         "PREFECT_API_URL": server,
@@ -57,9 +59,8 @@ def start(place: Path, server: str) -> "subprocess.Popen[str]":
     }
     environment |= {"PREFECT_LOGGING_LEVEL": "CRITICAL", "HOME": str(place)}
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, str(place)], env=environment, stdout=pipe, stderr=pipe, text=True
-    )
+    command = [sys.executable, "-c", RUN, str(place), str(seconds)]
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 @pytest.fixture
@@ -86,6 +87,32 @@ def test_a_run_waits_for_the_device_says_so_once_and_gives_it_back(no_limit, pre
     assert "waiting" not in err
     assert len(set(out.splitlines())) == 1
     assert no_limit.read_global_concurrency_limit_by_name(LIMIT).active_slots == 0
+
+
+def test_the_slot_of_a_killed_run_is_taken_back_at_once(no_limit, prefect, tmp_path, capfd):
+    killed = start(tmp_path / "killed", prefect, seconds=100)
+    wait_until((tmp_path / "killed" / "begun").exists)
+    killed.kill()
+    killed.communicate()
+    assert no_limit.read_global_concurrency_limit_by_name(LIMIT).active_slots == 1
+
+    @flow
+    def follow() -> int:
+        with device_slot("train qlora"):
+            return no_limit.read_global_concurrency_limit_by_name(LIMIT).active_slots
+
+    began = time.monotonic()
+    assert follow() == 1
+    assert time.monotonic() - began < 30  # not the 120 s of the lease
+    assert f"{LIMIT} is taken back from" in capfd.readouterr().err
+    assert no_limit.read_global_concurrency_limit_by_name(LIMIT).active_slots == 0
+
+
+def wait_until(done: Callable[[], bool], seconds: float = 100) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.slow

@@ -214,7 +214,7 @@ def test_the_summary_holds_what_scripts_were_promised(tmp_path):
     assert set(told["comparison"]["retention"]) >= {"value", "low", "high"}
     assert set(told["gates"][0]) == {"name", "direction", "threshold", "actual", "interval", "verdict", "why"}
     assert {"name", "version", "aliases"} <= set(told["model"])
-    assert told["stages"][0] == {"name": "ingest", "status": "cached", "seconds": 0.1}
+    assert told["stages"][0] == {"name": "ingest", "status": "cached", "seconds": 0.1, "why": ""}
 
 
 def test_the_page_sets_the_models_side_by_side_and_ends_with_what_to_do(tmp_path, capfd):
