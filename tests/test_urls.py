@@ -19,6 +19,8 @@ from pydantic import ValidationError
 
 from data_contracts.data_spec import DataSpec
 from data_contracts.errors import DataError, TransientError
+from flows.look import init
+from flows.spec_files import load_spec
 from tasks import urls
 from tasks.downloads import local_copies
 from tasks.ingest import ingest
@@ -120,6 +122,15 @@ def test_a_pattern_is_matched_against_the_links_of_a_web_page(web, tmp_path):
         (folder / name).write_text(lines(1))
     found, wrong = find_sources(DataSpec(source=[f"{address}/*.jsonl"]))
     assert ([source.name for source in found], wrong) == (["a.jsonl", "b.jsonl"], [])
+
+
+def test_init_writes_a_preset_for_rows_on_the_web(web, tmp_path, monkeypatch):
+    address, folder, _ = web
+    (folder / "rows.jsonl").write_text(lines(*range(60)))
+    monkeypatch.chdir(tmp_path)
+    look = init(Path("my.yaml"), f"{address}/rows.jsonl", None, None, [])
+    assert look.sample.counts == {"rows.jsonl": 60}
+    assert load_spec("my.yaml", []).spec.data.source == [f"{address}/rows.jsonl"]
 
 
 def test_everything_that_is_wrong_with_addresses_is_said_at_once_with_the_next_act(web):
