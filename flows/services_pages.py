@@ -47,24 +47,22 @@ def up_summary(found: "Up") -> dict[str, Any]:
 
 
 def show_up(found: "Up", console: "Console") -> None:
-    for server in found.servers:
-        console.print(f"{server.name:<12} {server.url}  {_whether(server.name.lower(), found.started)}", soft_wrap=True)
-    console.print(f"{'worker':<12} {_whether('worker', found.started)}")
+    lines = [
+        f"{server.name:<12} {server.url}  {_whether(server.name.lower(), found.started)}" for server in found.servers
+    ]
+    lines.append(f"{'worker':<12} {_whether('worker', found.started)}")
     what = f"now as {found.state.preset} says" if found.deployed else f"as {found.state.preset} says, nothing to change"
-    console.print(f"deployments  retrain, watch, gate, promote: {what}", soft_wrap=True, markup=False)
+    lines.append(f"deployments  retrain, watch, gate, promote: {what}")
     if found.reaped:
-        console.print(f"set right    {', '.join(found.reaped)}: their process had been killed", soft_wrap=True)
+        lines.append(f"set right    {', '.join(found.reaped)}: their process had been killed")
     if found.dropped:
-        console.print(
+        lines.append(
             f"dropped      {found.dropped} runs of schedules that nobody was there for; the newest of each goes on"
         )
     (prefect,) = (server for server in found.servers if server.name == "Prefect")
-    console.print(
-        f"next: a retrain from the browser: {prefect.url}/deployments, retrain, Run, Custom run", soft_wrap=True
-    )
-    console.print(
-        f"      tunegate status{_store(found)}, tunegate down{_store(found)}; logs in {found.folder}", soft_wrap=True
-    )
+    lines.append(f"next: a retrain from the browser: {prefect.url}/deployments, retrain, Run, Custom run")
+    lines.append(f"      tunegate status{_store(found)}, tunegate down{_store(found)}; logs in {found.folder}")
+    console.print("\n".join(lines), soft_wrap=True, markup=False)
 
 
 def _whether(name: str, started: list[str]) -> str:
@@ -126,7 +124,7 @@ def _services(services: list[Service]) -> Any:
     table = _table("service", "state", "pid", "since", "page")
     for one in services:
         state = _coloured(one.state, _COLOURS[one.state])
-        table.add_row(one.name, state, str(one.pid or "-"), _short(one.since), one.url or "-")
+        _row(table, one.name, state, str(one.pid or "-"), _short(one.since), one.url or "-")
     return table
 
 
@@ -136,7 +134,7 @@ def _deployments(deployments: list[Deployed]) -> Any:
     table = _table("deployment", "schedule", "last runs", "next")
     for one in deployments:
         last = Text("\n").join(_run(run) for run in one.last) if one.last else Text("none yet")
-        table.add_row(one.name, one.schedule, last, "\n".join(map(_coming, one.next)) or "-")
+        _row(table, one.name, one.schedule, last, "\n".join(map(_coming, one.next)) or "-")
     return table
 
 
@@ -158,7 +156,7 @@ def _models(models: list["Standing"]) -> Any:
     table = _table("model", "alias", "version", "gates", "since")
     for one in models:
         since = datetime.fromtimestamp(one.since_unix_seconds).astimezone().isoformat(timespec="seconds")
-        table.add_row(one.name, one.alias, one.version, one.verdict, _short(since))
+        _row(table, one.name, one.alias, one.version, one.verdict, _short(since))
     return table
 
 
@@ -169,6 +167,13 @@ def _table(*columns: str) -> Any:
     for name in columns:
         table.add_column(name, overflow="fold")
     return table
+
+
+def _row(table: Any, *cells: "str | Text") -> None:
+    """Names are never markup."""
+    from rich.text import Text
+
+    table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
 
 
 def _coloured(text: str, colour: str) -> "Text":

@@ -42,7 +42,7 @@ def read_state(folder: Path) -> State | None:
     """None if nothing was started, or it was stopped."""
     try:
         return State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError) as error:
         act = "delete it, then tunegate up: what runs is found without it"

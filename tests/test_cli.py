@@ -22,7 +22,8 @@ from flows.environment import prepare_environment
 from flows.servers import Server, port_is_free, start_all, stop_all
 from flows.verdict_tables import show_decision
 
-COMMANDS = ["run", "plan", "data", "compare", "gate", "promote", "rollback", "predict", "ui", "doctor", "init"]
+COMMANDS = ["run", "watch", "plan", "data", "compare", "gate", "promote", "rollback", "predict", "doctor", "init"]
+COMMANDS += ["up", "down", "status", "ui"]
 SLOW = {"torch", "prefect", "mlflow", "great_expectations", "pandas", "transformers", "pyarrow", "pydantic"}
 
 
@@ -98,6 +99,9 @@ STORE = "store.root=elsewhere"
         (["init", "my.json", "--data", "x"], "ConfigError", "no .yaml ending", "my.json.yaml"),
         (["init", "my.yaml", "--data", "x.jsonl"], "ConfigError", "no such file or folder", ""),
         (["run", "--dry-run", "--set", "data.source=x.jsonl"], "DataError", "no such file or folder", ""),
+        (["up", "--mlflow-port", "4200"], "ConfigError", "both servers would use port 4200", "two different ports"),
+        (["up", "demoo"], "ConfigError", "no preset is called 'demoo'", "did you mean demo?"),
+        (["down", "--set", "train.rank=8"], "ConfigError", "train.rank has no effect here", "leave it out"),
         (["ui", "--mlflow-port", "4200"], "ConfigError", "both servers would use port 4200", "two different ports"),
         (["run", "--bogus"], "UsageError", "No such option: --bogus", ""),
         (["gate"], "UsageError", "Missing option '--model'", ""),
@@ -262,6 +266,13 @@ def test_the_environment_keeps_home_clean_and_what_is_set_wins(tmp_path, monkeyp
     assert os.environ["PREFECT_HOME"] == str(tmp_path / "elsewhere" / "store" / "prefect")
     assert os.environ["MPLCONFIGDIR"] == "/mine"
     assert os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
+
+
+def test_a_proxy_is_never_asked_for_a_page_of_this_machine(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "intern.example")
+    prepare_environment(StoreSpec(root="elsewhere"))
+    assert os.environ["NO_PROXY"] == "intern.example,127.0.0.1,localhost"
+    assert "127.0.0.1" in os.environ["no_proxy"]
 
 
 def test_your_prefect_server_keeps_your_profile(monkeypatch):

@@ -114,11 +114,12 @@ def test_every_deployment_names_a_flow_that_is_there_and_gives_it_a_valid_spec()
     deployments = YAML(typ="safe").load(ROOT / "infra" / "prefect.yaml")["deployments"]
     assert deployments
     for deployment in deployments:
-        path, _, name = deployment["entrypoint"].partition(":")
-        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        module, _, name = deployment["entrypoint"].rpartition(".")  # found wherever tunegate is installed
+        tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
         (flow,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
         assert set(deployment["parameters"]) <= {arg.arg for arg in flow.args.args}
-        assert RunSpec.model_validate(deployment["parameters"]["spec"])
+        parameters = deployment["parameters"]
+        assert RunSpec.model_validate(parameters.get("spec", {"store": parameters.get("store", {})}))
 
 
 # --- README -------------------------------------------------------------------------------------------------
