@@ -24,6 +24,7 @@ from data_contracts.run_spec import StoreSpec
 from tests.servers import COMMAND, prefect_server
 from tests.told import save_block, shown, webhook
 
+pytestmark = pytest.mark.timeout(900)  # the first test of each fixture waits for a whole run
 CHANGED = ["--set", "train.learning_rate=0.004", "--set", "train.max_steps=60", "--set", "train.epochs=10"]
 
 NOTIFY = ["--set", "schedule.notify=[custom-webhook/team]"]
