@@ -38,9 +38,9 @@ def whole_run(preset: str, changes: list[str]) -> tuple[float, dict[str, float]]
     workers: dict[str, float] = {}
     follow = processes._follow
 
-    def timed(child: "subprocess.Popen[str]", show: object) -> None:
+    def timed(child: "subprocess.Popen[str]", *watching: processes.Watch) -> None:
         started = time.monotonic()
-        follow(child, show)
+        follow(child, *watching)
         workers[f"{len(workers) + 1} {child.args[2].rpartition('.')[2]}"] = time.monotonic() - started
 
     processes._follow = timed

@@ -23,10 +23,10 @@ from prefect.workers.process import ProcessWorker
 from ruamel.yaml import YAML
 
 from data_contracts.run_spec import RunSpec
+from tasks.device_slot import find_or_make_limit
 
 FILE = Path(__file__).parent.parent / "infra" / "prefect.yaml"
 POOL = TAG = "tunegate"
-DEVICE_LIMIT = "tunegate-device"
 _STRATEGY = {"wait": "ENQUEUE", "skip": "CANCEL_NEW"}
 
 Deployment = dict[str, Any]
@@ -64,10 +64,7 @@ def digest(deployments: list[Deployment]) -> str:
 def apply(client: SyncPrefectClient, deployments: list[Deployment]) -> None:
     """Make the pool, the limit and every deployment, or bring them up to date."""
     _make_pool(client)
-    try:
-        client.read_global_concurrency_limit_by_name(DEVICE_LIMIT)
-    except ObjectNotFound:  # a limit that a person has changed stays
-        client.upsert_global_concurrency_limit_by_name(DEVICE_LIMIT, 1)
+    find_or_make_limit(client)
     for deployment in deployments:
         flow: Flow[..., Any] = load_flow_from_entrypoint(deployment["entrypoint"])
         client.create_deployment(

@@ -35,6 +35,11 @@ def aside(what: str, act: str = "") -> Callable[[Callable[P, None]], Callable[P,
     return make
 
 
+def tell(line: str) -> None:
+    """A line for the person at the terminal, beside the stages'."""
+    Console(stderr=True).print(f"  {line}", style="dim", markup=False, soft_wrap=True)
+
+
 def warn(problem: Problem, log: Log | None = None) -> None:
     """On stderr, and in the log: the run's, if there is one."""
     Console(stderr=True).print(Text(f"warning: {problem}"), style="yellow", soft_wrap=True)

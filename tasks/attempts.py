@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from prefect.context import TaskRunContext
-from rich.console import Console
 
 from data_contracts.errors import TunegateError
 from data_contracts.failures import explained, has_secret, may_pass
 from data_contracts.run_spec import RunSpec, StoreSpec
+from tasks.asides import tell
 from tasks.stores import Store
 
 
@@ -44,8 +44,7 @@ def _counted(error: TunegateError) -> TunegateError:
         problems = (replace(problem, what=f"{problem.what} (tried {tries} times)") for problem in error.problems)
         return type(error)(*problems)
     what = "; ".join(problem.what for problem in error.problems)
-    line = f"  {context.task_run.name}: {what}; that was try {tries} of {most}"
-    Console(stderr=True).print(line, style="dim", markup=False, soft_wrap=True)
+    tell(f"{context.task_run.name}: {what}; that was try {tries} of {most}")
     return error
 
 

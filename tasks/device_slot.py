@@ -12,16 +12,18 @@ from typing import Any, Final
 from uuid import UUID
 
 import psutil
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import ConcurrencyLeaseHolder
+from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
 from prefect.concurrency.context import ConcurrencyContext
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 from prefect.variables import Variable
-from rich.console import Console
+
+from tasks.asides import tell
 
 LIMIT: Final = "tunegate-device"
 _HOLDER: Final = "tunegate_device"  # a Prefect variable: who took the last slot, for whoever waits
@@ -49,15 +51,20 @@ def device_slot(stage: str) -> Iterator[None]:
 
 
 def _any_free() -> bool:
-    """Whether a slot is free now. The limit exists from here on; one that somebody has raised stays so."""
+    """Whether a slot is free now. The limit exists from here on."""
     with get_client(sync_client=True) as client:
-        try:
-            limit = client.read_global_concurrency_limit_by_name(LIMIT)
-        except ObjectNotFound:
-            with suppress(ObjectAlreadyExists):  # another run was faster
-                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=1))
-            return True
-    return limit.active_slots < limit.limit
+        limit = find_or_make_limit(client)
+    return limit is None or limit.active_slots < limit.limit
+
+
+def find_or_make_limit(client: SyncPrefectClient) -> GlobalConcurrencyLimitResponse | None:
+    """The limit as it is, also if somebody has raised it; None if it was missing and has now been made with one slot."""
+    try:
+        return client.read_global_concurrency_limit_by_name(LIMIT)
+    except ObjectNotFound:
+        with suppress(ObjectAlreadyExists):  # another run was faster
+            client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=1))
+        return None
 
 
 def _sign(stage: str) -> None:
@@ -83,9 +90,9 @@ def _take_back_or_tell() -> None:
     if holder and holder["lease"] and holder["host"] == socket.gethostname() and not _is_alive(holder):
         with get_client(sync_client=True) as client:
             client.release_concurrency_slots_with_lease(UUID(holder["lease"]))
-        _say(f"{LIMIT} is taken back from {holder['who']}, which was killed")
+        tell(f"{LIMIT} is taken back from {holder['who']}, which was killed")
     else:
-        _say(f"waiting for {LIMIT}, held by {holder['who'] if holder else 'another run'}")
+        tell(f"waiting for {LIMIT}, held by {holder['who'] if holder else 'another run'}")
 
 
 def _is_alive(holder: Any) -> bool:
@@ -95,7 +102,3 @@ def _is_alive(holder: Any) -> bool:
         return bool(process.create_time() == holder["began"] and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
-
-
-def _say(text: str) -> None:
-    Console(stderr=True).print(f"  {text}", style="dim", markup=False, soft_wrap=True)

@@ -19,6 +19,7 @@ from tasks.core.drift import drift
 from tasks.core.freshness import drifted, reason_to_retrain
 from tasks.sources import find_sources
 from tasks.stores import Store
+from tasks.urls import is_url
 from tasks.validate import batch_profile
 
 _ROWS_FOR_DRIFT = 5_000  # the first of the new ones: enough to tell a distance of 0.03
@@ -27,7 +28,9 @@ _ROWS_FOR_DRIFT = 5_000  # the first of the new ones: enough to tell a distance 
 def still_changing(data: DataSpec, quiet_seconds: float) -> str | None:
     """Which file was written a moment ago and may not be complete yet, or None."""
     now = time.time()
-    files = [source for source in find_sources(data)[0] if source.kind == "file"]
+    # What lies at a URL is there as a whole or not at all; to list it here too would cost its server a call.
+    local = data.model_copy(update={"source": [entry for entry in data.source if not is_url(entry)]})
+    files = [source for source in find_sources(local)[0] if source.kind == "file"]
     ages = {source.name: now - source.path.stat().st_mtime for source in files}
     young = sorted(name for name, age in ages.items() if age < quiet_seconds)
     if not young:
@@ -47,9 +50,10 @@ def decide(store: Store, spec: RunSpec, snapshot: Snapshot, champion_days: float
 def look(store: Store, scope: str, snapshot: Snapshot, contract: ContractSpec) -> Look:
     """Count the rows that no finished run has seen, and measure how far they lie from those of the last one."""
     last = watermark.last_finished(store, scope)
-    known = watermark.known_rows(store, scope)
     if last and last.snapshot_id == snapshot.id:
-        return Look(snapshot_id=snapshot.id, new_rows=0, known_rows=len(known), drift={}, drifted=[])
+        count = watermark.count_known_rows(store, scope)
+        return Look(snapshot_id=snapshot.id, new_rows=0, known_rows=count, drift={}, drifted=[])
+    known = watermark.known_rows(store, scope)
     fresh = _new_rows([store.path(part) for part in snapshot.parts], known)
     distances: dict[str, float] = {}
     if last and fresh:

@@ -20,10 +20,12 @@ CREATE TABLE IF NOT EXISTS looks (
     PRIMARY KEY (scope, snapshot_id)
 );
 """
-# Every batch up to the newest one that a run has finished on: a run takes all rows there are.
-_DONE: Final = """
-SELECT snapshot_id FROM batches WHERE scope = :scope AND at <= (
-    SELECT MAX(batches.at) FROM batches JOIN finished USING (scope, snapshot_id) WHERE scope = :scope
+# The rows of every batch up to the newest one that a run has finished on: a run takes all rows there are.
+_KNOWN: Final = """
+rows WHERE scope = :scope AND snapshot_id IN (
+    SELECT snapshot_id FROM batches WHERE scope = :scope AND at <= (
+        SELECT MAX(batches.at) FROM batches JOIN finished USING (scope, snapshot_id) WHERE scope = :scope
+    )
 )
 """
 
@@ -57,9 +59,15 @@ def last_finished(store: Store, scope: str) -> Finished | None:
 
 def known_rows(store: Store, scope: str) -> set[str]:
     """Ids of all rows that a finished run has had before it, also those that have left the data since."""
-    query = f"SELECT DISTINCT row_id FROM rows WHERE scope = :scope AND snapshot_id IN ({_DONE})"
     with connection(store, _TABLES) as database:
-        return {row_id for (row_id,) in database.execute(query, {"scope": scope})}
+        found = database.execute(f"SELECT DISTINCT row_id FROM {_KNOWN}", {"scope": scope})
+        return {row_id for (row_id,) in found}
+
+
+def count_known_rows(store: Store, scope: str) -> int:
+    """How many `known_rows` has, without holding them."""
+    with connection(store, _TABLES) as database:
+        return int(database.execute(f"SELECT COUNT(DISTINCT row_id) FROM {_KNOWN}", {"scope": scope}).fetchone()[0])
 
 
 def remember(store: Store, scope: str, look: Look) -> None:
