@@ -130,11 +130,13 @@ class Trained(NamedTuple):
 @pytest.fixture(scope="module")
 def prefect(tmp_path_factory) -> Iterator[None]:
     """A server for the flows of this process."""
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
-    place = tmp_path_factory.mktemp("prefect")
-    with prefect_server(place) as found, temporary_settings({PREFECT_API_URL: found["PREFECT_API_URL"]}):
-        yield
+    own = {PREFECT_LOGGING_TO_API_ENABLED: False}  # its last lines would wait for a server that is gone
+    with prefect_server(tmp_path_factory.mktemp("prefect")) as found:
+        own[PREFECT_API_URL] = found["PREFECT_API_URL"]
+        with temporary_settings(own):
+            yield
 
 
 class Place:
