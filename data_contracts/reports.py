@@ -64,6 +64,15 @@ class Quantisation(Report):
     double_quant: bool
 
 
+class Slot(Report):
+    """Where one of several arms trains that train at the same time."""
+
+    gpu: str | None  # as CUDA_VISIBLE_DEVICES names it; None: on the CPU
+    threads: int
+    why: str
+    beside: int  # arms at the same time, this one included
+
+
 class LossPoint(Report):
     step: int
     loss_nats: float
@@ -116,6 +125,7 @@ class TrainReport(Report):
     scoring: Literal["packed", "padded"]
     scoring_reason: str
     device: str
+    side_by_side: int = 1  # arms that trained at the same time: over 1, speeds are those of a shared machine
     start: Start | None = None  # None: warm_start is never, so from scratch
 
 

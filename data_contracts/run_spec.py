@@ -113,6 +113,9 @@ class TrainSpec(Section):
     """Share of a warm start's rows that the champion has seen before, against forgetting: 0 replays none, 1 all."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of a worker; null takes the cores that are free."""
+    parallel: Annotated[int, Field(ge=1)] = 1
+    """Arms that train at the same time, each on a GPU of its own or on an equal share of the free cores. What each is and
+    how much memory it takes stay the same; speeds are then those of arms side by side, see docs/devices.md."""
     workers: Annotated[int, Field(ge=1)] = 1
     """Processes that train one arm together, each on a GPU of its own or a share of the cores, see docs/devices.md. A step
     has the same rows, and its gradient is the same but for rounding."""
@@ -153,7 +156,7 @@ class TrainSpec(Section):
 
 
 # What makes arms comparable, and how they are run.
-_FOR_ALL_ARMS = frozenset({"methods", "seeds", "variants", "threads", "workers", "engine", "sharding"})
+_FOR_ALL_ARMS = frozenset({"methods", "seeds", "variants", "threads", "parallel", "workers", "engine", "sharding"})
 
 
 def _one_line(detail: Any) -> str:

@@ -8,7 +8,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from data_contracts.data_reports import DatasetManifest, DataState, FileRef, Snapshot
-from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget, RunReport, Stage, TrainReport
+from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget, RunReport, Slot, Stage, TrainReport
 from data_contracts.rules import Reason, action_of
 from data_contracts.run_spec import DOMAIN_TASKS, Form, RunSpec
 from data_contracts.verdict import Served
@@ -16,12 +16,14 @@ from flows.console import tell
 from flows.runs_left import bury, hold
 from flows.stages import Stages
 from flows.starts import beginnings
+from flows.training import train_arms
 from tasks import artifacts, ledger, notify, registry, rivals, stages, watermark
 from tasks.arms import arms_of, candidate_arm
 from tasks.base import base_identity
 from tasks.evaluate import task_files
 from tasks.explain import write_state
 from tasks.rivals import Rival
+from tasks.slots import slots_of
 from tasks.sources import source_digests
 from tasks.stores import Store
 from tasks.turns import me, turn
@@ -75,8 +77,9 @@ def retrain_flow(spec: RunSpec, force: bool = False, reason: str = BY_HAND) -> A
 def chain(run: Stages, spec: RunSpec, reason: str) -> Any:
     """Every stage, in order."""
     store = Store(Path(spec.store.root))
+    slots = slots_of(spec.train)
     dataset = data_stages(run, spec)
-    base, arms = train_stages(run, spec, dataset)
+    base, arms = train_stages(run, spec, dataset, slots)
 
     candidate = released_of(arms)
     rival = rivals.rival(spec.store, spec.model.name, candidate.adapter, base)
@@ -134,25 +137,18 @@ def ingested(run: Stages, store: Store, spec: RunSpec) -> Snapshot:
     return snapshot
 
 
-def train_stages(run: Stages, spec: RunSpec, data: DatasetManifest) -> tuple[BaseModelRef, list[TrainReport]]:
+def train_stages(
+    run: Stages, spec: RunSpec, data: DatasetManifest, slots: list[Slot]
+) -> tuple[BaseModelRef, list[TrainReport]]:
     """Every arm over the same rows in the same order, unless a warm start has its own; LoRA's from the same adapter."""
     store = Store(Path(spec.store.root))
     base = run.run(stages.prepare_base, store, spec.model.base, spec.model.revision, base_identity(spec.model))
-    planned, precision = arms_of(spec.train), spec.model.precision
+    planned = arms_of(spec.train)
     begins = beginnings(run, spec, base, data, planned)
     if set(spec.evaluate.tasks) - set(DOMAIN_TASKS):
         own = task_files(spec.evaluate)
         run.run(stages.check_tasks, store, base, data.test, spec.evaluate, own, spec.train.max_tokens)
-    arms: list[TrainReport] = []
-    for arm, begin in zip(planned, begins, strict=True):
-        # Arms on unlike threads could not be compared for speed: all take what was free for the first.
-        dials = arm.dials.model_copy(update={"threads": arms[0].threads}) if arms else arm.dials
-        inputs = (store, arm.method, arm.seed, base, begin.adapter, begin.rows, data.validation, dials, precision)
-        trained: TrainReport = run.run(stages.train_arm, *inputs, label=f"train {arm.name}")
-        # The same training may be known under another name: as one of several seeds, or as a variant.
-        arms.append(trained.model_copy(update={"name": arm.name, "arm": arm.arm, "start": begin.start}))
-        artifacts.show_training(arms[-1])
-    return base, arms
+    return base, train_arms(run, spec, base, data, planned, begins, slots)
 
 
 def released_of(arms: list[TrainReport]) -> TrainReport:

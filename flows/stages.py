@@ -3,16 +3,20 @@
 import inspect
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prefect.client.schemas.objects import State
+from prefect.futures import wait
 from prefect.logging import get_run_logger
 from prefect.results import get_result_store
 from prefect.states import Completed
 from rich.text import Text
 
+from data_contracts.errors import TunegateError
 from data_contracts.failures import explained
 from data_contracts.reports import Stage
 from data_contracts.run_spec import RunSpec
@@ -40,20 +44,30 @@ class Stages:
 
     def run(self, task: Any, *args: Any, label: str | None = None) -> Any:
         """Run one Prefect task and return its result; what it raised is raised here."""
-        name = label or task.name
-        arguments = inspect.signature(task.fn).bind(*args).arguments
-        with self._device(task.name, name, arguments):
-            started = time.monotonic()
-            state = task.with_options(refresh_cache=self.force, task_run_name=name)(*args, return_state=True)
-        seconds = time.monotonic() - started
-        if state.is_failed() or state.is_crashed():
-            self._tell("failed", name, seconds)
-        result = _result(state, name)
-        status = "cached" if state.name == "Cached" else "ran"
-        why = "" if status == "cached" else FORCED if self.force else self.reasons.why(task.name, name, arguments)
-        self.reasons.keep(task.name, name, arguments)
-        self._note(name, status, seconds, why)
+        (result,) = self.together(task, [(label or task.name, args)])
         return result
+
+    def together(self, task: Any, calls: Sequence[tuple[str, Sequence[Any]]]) -> list[Any]:
+        """Run a task with several inputs at the same time, each under its label; results in the order of the calls.
+
+        What fails lets the others finish; then everything that went wrong is raised at once.
+        """
+        named = [(name, inspect.signature(task.fn).bind(*args).arguments) for name, args in calls]
+        with self._device(task.name, named):
+            started = time.time()
+            states = self._states(task, calls)
+        results: list[Any] = []
+        errors: list[Exception] = []
+        for (name, arguments), state in zip(named, states, strict=True):
+            try:
+                results.append(self._ended(task.name, name, arguments, state, started))
+            except Exception as error:
+                if len(calls) == 1:
+                    raise
+                errors.append(error)
+        if errors:
+            raise _as_one(errors)
+        return results
 
     def skip(self, name: str, why: str) -> None:
         self._note(name, "skipped", 0.0, why)
@@ -64,12 +78,35 @@ class Stages:
             return result
         return Completed(name="Skipped", message="nothing new: every stage was done before", data=result)
 
-    def _device(self, stage: str, name: str, arguments: dict[str, Any]) -> AbstractContextManager[None]:
-        """A slot of the device, if this stage needs one. Taken out here, so that waiting costs a stage none of its time."""
+    def _states(self, task: Any, calls: Sequence[tuple[str, Sequence[Any]]]) -> list[State[Any]]:
+        named = [(task.with_options(refresh_cache=self.force, task_run_name=name), args) for name, args in calls]
+        if len(named) == 1:
+            ((own, args),) = named
+            return [own(*args, return_state=True)]
+        futures = [own.submit(*args) for own, args in named]
+        wait(futures)
+        return [future.state for future in futures]
+
+    def _ended(self, stage: str, name: str, arguments: dict[str, Any], state: State[Any], started: float) -> Any:
+        """Tell how a task ended, and why it ran; return its result, or raise what it raised. started: seconds since 1970."""
+        seconds = max(0.0, state.timestamp.timestamp() - started)
+        if state.is_failed() or state.is_crashed():
+            self._tell("failed", name, seconds)
+        result = _result(state, name)
+        status = "cached" if state.name == "Cached" else "ran"
+        why = "" if status == "cached" else FORCED if self.force else self.reasons.why(stage, name, arguments)
+        self.reasons.keep(stage, name, arguments)
+        self._note(name, status, seconds, why)
+        return result
+
+    def _device(self, stage: str, named: Sequence[tuple[str, dict[str, Any]]]) -> AbstractContextManager[None]:
+        """One slot of the device for all of them, if this stage needs one and not all are cached. Taken out here, so that
+        waiting costs a stage none of its time."""
         if not POLICIES[stage].device:
             return nullcontext()
-        cached = not self.force and get_result_store().exists(stage_key(stage, arguments))
-        return nullcontext() if cached else device_slot(name)
+        store, asked = get_result_store(), [name for name, _ in named]
+        cached = not self.force and all(store.exists(stage_key(stage, arguments)) for _, arguments in named)
+        return nullcontext() if cached else device_slot(", ".join(asked))
 
     def _note(self, name: str, status: Any, seconds: float, why: str = "") -> None:
         self.done.append(Stage(name=name, status=status, seconds=round(seconds, 3), why=why))
@@ -81,6 +118,14 @@ class Stages:
         line = Text.assemble((f"{status:>7}", colour), f"  {name:<16} {seconds:7.1f} s  {why}".rstrip())
         console.print(line, soft_wrap=True)
         get_run_logger().info("%s: %s%s", name, status, f", {why}" if why else "")
+
+
+def _as_one(errors: list[Exception]) -> Exception:
+    """One error with the problems of all, of the first one's kind."""
+    own = [error for error in errors if isinstance(error, TunegateError)]
+    if len(errors) == 1 or len(own) < len(errors):
+        return errors[0] if len(errors) == 1 else ExceptionGroup(f"{len(errors)} arms failed", errors)
+    return type(own[0])(*(problem for error in own for problem in error.problems))
 
 
 def _result(state: Any, name: str) -> Any:

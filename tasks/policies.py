@@ -39,6 +39,8 @@ NOT_IDENTITY = frozenset(
         "seeds",
         "variants",
         "threads",
+        "parallel",
+        "slot",
         "checkpoint_steps",
         "max_loss_rise_nats",
         "engine",

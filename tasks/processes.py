@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +29,12 @@ def _nobody(event: Event) -> None:
 
 
 def run_worker(
-    module: str, spec: dict[str, Any], out: Path, title: str | None = None, afresh: bool = False, watch: Watch = _nobody
-) -> dict[str, Any]:
+    module: str, spec: dict[str, Any], out: Path, title: str | None = None, afresh: bool = False,
+    watch: Watch = _nobody, gpu: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Run `python -m module spec.json out/` with live progress on stderr, and to `watch`, and return its report.
+
+    gpu: the only one it sees.
 
     A worker that has already ended well with the same spec is not run again, and a killed one goes on from what it
     left in `out`, unless `afresh` is set. Raises what the worker raised,
@@ -51,7 +55,8 @@ def run_worker(
         Display(title or module.rpartition(".")[2].replace("_", " ")) as display,
     ):
         command = [sys.executable, "-m", *_launcher(spec), module, str(spec_file), str(out)]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=worker_environment())
+        environment = worker_environment() | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         try:
             _follow(child, display.show, watch)
         finally:
@@ -127,44 +132,78 @@ def free_cores() -> int:
 
 
 class Display:
-    """A worker's progress on stderr: a bar in a terminal, a line every 15 seconds elsewhere, the first `after` so many."""
+    """A worker's progress on stderr: a bar in a terminal, a line every 15 seconds elsewhere, the first `after` so many.
+
+    Of several workers at the same time each has a bar, and every line begins with whose it is.
+    """
 
     def __init__(self, title: str, after: float = _SECONDS_BETWEEN_LINES) -> None:
         self.title = title
-        self.console = Console(stderr=True)
-        self.bar = Progress(
-            TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, transient=True,
-            disable=not self.console.is_terminal,
-        )  # fmt: skip
-        self.line = self.bar.add_task(title, total=None, note="")
         self.last_line = time.monotonic() + after - _SECONDS_BETWEEN_LINES
 
     def __enter__(self) -> Self:
-        self.bar.start()
+        self.bar = _SCREEN.enter()
+        self.line = self.bar.add_task(self.title, total=None, note="")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        self.bar.remove_task(self.line)
+        _SCREEN.leave()
 
     def show(self, event: Event) -> None:
         kind = event["event"]
         if kind == "note":
-            self.console.print(f"  {event['text']}", style="dim", markup=False, soft_wrap=True)
+            self._say(event["text"])
         elif kind == "device":
             device = f"{event['device']}, {event['precision']} ({event['precision_reason']})"
-            threads = f"{event['threads']} threads ({event['threads_reason']})"
-            self.console.print(f"  {device}; {threads}", style="dim", markup=False, soft_wrap=True)
+            self._say(f"{device}; {event['threads']} threads ({event['threads_reason']})")
         elif kind == "start" and event["step"]:
-            self.console.print(f"  resuming from step {event['step']}", style="dim")
+            self._say(f"resuming from step {event['step']}")
         elif kind == "step":
             self._advance(self.title, event["step"], event["of"], f"loss {event['loss_nats']:.3f}")
         elif kind == "progress":
             self._advance(event["what"], event["done"], event.get("of"), "")
 
+    def _say(self, text: str) -> None:
+        whose = f"{self.title}: " if _SCREEN.shown > 1 else ""
+        self._print(f"  {whose}{text}")
+
+    def _print(self, line: str) -> None:
+        self.bar.console.print(line, style="dim", markup=False, soft_wrap=True)
+
     def _advance(self, what: str, done: int, of: int | None, note: str) -> None:
         self.bar.update(self.line, description=what, completed=done, total=of, note=note)
-        if not self.console.is_terminal and time.monotonic() - self.last_line > _SECONDS_BETWEEN_LINES:
+        if self.bar.disable and time.monotonic() - self.last_line > _SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
             told = f"{done} of {of}" if of else f"{done}"
-            self.console.print(f"  {what}: {told} {note}", style="dim", markup=False, soft_wrap=True)
+            self._print(f"  {what}: {told} {note}")
+
+
+class _Screen:
+    """The one live part of the terminal, shared by the workers of several threads: rich keeps one at a time."""
+
+    def __init__(self) -> None:
+        self.shown = 0
+        self._lock = threading.Lock()
+
+    def enter(self) -> Progress:
+        with self._lock:
+            if self.shown == 0:
+                console = Console(stderr=True)
+                self._bar = Progress(
+                    TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(),
+                    TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn(), console=console,
+                    transient=True, disable=not console.is_terminal,
+                )  # fmt: skip
+                self._bar.start()
+            self.shown += 1
+            return self._bar
+
+    def leave(self) -> None:
+        with self._lock:
+            self.shown -= 1
+            if self.shown == 0:
+                self._bar.stop()
+
+
+_SCREEN = _Screen()

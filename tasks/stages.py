@@ -15,6 +15,7 @@ from data_contracts.reports import (
     ModelVersion,
     Origin,
     RecordedRun,
+    Slot,
     Start,
     TrainReport,
 )
@@ -84,15 +85,23 @@ def check_tasks(
     return evaluation.check_tasks(store, base, test, spec, max_tokens)
 
 
+def train_key(
+    method: Method, seed: int, base: BaseModelRef, step0: AdapterRef | None, rows: FileRef, validation: FileRef,
+    dials: TrainSpec, precision: str,
+) -> str:  # fmt: skip
+    """Two arms with the same key are one training."""
+    inputs = {"method": method, "seed": seed, "base": base, "step0": step0, "rows": rows, "validation": validation}
+    return stage_key("train", {**inputs, "dials": dials, "precision": precision})
+
+
 @stage("train")
 def train_arm(
     store: Store, method: Method, seed: int, base: BaseModelRef, step0: AdapterRef | None, rows: FileRef,
-    validation: FileRef, dials: TrainSpec, precision: str,
+    validation: FileRef, dials: TrainSpec, precision: str, slot: Slot | None = None,
 ) -> TrainReport:  # fmt: skip
-    inputs = {"method": method, "seed": seed, "base": base, "step0": step0, "rows": rows, "validation": validation}
-    key = stage_key("train", {**inputs, "dials": dials, "precision": precision})
-    live = LiveTraining(task_run.name.removeprefix("train ")).show
-    return train.train_arm(store, key, method, seed, base, step0, rows, validation, dials, precision, is_forced(), live)
+    inputs = (method, seed, base, step0, rows, validation, dials, precision)
+    name = task_run.name.removeprefix("train ")
+    return train.train_arm(store, train_key(*inputs), *inputs, is_forced(), LiveTraining(name).show, name, slot)
 
 
 @stage("evaluate")

@@ -4,24 +4,27 @@ import shutil
 from typing import Any
 
 from data_contracts.data_reports import FileRef
-from data_contracts.reports import AdapterRef, BaseModelRef, LossPoint, TrainReport
+from data_contracts.reports import AdapterRef, BaseModelRef, LossPoint, Slot, TrainReport
 from data_contracts.run_spec import Method, TrainSpec
 from tasks.base import adapter_ref
 from tasks.processes import Watch, run_worker
 from tasks.stores import Store
 
+# What the worker has no use for: it is told its own method, seed, rate, step-0 adapter, rows and threads.
+_NOT_THE_WORKERS = {"methods", "seeds", "variants", "learning_rates", "warm_start", "replay_share", "parallel"}
+
 
 def train_arm(
     store: Store, key: str, method: Method, seed: int, base: BaseModelRef, step0: AdapterRef | None, rows: FileRef,
-    validation: FileRef, train: TrainSpec, precision: str, afresh: bool, watch: Watch,
+    validation: FileRef, train: TrainSpec, precision: str, afresh: bool, watch: Watch, name: str, slot: Slot | None,
 ) -> TrainReport:  # fmt: skip
     """Run the worker in a folder named by the stage's key, so that the same work finds its own checkpoints.
 
-    watch: is told of every step.
+    watch: is told of every step; name: what people call it; slot: its place beside other arms, if it has a place.
     """
     store.check_room()
     out = store.files / "training" / f"{method}-{key[-16:]}"
-    spec: dict[str, Any] = train.model_dump(exclude={"methods", "seeds", "variants", "learning_rates"}) | {
+    spec: dict[str, Any] = train.model_dump(exclude=_NOT_THE_WORKERS) | {
         "method": method,
         "seed": seed,
         "learning_rate": train.learning_rates.get(method, train.learning_rate),
@@ -32,7 +35,10 @@ def train_arm(
         "validation": str(store.path(validation)),
         "precision": precision,
     }
-    report = run_worker("tasks.workers.train_adapter", spec, out, f"train {method} seed {seed}", afresh, watch)
+    if slot:
+        spec |= {"threads": slot.threads, "threads_reason": slot.why}
+    gpu = slot.gpu if slot else None
+    report = run_worker("tasks.workers.train_adapter", spec, out, f"train {name}", afresh, watch, gpu)
     for checkpoint in out.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)  # the arm is complete: its optimiser state is of no more use
     loss = [LossPoint(**point) for point in report.pop("loss")]
@@ -43,6 +49,7 @@ def train_arm(
         seed=seed,
         adapter=adapter_ref(store, out / "adapter"),
         step0_sha256=step0.sha256 if step0 else None,
+        side_by_side=slot.beside if slot else 1,
         useful_tokens_per_s=report["train_tokens"] / report["train_seconds"],
         loss=loss,
     )

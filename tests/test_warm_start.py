@@ -164,7 +164,7 @@ class Place:
         key = f"train-{digest(self.store.path(start.rows))}"
         arm = train.train_arm(
             self.store, key, "lora", 17, self.base, start.adapter or self.fresh(), start.rows, data.validation,
-            dials, "fp32", False, lambda event: None,
+            dials, "fp32", False, lambda event: None, "lora", None,
         ).model_copy(update={"start": start})  # fmt: skip
         return Generation(data, start, arm, self.register(data, arm))
 

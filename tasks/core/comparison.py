@@ -48,7 +48,7 @@ def compare(
         flips=_flips(accuracy, candidate),
         **costs._asdict(),
         detectable={name: detectable(item.error, dials.confidence) for name, item in found.items() if item},
-        claims=claims(kept, costs),
+        claims=claims(kept, costs, arms),
         **judge_released(scored, facts, released, loss_draws, dials),
     )
 

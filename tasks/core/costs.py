@@ -39,8 +39,7 @@ def _speed(pairs: list[tuple[TrainReport, TrainReport]], dials: GateSpec) -> Est
     """Both arms take the same steps on the same rows, so their seconds are paired by step; the first warms up."""
     for lora, qlora in pairs:
         # On unlike threads or precision the ratio would measure the machine, not the method.
-        same = (lora.threads, lora.precision, lora.device, lora.workers, len(lora.loss))
-        if same != (qlora.threads, qlora.precision, qlora.device, qlora.workers, len(qlora.loss)) or len(lora.loss) < 3:
+        if _circumstances(lora) != _circumstances(qlora) or len(lora.loss) < 3:
             return None
     if len({len(lora.loss) for lora, _ in pairs}) > 1:
         return None  # an arm stopped early: its steps have no partner in another seed
@@ -49,8 +48,14 @@ def _speed(pairs: list[tuple[TrainReport, TrainReport]], dials: GateSpec) -> Est
     return Bootstrap(steps, dials.bootstrap_draws, dials.confidence).estimate(ratio, fast, slow)
 
 
-def claims(retention: Estimate | None, costs: Costs) -> list[Claim]:
+def _circumstances(arm: TrainReport) -> tuple[object, ...]:
+    return (arm.threads, arm.precision, arm.device, arm.workers, arm.side_by_side, len(arm.loss))
+
+
+def claims(retention: Estimate | None, costs: Costs, arms: Sequence[TrainReport] = ()) -> list[Claim]:
     """The popular claims about QLoRA against this run's numbers; none where no QLoRA stood beside a LoRA."""
+    beside = max((arm.side_by_side for pair in _pairs(arms) for arm in pair), default=1)
+    slower_than = "more time a token" + (f", up to {beside} arms training side by side" if beside > 1 else "")
     if retention is None and costs.memory_saving is None:
         return []
     slower = costs.speed_ratio and Estimate(
@@ -61,7 +66,7 @@ def claims(retention: Estimate | None, costs: Costs) -> list[Claim]:
     )
     return [
         _claim("needs 59 % less memory", _MEMORY, costs.memory_saving, (0.59, np.inf), "less peak memory"),
-        _claim("runs 20 to 30 % slower", _SPEED, slower, (0.20, 0.30), "more time a token"),
+        _claim("runs 20 to 30 % slower", _SPEED, slower, (0.20, 0.30), slower_than),
         _claim("keeps 99 % of the quality", _QUALITY, retention, (0.99, np.inf), "of LoRA's loss gain kept"),
     ]
 

@@ -31,12 +31,12 @@ class Device:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
-def choose_device(precision: str = "auto", threads: int | None = None) -> Device:
+def choose_device(precision: str = "auto", threads: int | None = None, why: str | None = None) -> Device:
     """Pick the first CUDA device if there is one, else the CPU; announce why."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen, reason = _precision(device) if precision == "auto" else (precision, "set by model.precision")
     count, count_reason = (
-        _threads() if threads is None else (threads, "set by train.threads, or the same as the first arm's")
+        _threads() if threads is None else (threads, why or "set by train.threads, or the same as the first arm's")
     )
     torch.set_num_threads(count)
     return Device(device, chosen, reason, count, count_reason)
@@ -107,4 +107,4 @@ def reset_peak_rss() -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(asdict(choose_device())) + "\n")
+    sys.stdout.write(json.dumps(asdict(choose_device()) | {"gpus": torch.cuda.device_count()}) + "\n")

@@ -46,7 +46,7 @@ def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
 def train_rank(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     """The whole work, or this rank's part of it; what is answered is the same on all ranks but for times."""
     started = time.monotonic()
-    device = choose_device(spec["precision"], spec["threads"])
+    device = choose_device(spec["precision"], spec["threads"], spec.get("threads_reason"))
     say("device", **vars(device))
     chat = load_chat(Path(spec["base"]))
     listed = out / "rows_too_long.jsonl" if is_first_rank() else Path(os.devnull)
