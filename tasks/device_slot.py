@@ -5,6 +5,7 @@ Only with a Prefect server that others use too; a run that starts a server of it
 """
 
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -27,6 +28,7 @@ from tasks.asides import tell
 
 LIMIT: Final = "tunegate-device"
 _HOLDER: Final = "tunegate_device"  # a Prefect variable: who took the last slot, for whoever waits
+_SERVER_SECONDS: Final = 120.0
 _LEASE_SECONDS: Final = 120.0  # renewed after three quarters of it; the slot of a killed holder is free after it
 
 
@@ -36,6 +38,7 @@ def device_slot(stage: str) -> Iterator[None]:
     if not PREFECT_API_URL.value():
         yield
         return
+    _wait_for_server()
     if not _any_free():
         _take_back_or_tell()
     with concurrency(
@@ -48,6 +51,17 @@ def device_slot(stage: str) -> Iterator[None]:
     ):
         _sign(stage)
         yield
+        _wait_for_server()
+
+
+def _wait_for_server() -> None:
+    """A server that was killed is back in half a minute; Prefect's client waits only if it has reached it once before."""
+    deadline = time.monotonic() + _SERVER_SECONDS
+    with get_client(sync_client=True) as client:
+        while error := client.api_healthcheck():
+            if time.monotonic() > deadline:
+                raise error
+            time.sleep(1)
 
 
 def _any_free() -> bool:

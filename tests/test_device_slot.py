@@ -22,6 +22,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tasks.device_slot import LIMIT, _any_free, device_slot
 from tasks.policies import POLICIES
+from tests.servers import free_port, prefect_on
 
 RUN = """
 import sys, time
@@ -124,6 +125,25 @@ def test_two_runs_share_the_device_one_after_the_other(no_limit, prefect, tmp_pa
     assert all(before[1] <= after[0] for before, after in pairwise(spans)), spans
     limit = no_limit.read_global_concurrency_limit_by_name(LIMIT)
     assert (limit.limit, limit.active_slots) == (1, 0)
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_and_comes_back_costs_the_run_nothing(tmp_path):
+    server, environment = prefect_on(tmp_path, free_port())
+    leases = "prefect.server.concurrency.lease_storage.filesystem"  # as ours keep them
+    server.environment = server.environment | {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": leases}
+    server.start()
+    try:
+        run = start(tmp_path / "run", environment["PREFECT_API_URL"], seconds=2)
+        wait_until((tmp_path / "run" / "begun").exists)
+        server.kill()
+        time.sleep(6)  # the stage has ended by now, and its slot is to be given back
+        server.start()
+        out, err = run.communicate(timeout=120)
+    finally:
+        server.kill()
+    assert run.returncode == 0, err
+    assert len(out.splitlines()) == 2
 
 
 def test_a_limit_that_another_run_makes_at_the_same_moment_is_taken_as_it_is(no_limit, monkeypatch):
