@@ -11,17 +11,21 @@ from data_contracts.errors import ConfigError, Problem, StoreError
 from data_contracts.run_spec import StoreSpec
 from flows.servers import HOST
 from flows.services_state import open_here
+from tasks.links import MLFLOW_PAGE
 from tasks.stores import Store
 
 
 def prepare_environment(store: StoreSpec) -> None:
-    """Set defaults for this process and its children. If `tunegate up` runs in this store, its Prefect server is used."""
+    """Set defaults for this process and its children. If `tunegate up` runs in this store, its Prefect server is used
+    and its MLflow page is linked."""
     files = Store(Path(store.root)).files.resolve()
     state = open_here(store)
     services = f"http://{HOST}:{state.prefect_port}/api" if state else None
     yours = os.environ.get("PREFECT_API_URL") not in (None, services)
     if services:
         os.environ.setdefault("PREFECT_API_URL", services)
+    if state and state.mlflow_port:
+        os.environ.setdefault(MLFLOW_PAGE, f"http://{HOST}:{state.mlflow_port}")
     for name, value in (_QUIET | _homes(files)).items():
         if name == "PREFECT_HOME" and yours:
             continue  # your server comes with your own profile

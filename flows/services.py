@@ -22,6 +22,7 @@ from flows.services_down import alone, end_services, stop
 from flows.services_state import MARK, State, services_folder
 from flows.spec_files import DEFAULT_PRESET, load_spec
 from flows.supervised import IDLE, Process, Program, Supervisor, configuration
+from tasks.links import MLFLOW_PAGE
 
 WORKER = "worker"
 
@@ -70,7 +71,7 @@ def up(preset: str | None, changes: list[str], mlflow_port: int | None, prefect_
         try:
             if not runs:
                 supervisor.file.write_text(configuration(_programs(found)), encoding="utf-8")
-                supervisor.start(_environment(folder))
+                supervisor.start(_environment(folder, found))
             return _start(spec, supervisor, found, missing)
         except BaseException:
             if not runs:
@@ -137,9 +138,11 @@ def _programs(found: list[Server]) -> list[Program]:
     return [*listed, Program(WORKER, [*worker, "--type", "process"], group=False, environment=log)]
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def _environment(folder: Path, found: list[Server]) -> dict[str, str]:
+    pages = {MLFLOW_PAGE: server.url for server in found if server.name == "MLflow"}
     # Not `uv run`: what a flow needs is installed where `up` runs.
-    return {**os.environ, **ENVIRONMENT, MARK: str(folder), "PREFECT_RUNNER_AUTO_INSTALL_DEPENDENCIES": "false"}
+    own = {MARK: str(folder), "PREFECT_RUNNER_AUTO_INSTALL_DEPENDENCIES": "false"}
+    return {**os.environ, **ENVIRONMENT, **pages, **own}
 
 
 def _start(spec: RunSpec, supervisor: Supervisor, found: list[Server], missing: list[str]) -> Up:
