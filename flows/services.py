@@ -139,10 +139,12 @@ def _programs(found: list[Server]) -> list[Program]:
 
 
 def _environment(folder: Path, found: list[Server]) -> dict[str, str]:
-    pages = {MLFLOW_PAGE: server.url for server in found if server.name == "MLflow"}
     # Not `uv run`: what a flow needs is installed where `up` runs.
-    own = {MARK: str(folder), "PREFECT_RUNNER_AUTO_INSTALL_DEPENDENCIES": "false"}
-    return {**os.environ, **ENVIRONMENT, **pages, **own}
+    own = {**ENVIRONMENT, MARK: str(folder), "PREFECT_RUNNER_AUTO_INSTALL_DEPENDENCIES": "false"}
+    for server in found:
+        if server.name == "MLflow":
+            own[MLFLOW_PAGE] = server.url
+    return {**os.environ, **own}
 
 
 def _start(spec: RunSpec, supervisor: Supervisor, found: list[Server], missing: list[str]) -> Up:

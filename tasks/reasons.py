@@ -27,6 +27,7 @@ _SECTIONS: Final = {field.annotation: f"{name}." for name, field in RunSpec.mode
 # What an argument of tasks/stages.py is called. What earlier stages have made follows from their reasons: a word will do.
 _MADE: Final = {
     "snapshot": "data", "validated": "data", "dataset": "data", "rows": "data", "validation": "data", "test": "data",
+    "train": "data", "held_out": "data", "origin": "champion",
     "reference": "the batch before", "benchmarks": "benchmark items", "task_files": "your own tasks",
     "base": "base", "step0": "start adapter", "arm": "adapter", "arms": "adapter", "target": "adapter", "targets": "adapter",
     "evaluations": "scores", "scores": "scores", "comparison": "comparison", "gates": "verdict", "served": "serving",

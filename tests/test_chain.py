@@ -252,17 +252,20 @@ def second(first, tunegate, place, environment) -> dict:
     return result
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_checkpoint(second):
     assert second["arms"][0]["resumed_from_step"] > 0
     assert second["arms"][0]["steps"] == 60
 
 
+@pytest.mark.slow
 def test_another_learning_rate_reruns_training_but_not_data(second):
     found = statuses(second)
     assert {found[name] for name in ("ingest", "validate", "curate", "prepare_base", "init_adapter")} == {"cached"}
     assert {found[name] for name in ("train lora", "train qlora", "evaluate", "register")} == {"ran"}
 
 
+@pytest.mark.slow
 def test_the_new_version_had_to_face_the_champion(second):
     (gate,) = (gate for gate in second["gates"] if gate["name"] == "not_worse_than_champion")
     assert "tunegate-smoke version 1" in gate["why"]
@@ -273,7 +276,7 @@ def test_the_new_version_had_to_face_the_champion(second):
 # --- release ------------------------------------------------------------------------------------------------
 
 
-def test_the_gate_command_judges_a_registered_version(second, tunegate):
+def test_the_gate_command_judges_a_registered_version(first, tunegate):
     code, decision, errors = tunegate("gate", "--model", "models:/tunegate-smoke/1")
     assert code in (0, 1, 3), errors
     assert decision["verdict"] == {0: "pass", 1: "fail", 3: "inconclusive"}[code]
@@ -294,6 +297,7 @@ def test_a_model_that_is_not_there_is_an_input_error_with_what_there_is(first, t
     assert "has versions 1" in error["error"]["problems"][0]["act"]
 
 
+@pytest.mark.slow
 def test_promotion_needs_a_passed_gate_or_a_reason_and_can_be_rolled_back(second, place, hook):
     from flows.release import promote, rollback
     from tasks.promotion import promote_version

@@ -74,7 +74,12 @@ def difference(out: Path, other: Path) -> tuple[float, float]:
 
 @pytest.mark.parametrize(
     ("method", "sharding", "checkpointing"),
-    [("lora", "none", True), ("qlora", "none", False), ("lora", "fsdp", False), ("qlora", "fsdp", True)],
+    [
+        ("lora", "none", True),
+        pytest.param("qlora", "none", False, marks=pytest.mark.slow),
+        pytest.param("lora", "fsdp", False, marks=pytest.mark.slow),
+        ("qlora", "fsdp", True),
+    ],
 )
 def test_two_ranks_have_the_loss_curve_and_the_adapter_of_one(spec, tmp_path, method, sharding, checkpointing):
     dials = spec | {"method": method, "activation_checkpointing": checkpointing}
@@ -89,7 +94,7 @@ def test_two_ranks_have_the_loss_curve_and_the_adapter_of_one(spec, tmp_path, me
     assert [two[name] for name in same] == [one[name] for name in same]
 
 
-@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+@pytest.mark.parametrize("sharding", [pytest.param("none", marks=pytest.mark.slow), "fsdp"])
 def test_ranks_agree_on_the_best_validation_and_the_early_end(spec, validating, tmp_path, sharding):
     dials = validating | {"learning_rate": 3e-2, "early_stopping_patience": 2, "batch_tokens": 256}
     assert run("train_adapter", dials, tmp_path / "one") == 0
@@ -102,7 +107,7 @@ def test_ranks_agree_on_the_best_validation_and_the_early_end(spec, validating, 
     assert difference(tmp_path / "two", tmp_path / "one")[1] < WEIGHTS
 
 
-@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+@pytest.mark.parametrize("sharding", [pytest.param("none", marks=pytest.mark.slow), "fsdp"])
 def test_a_rank_without_a_row_changes_nothing(validating, tmp_path, sharding):
     dials = validating | {"batch_tokens": 64}
     assert run("train_adapter", dials, tmp_path / "one") == 0
@@ -215,6 +220,7 @@ def started(dropping: dict, out: Path, monkeypatch, fault: str) -> dict:
     return run_worker("tests.faulty_rank", dropping, out)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_one_transient_error_and_nobody_is_left(dropping, pair, tmp_path, monkeypatch):
     listening = Listening()
     with listening, pytest.raises(TransientError, match=r"rank 1 of 2: killed by signal 9"):
@@ -226,6 +232,7 @@ def test_a_killed_rank_is_one_transient_error_and_nobody_is_left(dropping, pair,
     ends_as_if_never_killed(dropping, tmp_path, pair, from_step=6)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_all_ranks_with_one_checkpoint(dropping, pair, tmp_path, monkeypatch):
     with pytest.raises(TransientError, match=r"stopped at step \d+ of 10 by SIGTERM, with a checkpoint"):
         started(dropping, tmp_path, monkeypatch, "0:4:stop_all")
@@ -234,6 +241,7 @@ def test_a_signal_ends_all_ranks_with_one_checkpoint(dropping, pair, tmp_path, m
     ends_as_if_never_killed(dropping, tmp_path, pair, from_step=last)
 
 
+@pytest.mark.slow
 def test_what_one_rank_breaks_on_is_what_the_user_reads(dropping, tmp_path, monkeypatch):
     with pytest.raises(WorkerError, match=r"rank 1 of 2: .*shapes do not fit"):
         started(dropping, tmp_path, monkeypatch, "1:4:break_down")

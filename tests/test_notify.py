@@ -26,7 +26,6 @@ from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.testing.utilities import prefect_test_harness
 
 from data_contracts.errors import DataError, Problem, WorkerError
 from data_contracts.reports import ModelVersion, RunReport
@@ -40,17 +39,12 @@ from tasks.stores import Store
 from tests.test_pages import planted, saved
 from tests.told import SECRET, save_block, shown, webhook
 
+pytestmark = pytest.mark.usefixtures("prefect")
 MISSING = "slack-webhook/no-such-team"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
 @pytest.fixture(scope="module")
-def patience() -> Iterator[None]:
+def patience(prefect) -> Iterator[None]:
     """A second try comes at once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(notify, "_FIRST_WAIT_SECONDS", 0.01)
@@ -72,7 +66,7 @@ def hook(team) -> dict:
 
 
 @pytest.fixture(scope="module")
-def dead() -> str:
+def dead(prefect) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return save_block("dead", f"http://127.0.0.1:{free.getsockname()[1]}")
@@ -92,7 +86,7 @@ def retrain(root: Path, notified: list[str], task: Task = works, **more) -> Stat
     """One real stage and a planted report, in a flow with the retrain's own hooks."""
 
     def body(spec: RunSpec, reason: str = "") -> RunReport:
-        run = Stages()
+        run = Stages.of(spec)
         run.run(task, reason)
         return run.end(planted(root))
 

@@ -3,7 +3,6 @@
 Prefect's engine, the workers and the tiny base are real. Not tried: several GPUs, for want of them.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,13 +20,12 @@ from tasks.processes import Display
 from tasks.slots import share_out, slots_of, visible_gpus
 from tasks.stores import Store, digest
 from tests.conftest import LORA, toy_rows, write_rows
-from tests.servers import prefect_server
 from tests.test_pages import dataset
 from tests.test_verdict import DIALS, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SHORT = {
-    "rank": 4, "alpha": 8, "learning_rate": 1e-2, "max_steps": 60, "epochs": 10, "batch_tokens": 512, "max_tokens": 256,
+    "rank": 4, "alpha": 8, "learning_rate": 1e-2, "max_steps": 30, "epochs": 10, "batch_tokens": 512, "max_tokens": 256,
     "threads": 1, "checkpoint_steps": 100,
 }  # fmt: skip
 
@@ -125,18 +123,6 @@ def test_a_speed_is_said_to_be_one_of_arms_side_by_side_and_only_like_is_compare
 class Trained(NamedTuple):
     arms: list[TrainReport]
     times: list[tuple[float, float]]  # of each worker: its start and its end
-
-
-@pytest.fixture(scope="module")
-def prefect(tmp_path_factory) -> Iterator[None]:
-    """A server for the flows of this process."""
-    from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
-
-    own = {PREFECT_LOGGING_TO_API_ENABLED: False}  # its last lines would wait for a server that is gone
-    with prefect_server(tmp_path_factory.mktemp("prefect")) as found:
-        own[PREFECT_API_URL] = found["PREFECT_API_URL"]
-        with temporary_settings(own):
-            yield
 
 
 class Place:

@@ -10,6 +10,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -138,10 +139,10 @@ def test_a_run_is_known_to_be_alive_until_its_process_is_killed(tmp_path):
 
 
 @pytest.fixture
-def odd_folder(tmp_path) -> Path:
-    folder = tmp_path / "50% of it's mine"
-    folder.mkdir()
-    return folder
+def odd_folder() -> Iterator[Path]:
+    # Not in tmp_path: the path of a unix socket is short.
+    with tempfile.TemporaryDirectory(prefix="50% of it's mine ") as folder:
+        yield Path(folder)
 
 
 def test_a_program_that_is_killed_comes_back_and_nothing_is_left_in_the_end(odd_folder):

@@ -7,6 +7,7 @@ an error is told by whichever has it first.
 """
 
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -53,6 +54,8 @@ def main(work: Work) -> None:
     """Run one worker from the command line's two arguments and exit with its code."""
     if len(sys.argv) != 3:
         raise SystemExit("usage: python -m tasks.workers.NAME spec.json out/")
+    gc.freeze()  # what was imported stays
+    gc.enable()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an end by signal, as SIGTERM is: no traceback of KeyboardInterrupt
     try:
         run(work, Path(sys.argv[1]), Path(sys.argv[2]))
