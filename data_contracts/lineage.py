@@ -1,0 +1,92 @@
+"""What a registered version is made of: everything that is needed to check it, to judge it again, and to make it again.
+
+The version holds this as `artifacts/evidence/lineage.json`; its sha256 is the version's tag `tunegate.lineage_sha256`, and it
+names the sha256 of every other file of the version. So the registry vouches for one file, and that file for all others.
+No path of any machine stands in it: places are relative to the version or to the store.
+"""
+
+from typing import Any
+
+from data_contracts.data_reports import Report
+from data_contracts.reports import AdapterRef, BaseModelRef, Quantisation, Start
+from data_contracts.run_spec import Method
+from data_contracts.verdict import Verdict
+
+LINEAGE_TAG = "tunegate.lineage_sha256"
+EVIDENCE = "evidence"  # folder in the version's artifacts
+LINEAGE_FILE = "lineage.json"
+
+
+class Code(Report):
+    """What trained the version. digest: of the modules that the train stage uses, as in its cache key."""
+
+    version: str  # of Tunegate
+    commit: str | None  # of the git checkout it ran from; None: an installed package
+    dirty: bool | None  # files of the checkout differ from that commit
+    digest: str
+
+
+class Machine(Report):
+    """Where it was trained. packages: every installed distribution by name, its version: the lock."""
+
+    python: str
+    platform: str
+    processor: str
+    device: str
+    precision: str
+    threads: int
+    packages: dict[str, str]
+
+
+class DataLineage(Report):
+    """The rows, by content. Splits are named by the sha256 of their files."""
+
+    snapshot_id: str
+    sources: dict[str, str]  # name of a source file -> sha256
+    train_sha256: str
+    validation_sha256: str
+    test_sha256: str
+    trained_rows_sha256: str  # ids of all rows it ever saw, its ancestors' included
+    contract_sha256: str  # the result of the data contract
+    rows_in: int
+    rows_kept: int
+    licence: str  # SPDX id or text; "unknown" if nobody said
+
+
+class Training(Report):
+    """The arm that became the version."""
+
+    name: str
+    method: Method
+    quantisation: Quantisation | None
+    seed: int
+    adapter: AdapterRef  # folder relative to the store
+    step0_sha256: str | None
+    start: Start | None
+    dials: dict[str, Any]  # of `train`, as this arm read them
+
+
+class Judgement(Report):
+    """What its gates said, of which items. The reports themselves lie beside this file, as their sha256 in `files` says."""
+
+    verdict: Verdict
+    items_sha256: str
+    nll_nats: float | None
+    candidate: str
+    rival: str | None  # the version it had to stand against
+
+
+class Lineage(Report):
+    name: str  # in the registry
+    key: str  # content key of the register stage
+    run: str  # MLflow's id of the run that made it
+    made_unix_seconds: float
+    spec: dict[str, Any]  # the RunSpec, without its store
+    base: BaseModelRef
+    base_licence: str
+    data: DataLineage
+    training: Training
+    judgement: Judgement
+    code: Code
+    machine: Machine
+    files: dict[str, str]  # every other file of the version's artifacts: relative path -> sha256
