@@ -10,7 +10,6 @@ Without the variable a few stages of the flow.
 import json
 import os
 import re
-import shutil
 import sqlite3
 import subprocess
 import sys
