@@ -17,7 +17,7 @@ from tasks.base import adapter_ref
 from tasks.core.costs import claims, measure_costs
 from tasks.policies import stage_key
 from tasks.processes import Display
-from tasks.slots import share_out, slots_of, visible_gpus
+from tasks.slots import on_cluster, share_out, slots_of, visible_gpus
 from tasks.stores import Store, digest
 from tests.conftest import LORA, toy_rows, write_rows
 from tests.test_pages import dataset
@@ -71,13 +71,20 @@ def test_one_arm_at_a_time_asks_for_no_place_and_two_ask_this_machine(monkeypatc
 @pytest.mark.parametrize(
     ("dials", "why"),
     [
-        ({"parallel": 2, "workers": 2}, "set one of them to 1"),
+        ({"parallel": 2, "workers": 2}, "set one of them to 1"),  # on Ray they go together
         ({"variants": [{"name": "v", "method": "lora", "dials": {"parallel": 2}}]}, "cannot have its own parallel"),
     ],
 )
 def test_what_does_not_go_with_parallel_is_refused(dials, why):
     with pytest.raises(ValueError, match=why):
         TrainSpec(**dials)
+
+
+def test_ray_needs_one_cluster_for_all_arms_and_gives_each_what_it_asks_for():
+    with pytest.raises(ConfigError, match="RAY_ADDRESS"):
+        on_cluster(TrainSpec(parallel=2, engine="ray"), None)
+    asked = on_cluster(TrainSpec(parallel=2, workers=2, engine="ray", threads=4), "10.0.0.1:6379")
+    assert [(slot.gpu, slot.threads, slot.beside) for slot in asked] == [(None, 4, 2)] * 2
 
 
 def test_how_many_train_at_a_time_is_no_part_of_what_is_trained():
