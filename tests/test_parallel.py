@@ -198,12 +198,14 @@ def test_two_arms_overlap_in_time_and_are_what_they_are_alone(tiny_base, tmp_pat
     assert [(arm.side_by_side, arm.threads) for arm in (*beside.arms, *alone.arms)] == [(2, 1)] * 2 + [(1, 1)] * 2
 
 
+@pytest.mark.slow
 def test_an_arm_that_fails_lets_the_other_finish(place):
     with pytest.raises(StoreError, match=r"gone\.jsonl"):
         place.train(TWO, lost="lora")
     assert [file.parent.name[:5] for file in place.store.files.glob("training/*/report.json")] == ["qlora"]
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_every_arm_is_told_at_once(place):
     with pytest.raises(DataError) as failed:
         place.train(TWO, max_tokens=16)
