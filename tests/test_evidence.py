@@ -114,23 +114,22 @@ class Place:
 
 @pytest.fixture(scope="module", autouse=True)
 def workers_here() -> Iterator[None]:
-    from tasks.workers import compare_adapters, evaluate_models, train_adapter
-    from tasks.workers import init_adapter as step0
+    from tasks.workers import compare_adapters, evaluate_models, init_adapter, prepare_base, train_adapter
 
-    def here(work: Any) -> Any:
-        def run(module: str, spec: dict, out: Path, *_: Any, **__: Any) -> dict:
-            out.mkdir(parents=True, exist_ok=True)
-            report: dict = work(spec, out)
-            return report
+    works = {
+        "train_adapter": train_adapter.train, "evaluate_models": evaluate_models.evaluate_models,
+        "compare_adapters": compare_adapters.compare, "init_adapter": init_adapter.init_adapter,
+        "prepare_base": prepare_base.prepare,
+    }  # fmt: skip
 
-        return run
+    def here(module: str, spec: dict, out: Path, *_: Any, **__: Any) -> Any:
+        out.mkdir(parents=True, exist_ok=True)
+        return works[module.rpartition(".")[2]](spec, out)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tasks.parts.free_cores", lambda: 1)
-        patch.setattr("tasks.train.run_worker", here(train_adapter.train))
-        patch.setattr("tasks.base.run_worker", here(step0.init_adapter))
-        patch.setattr("tasks.evaluate.run_worker", here(evaluate_models.evaluate_models))
-        patch.setattr("tasks.reproduce.run_worker", here(compare_adapters.compare))
+        for user in ("base", "train", "evaluate", "reproduce"):
+            patch.setattr(f"tasks.{user}.run_worker", here)
         yield
 
 
