@@ -30,6 +30,7 @@ from tasks.licences import data_licence
 from tasks.stores import Store, digest, without_place
 
 _ROOT = Path(__file__).parent.parent
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 _PACKAGES = ("flows", "tasks", "data_contracts")
 
 
@@ -175,11 +176,13 @@ def packages() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The name of the processor, as Linux or Python tells it."""
+    """The name of the processor, and which of the instructions it has that arithmetic is done by."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return named or platform.processor() or platform.machine()
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = told.get("model name") or platform.processor() or platform.machine()
+    known = [flag for flag in _INSTRUCTIONS if flag in told.get("flags", "").split()]
+    return f"{name} ({', '.join(known)})" if known else name
 
 
 def accelerator() -> str:
