@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from data_contracts.data_reports import DatasetManifest, FileRef
-from data_contracts.errors import ConfigError, Problem, StoreError
+from data_contracts.errors import ConfigError, Problem
+from data_contracts.releases import OVERRIDE_TAG
 from data_contracts.reports import (
     BaseModelRef,
     EvalReport,
-    LoadedBack,
     ModelVersion,
     Quantisation,
     RecordedRun,
@@ -55,6 +55,7 @@ class Registered:
     run_id: str
     started_from: str | None = None  # the version whose adapter its training went on from; None: from scratch
     trained: FileRef | None = None  # ids of the rows it was trained on, at an absolute path; None: not recorded
+    override: str = ""  # why it became champion although something said no
 
     @property
     def label(self) -> str:
@@ -169,19 +170,6 @@ def ask_version(store: StoreSpec, uri: str, questions: list[str], max_new_tokens
     return [str(answer) for answer in answers]
 
 
-def load_back(store: StoreSpec, model: ModelVersion, scores: EvalReport, sample_tokens: int) -> LoadedBack:
-    """Ask the registered version what was asked in the evaluation. Raises StoreError if it answers nothing."""
-    sample = scores.answers[0] if scores.answers else None
-    question = sample.question if sample else _EXAMPLE
-    uri = f"models:/{model.name}/{model.version}"
-    (answer,) = ask_version(store, uri, [question], sample_tokens)
-    if not answer and (sample is None or sample.answer):
-        raise StoreError(
-            Problem("the registered model answers nothing", uri, act="it was not promoted; look at its run")
-        )
-    return LoadedBack(question=question, answer=answer, as_evaluated=answer == sample.answer if sample else None)
-
-
 def resolve(store: StoreSpec, uri: str, option: str = "--model") -> Registered:
     """A version by `models:/NAME/VERSION` or `models:/NAME@ALIAS`. Raises ConfigError, saying what there is."""
     from mlflow.exceptions import MlflowException
@@ -239,6 +227,7 @@ def _registered(client: "MlflowClient", found: "MlflowVersion") -> Registered:
         run_id=tags["tunegate.run"],
         started_from=None if tags.get(STARTED_TAG, _SCRATCH) == _SCRATCH else tags[STARTED_TAG],
         trained=FileRef(path=str(files / NAME), sha256=tags[TRAINED_TAG]) if TRAINED_TAG in tags else None,
+        override=tags.get(OVERRIDE_TAG, ""),
     )
 
 

@@ -25,6 +25,7 @@ ALLOWED = {
 MLFLOW = {
     "tasks/tracking.py",
     "tasks/registry.py",
+    "tasks/moves.py",
     "tasks/promotion.py",
     "tasks/workers/served_model.py",
     "tasks/workers/ask_model.py",
