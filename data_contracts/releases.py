@@ -28,7 +28,7 @@ class Evidence(Report):
     """What spoke for a version when it became champion. sha256: of the gate report's file."""
 
     verdict: Verdict | None  # None: no gate report was kept
-    judged_in: str  # the file among the artifacts of the MLflow run
+    judged_in: str  # the file in the version's evidence or among the artifacts of the MLflow run
     judged_sha256: str | None
     adapter_sha256: str
     lineage_sha256: str | None

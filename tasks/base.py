@@ -51,6 +51,7 @@ def prepare_base(store: Store, base: str, revision: str | None) -> BaseModelRef:
         revision=report["revision"],
         stops=report["stops"],
         chat_template=report["chat_template"],
+        licence=report["licence"],
     )
 
 

@@ -1,7 +1,7 @@
 """What gates said of a registered version: by the run that made it, or later by `tunegate gate`; the newest counts.
 
-Both are files among the artifacts of the MLflow run that made the version, so that every machine on one server sees them.
-A tag says the verdict too, but anybody can set one: what counts is a report about this very adapter.
+The run's report lies in the version's evidence; a later one among the artifacts of the MLflow run that made the version, so
+that every machine on one server sees it. A tag says the verdict too, but what counts is a report about this very adapter.
 """
 
 import hashlib
@@ -9,8 +9,9 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from data_contracts.lineage import EVIDENCE
 from data_contracts.releases import JUDGED_TAG, KeptDecision
 from data_contracts.reports import EvalReport, SampleAnswer
 from data_contracts.run_spec import StoreSpec
@@ -19,7 +20,9 @@ from tasks.asides import aside
 from tasks.registry import Registered
 from tasks.tracking import attach, connect, kept_files, kept_text
 
-_GATE, _COMPARISON, _EVALUATIONS, _LATER = "gate.json", "comparison.json", "evaluations", "judgements"
+_GATE, _EVALUATIONS, _LATER = "gate.json", "evaluations", "judgements"
+
+Evaluation = dict[str, Any]
 
 
 class Judged(NamedTuple):
@@ -63,17 +66,35 @@ def _by_gate(run_id: str, path: str) -> Judged:
 
 def _by_run(store: StoreSpec, version: Registered) -> Judged | None:
     """What the run said of the adapter that it released, and the champion it scored beside it."""
-    if not {_GATE, _COMPARISON} <= set(kept_files(store, version.run_id)):
+    found = _evidence(version) or _artifacts(store, version)
+    if found is None:
         return None
-    text = kept_text(version.run_id, _GATE)
-    released = json.loads(kept_text(version.run_id, _COMPARISON))["released"]
-    paths = {Path(path).stem: path for path in kept_files(store, version.run_id, _EVALUATIONS)}
-    own, rival = (
-        json.loads(kept_text(version.run_id, paths[name])) if name in paths else {} for name in (released, "champion")
-    )
-    answers = [SampleAnswer.model_validate(answer) for answer in own.get("answers", [])]
-    adapters = (own.get("adapter_sha256", ""), rival.get("adapter_sha256"))
-    return Judged(json.loads(text)["verdict"], _GATE, _digest(text), *adapters, answers, own.get("precision"))
+    gate, own = found
+    rival = json.loads(_text(store, version, f"{_EVALUATIONS}/champion.json") or "{}")
+    answers = [SampleAnswer.model_validate(answer) for answer in own["answers"]]
+    adapters = (own["adapter_sha256"], rival.get("adapter_sha256"))
+    return Judged(json.loads(gate)["verdict"], _GATE, _digest(gate), *adapters, answers, own.get("precision"))
+
+
+def _evidence(version: Registered) -> tuple[str, Evaluation] | None:
+    """The gate report that was registered with the version, and the evaluation it judged."""
+    folder = Path(version.adapter).parent / EVIDENCE
+    if not (folder / _GATE).exists():
+        return None
+    return (folder / _GATE).read_text(), json.loads((folder / "evaluation.json").read_text())
+
+
+def _artifacts(store: StoreSpec, version: Registered) -> tuple[str, Evaluation] | None:
+    """The same of a version from before it carried them: from the run that made it."""
+    gate, comparison = (_text(store, version, name) for name in (_GATE, "comparison.json"))
+    released = json.loads(comparison)["released"] if comparison else ""
+    own = _text(store, version, f"{_EVALUATIONS}/{released}.json")
+    return (gate, json.loads(own)) if gate and own else None
+
+
+def _text(store: StoreSpec, version: Registered, path: str) -> str | None:
+    folder = str(Path(path).parent) if "/" in path else None
+    return kept_text(version.run_id, path) if path in kept_files(store, version.run_id, folder) else None
 
 
 @aside("the judgement was not kept with the version, and `tunegate promote` will not know of it")

@@ -1,42 +1,32 @@
-"""Model versions: registered with their evidence, loaded back in a fresh process, found by name or alias."""
+"""Model versions, found by name or alias and asked in a fresh process. How one is made: tasks/register.py."""
 
-import json
 import shutil
-import tempfile
 import uuid
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-from data_contracts.data_reports import DatasetManifest, FileRef
+from data_contracts.data_reports import FileRef
 from data_contracts.errors import ConfigError, Problem
+from data_contracts.lineage import Lineage
 from data_contracts.releases import OVERRIDE_TAG
-from data_contracts.reports import (
-    BaseModelRef,
-    EvalReport,
-    ModelVersion,
-    Quantisation,
-    RecordedRun,
-    TrainReport,
-)
-from data_contracts.run_spec import Method, RunSpec, StoreSpec
-from data_contracts.verdict import GateReport
+from data_contracts.reports import ModelVersion, Quantisation
+from data_contracts.run_spec import Method, StoreSpec
+from tasks.lineage import read_lineage
 from tasks.processes import run_worker
-from tasks.row_ids import NAME, ids_of, publish_ids
+from tasks.row_ids import NAME
 from tasks.stores import Store
-from tasks.tracking import KEY_TAG, SPEC_FILE, connect, open_experiment, resumed
+from tasks.tracking import SPEC_FILE, connect
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-_CODE = Path(__file__).parent / "workers" / "served_model.py"
-_EXAMPLE = "What do you know?"
-_QUANTISATION_TAG = "tunegate.quantisation"
+EXAMPLE = "What do you know?"
+QUANTISATION_TAG = "tunegate.quantisation"
 STARTED_TAG, TRAINED_TAG = "tunegate.started_from", "tunegate.trained_rows"
-_SCRATCH = "scratch"
+SCRATCH = "scratch"
 _NF4 = Quantisation(quant_type="nf4", double_quant=True)  # of versions from before there was a choice
 
 
@@ -60,98 +50,6 @@ class Registered:
     @property
     def label(self) -> str:
         return f"{self.name} version {self.version}"
-
-
-def register_version(
-    spec: RunSpec,
-    key: str,
-    base: BaseModelRef,
-    arm: TrainReport,
-    scores: EvalReport,
-    dataset: DatasetManifest,
-    gate: GateReport,
-    recorded: RecordedRun,
-) -> ModelVersion:
-    """Make the arm a new version under alias `challenger`; the version of the same key is used again."""
-    client = connect(spec.store)
-    name = spec.model.name
-    open_experiment(client, spec.store, name)
-    found = client.search_model_versions(f"name = '{name}' and tags.`{KEY_TAG}` = '{key}'")
-    trained = _trained_rows(Store(Path(spec.store.root)), arm, dataset)
-    tags = {
-        KEY_TAG: key,
-        "tunegate.method": arm.method,
-        "tunegate.adapter_sha256": arm.adapter.sha256,
-        "tunegate.base": base.name,
-        "tunegate.base_digest": base.digest,
-        "tunegate.snapshot": dataset.snapshot_id,
-        "tunegate.verdict": gate.verdict,
-        "tunegate.run": recorded.mlflow_run_id,
-        "tunegate.nll_nats": f"{scores.nll_nats}",
-        STARTED_TAG: (arm.start.version if arm.start else None) or _SCRATCH,
-        TRAINED_TAG: trained.sha256,
-    }
-    if arm.quantisation:
-        tags[_QUANTISATION_TAG] = arm.quantisation.model_dump_json()
-    run_id = recorded.arm_run_ids[arm.name]
-    meta = _meta(spec, base, arm)
-    version = str(found[0].version) if found else _make_version(client, spec, run_id, meta, arm, trained, tags)
-    client.set_registered_model_alias(name, CHALLENGER, version)
-    return version_now(spec.store, ModelVersion(name=name, version=version, aliases=[], run_id=run_id))
-
-
-def _trained_rows(store: Store, arm: TrainReport, dataset: DatasetManifest) -> FileRef:
-    """Ids of all rows the arm has seen. They go with the version: a later warm start must know them, whatever the store
-    still has."""
-    if arm.start and arm.start.trained:
-        return arm.start.trained
-    return publish_ids(store, ids_of(store.path(dataset.train)))
-
-
-def _meta(spec: RunSpec, base: BaseModelRef, arm: TrainReport) -> dict[str, Any]:
-    """What served_model.py needs to know to load the version as it was evaluated."""
-    return {
-        "base": base.name,
-        "base_digest": base.digest,
-        "base_path": base.path,
-        "base_revision": base.revision,
-        "method": arm.method,
-        "quantisation": arm.quantisation.model_dump() if arm.quantisation else None,
-        "precision": arm.precision,
-        "system_prompt": spec.data.system_prompt,
-        "stops": base.stops,
-        "chat_template": base.chat_template,
-    }
-
-
-def _make_version(
-    client: "MlflowClient", spec: RunSpec, run_id: str, meta: dict[str, Any], arm: TrainReport, trained: FileRef,
-    tags: dict[str, str],
-) -> str:  # fmt: skip
-    import mlflow
-    from mlflow.models import infer_signature
-
-    store = Store(Path(spec.store.root))
-    adapter, rows = store.path(arm.adapter.folder), store.path(trained)
-    # MLflow turns its own hints on again in there, whatever is filtered: recorded, they do not reach the terminal.
-    with tempfile.TemporaryDirectory() as folder, resumed(run_id), warnings.catch_warnings(record=True):
-        meta_file = Path(folder) / "meta.json"
-        meta_file.write_text(json.dumps(meta, indent=1))
-        info = mlflow.pyfunc.log_model(
-            name="model",
-            python_model=str(_CODE),
-            artifacts={"adapter": str(adapter), "meta": str(meta_file), "trained_rows": str(rows)},
-            signature=infer_signature([_EXAMPLE], ["..."], params={"max_new_tokens": 64}),
-            # MLflow tries it only where it finds the base, and only warns; `load_back` is the check that counts.
-            input_example=[_EXAMPLE],
-            pip_requirements=["mlflow", "torch", "transformers", "peft", "bitsandbytes", "accelerate"],
-        )
-    name, source = spec.model.name, f"models:/{info.model_id}"
-    if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name)
-    # Tags come with the version, not after it: a version without its evidence cannot exist.
-    made = client.create_model_version(name, source, run_id=run_id, tags=tags, model_id=info.model_id)
-    return str(made.version)
 
 
 def ask_version(store: StoreSpec, uri: str, questions: list[str], max_new_tokens: int) -> list[str]:
@@ -195,6 +93,12 @@ def recorded_spec(store: StoreSpec, version: Registered) -> str:
     return str(connect(store).download_artifacts(version.run_id, SPEC_FILE))
 
 
+def recorded_lineage(store: StoreSpec, version: Registered) -> Lineage:
+    """What a version is made of. Raises ConfigError if it has no lineage, StoreError if it is not the registered one."""
+    tags = connect(store).get_model_version(version.name, version.version).tags
+    return read_lineage(Path(version.adapter).parent, tags, version.label)
+
+
 def champion(store: StoreSpec, name: str) -> Registered | None:
     """The version in production, or None."""
     client = connect(store)
@@ -225,7 +129,7 @@ def _registered(client: "MlflowClient", found: "MlflowVersion") -> Registered:
         base_digest=tags["tunegate.base_digest"],
         verdict=tags["tunegate.verdict"],
         run_id=tags["tunegate.run"],
-        started_from=None if tags.get(STARTED_TAG, _SCRATCH) == _SCRATCH else tags[STARTED_TAG],
+        started_from=None if tags.get(STARTED_TAG, SCRATCH) == SCRATCH else tags[STARTED_TAG],
         trained=FileRef(path=str(files / NAME), sha256=tags[TRAINED_TAG]) if TRAINED_TAG in tags else None,
         override=tags.get(OVERRIDE_TAG, ""),
     )
@@ -234,7 +138,7 @@ def _registered(client: "MlflowClient", found: "MlflowVersion") -> Registered:
 def _quantisation(tags: dict[str, str]) -> Quantisation | None:
     if tags["tunegate.method"] != "qlora":
         return None
-    told = tags.get(_QUANTISATION_TAG)
+    told = tags.get(QUANTISATION_TAG)
     return Quantisation.model_validate_json(told) if told else _NF4
 
 

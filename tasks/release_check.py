@@ -11,11 +11,12 @@ from data_contracts.errors import Problem, StoreError
 from data_contracts.reports import EvalReport, LoadedBack, ModelVersion, ReleaseCheck, SampleAnswer
 from data_contracts.run_spec import StoreSpec
 from tasks.processes import run_worker
+from tasks.registry import EXAMPLE
 from tasks.stores import Store
 
 # How far the log-probability of a next token may lie from the evaluation's, in nats: measured in docs/release.md.
 TOLERANCE_NATS = {"fp32": 1e-3, "bf16": 0.25}
-_EXAMPLE = SampleAnswer(question="What do you know?", reference="", answer="")
+_EXAMPLE = SampleAnswer(question=EXAMPLE, reference="", answer="")
 
 
 class Limits(NamedTuple):

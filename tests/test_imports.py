@@ -24,6 +24,7 @@ ALLOWED = {
 # The only modules that know MLflow.
 MLFLOW = {
     "tasks/tracking.py",
+    "tasks/register.py",
     "tasks/registry.py",
     "tasks/moves.py",
     "tasks/promotion.py",
