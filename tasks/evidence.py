@@ -1,9 +1,7 @@
 """The folder `evidence` of a version: why it may be trusted, and what makes it again, in files that need no store."""
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -45,15 +43,11 @@ def _write_reports(made: Made, out: Path) -> None:
         "training": made.arm,
     }  # fmt: skip
     for name, report in reports.items():
-        (out / f"{name}.json").write_text(_json(report.model_dump(mode="json")), encoding="utf-8")
+        (out / f"{name}.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
     shutil.copyfile(made.store.path(made.dataset.contract_result), out / "contract.json")
     (out / "items").mkdir()
     for name in ("samples", "facts"):
         shutil.copyfile(made.store.path(getattr(made.scores, name)), out / "items" / f"{name}.jsonl")
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False)
 
 
 def _environment(lineage: Lineage) -> str:

@@ -34,5 +34,5 @@ def distribution_licence(name: str) -> str:
         found = metadata(name)
     except PackageNotFoundError:
         return UNKNOWN
-    told = found["License-Expression"] or found["License"] or ""
+    told = next((found[field] for field in ("License-Expression", "License") if field in found), "")
     return told if told and "\n" not in told else UNKNOWN

@@ -169,7 +169,8 @@ def machine_now(arm: TrainReport) -> Machine:
 
 def packages() -> dict[str, str]:
     """Every installed distribution by its normalised name, and its version."""
-    found = {re.sub(r"[-_.]+", "-", item.metadata["Name"]).lower(): item.version for item in distributions()}
+    whole = [item for item in distributions() if "Name" in item.metadata]  # one half removed has no name
+    found = {re.sub(r"[-_.]+", "-", item.metadata["Name"]).lower(): item.version for item in whole}
     return dict(sorted(found.items()))
 
 

@@ -80,6 +80,7 @@ class Registry:
     ) -> str:  # fmt: skip
         """A new version, as if a run had made it. rival: seed of the champion that it stood against."""
         import mlflow
+        from mlflow.models import infer_signature
 
         from tasks.registry import CHALLENGER
         from tasks.tracking import connect, open_experiment
@@ -92,8 +93,9 @@ class Registry:
             meta.write_text(json.dumps(self._meta(adapter)))
             artifacts = {"adapter": str(self.place.path(adapter.folder)), "meta": str(meta)}
             info = mlflow.pyfunc.log_model(
-                name="model", python_model=str(SERVED), artifacts=artifacts, pip_requirements=["mlflow"]
-            )
+                name="model", python_model=str(SERVED), artifacts=artifacts, pip_requirements=["mlflow"],
+                signature=infer_signature(["?"], ["."], params={"max_new_tokens": 64}),
+            )  # fmt: skip
         if not client.search_registered_models(f"name = '{NAME}'"):
             client.create_registered_model(NAME)
         tags = {
