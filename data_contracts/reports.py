@@ -142,9 +142,14 @@ class EvalTarget(Report):
 
 
 class SampleAnswer(Report):
+    """A test question as a model answered it. next_tokens: (id, log-probability in nats) of the likeliest tokens that may
+    follow the prompt; None if they are not finite, or from before they were kept."""
+
     question: str
     reference: str
     answer: str
+    prompt: str | None = None
+    next_tokens: list[tuple[int, float]] | None = None
 
 
 class TaskScore(Report):
@@ -174,6 +179,7 @@ class EvalReport(Report):
     answers: list[SampleAnswer]
     ms_per_token: float | None  # of a written token, one answer at a time: the median over the sample answers
     seconds: float
+    precision: str | None = None
 
     @property
     def perplexity(self) -> float | None:
@@ -190,12 +196,30 @@ class ModelVersion(Report):
     run_id: str
 
 
+class ReleaseCheck(Report):
+    """A registered version, loaded in a fresh process, held against what was evaluated of it.
+
+    difference_nats: the largest between the log-probabilities of next tokens then and now; None if none were compared.
+    """
+
+    questions: int
+    answered_alike: int  # with the same text as in the evaluation
+    difference_nats: float | None
+    tolerance_nats: float
+    precision: str  # here; what it was evaluated in may be another
+    ms_per_token: float
+    peak_bytes: int
+    seconds: float
+    refusals: list[str]  # what speaks against its release
+
+
 class LoadedBack(Report):
     """What the registered version answered in a fresh process, and whether it is what was evaluated."""
 
     question: str
     answer: str
     as_evaluated: bool | None  # None if no sample question was evaluated
+    check: ReleaseCheck | None = None  # None: a run from before there was one
 
 
 class RecordedRun(Report):

@@ -12,7 +12,7 @@ from data_contracts.verdict import Decision
 from flows.retrain import data_stages, evaluate, in_store, serve
 from flows.runs_left import hold
 from flows.stages import Stages
-from tasks import artifacts, registry, stages
+from tasks import artifacts, judged, registry, stages
 from tasks.base import base_identity
 from tasks.registry import Registered
 from tasks.rivals import Rival, as_rival
@@ -32,7 +32,8 @@ def gate(spec: RunSpec, model_uri: str, baseline_uri: str | None = None) -> Deci
 
 @flow(name="gate", result_serializer="json", on_running=[hold])
 def gate_flow(spec: RunSpec, model_uri: str, baseline_uri: str | None = None) -> Decision:
-    """Score the version, the untuned base and the baseline on the spec's frozen items, and judge."""
+    """Score the version, the untuned base and the baseline on the spec's frozen items, and judge; the judgement is kept with
+    the version, for `tunegate promote`."""
     run, store = Stages.of(spec, flow="gate"), Store(Path(spec.store.root))
     version = registry.resolve(spec.store, model_uri)
     rival = rival_of(spec.store, version, baseline_uri)
@@ -49,9 +50,12 @@ def gate_flow(spec: RunSpec, model_uri: str, baseline_uri: str | None = None) ->
     label = rival.label if rival else None
     report = run.run(stages.gate, comparison, spec.gates, label, False, served)
     artifacts.show_verdict([], evaluations, comparison, report)
-    return Decision(
+    decision = Decision(
         model=model_uri, name=version.name, version=version.version, rival=label, gate=report, comparison=comparison
     )
+    scores = next(report for report in evaluations if report.target == own.name)
+    judged.keep(spec.store, version, rival.adapter_sha256 if rival else None, decision, scores)
+    return decision
 
 
 def rival_of(store: StoreSpec, version: Registered, baseline_uri: str | None) -> Rival | None:

@@ -1,40 +1,92 @@
-"""Move the champion alias, and ask a registered model."""
+"""Move the champion alias, tell every move there was, and ask a registered model."""
+
+import sys
+from pathlib import Path
 
 from prefect import flow
+from ruamel.yaml import YAML
 
-from data_contracts.reports import ModelVersion
+from data_contracts.errors import Problem, TunegateError
+from data_contracts.releases import History, Moved
+from data_contracts.reports import ReleaseCheck
 from data_contracts.run_spec import StoreSpec
+from flows.console import page, tell
 from flows.runs_left import hold
-from tasks import notify, promotion, registry
-from tasks.tracking import connect
+from tasks import moves, notify, promotion, registry
+from tasks.promotion import Plan
+from tasks.registry import Registered
+from tasks.release_check import Limits, check_release
 
 
 @flow(name="promote", on_running=[hold])
-def promote_flow(store: StoreSpec, name: str, version: str | None, override: bool, reason: str) -> ModelVersion:
-    before = registry.alias_version(connect(store), name, registry.CHAMPION)
-    found = promotion.promote_version(store, name, version, override, reason)
-    notify.champion_moved(store, found, before, "promotion", reason)
-    return found
+def promote_flow(store: StoreSpec, name: str, version: str | None, override: bool, reason: str) -> Moved:
+    """What speaks against it is found before a model is loaded, and the model is checked before anything is moved."""
+    _reconcile(store)
+    return _carry_out(store, promotion.plan_promotion(store, name, version), override, reason)
 
 
 @flow(name="rollback", on_running=[hold])
-def rollback_flow(store: StoreSpec, name: str) -> ModelVersion:
-    before = registry.alias_version(connect(store), name, registry.CHAMPION)
-    found = promotion.rollback_version(store, name)
-    notify.champion_moved(store, found, before, "rollback")
+def rollback_flow(store: StoreSpec, name: str, override: bool = False, reason: str = "") -> Moved:
+    _reconcile(store)
+    return _carry_out(store, promotion.plan_rollback(store, name), override, reason)
+
+
+def _reconcile(store: StoreSpec) -> None:
+    for told in moves.reconcile(store):
+        tell(told)
+
+
+def _carry_out(store: StoreSpec, plan: Plan, override: bool, reason: str) -> Moved:
+    plan.allow(override, reason)
+    if plan.is_done:
+        return promotion.carry_out(store, plan, None)
+    check, problems = _checked(store, plan, override)
+    found = promotion.carry_out(store, plan, check, plan.allow(override, reason, problems), reason)
+    notify.champion_moved(store, found)
     return found
 
 
-def promote(store: StoreSpec, name: str, version: str | None, override: bool, reason: str) -> ModelVersion:
-    """Make a version the champion. Raises GateError if its gates did not pass and there is no override."""
-    found: ModelVersion = promote_flow(store, name, version, override, reason)
+def _checked(store: StoreSpec, plan: Plan, override: bool) -> tuple[ReleaseCheck | None, list[Problem]]:
+    """The check, and what it says against the move. One that cannot be made is an error, unless it is overruled too."""
+    judged, to = plan.judged, plan.to
+    answers, precision = (judged.answers, judged.precision) if judged else ([], None)
+    try:
+        uri = f"models:/{to.name}/{to.version}"
+        check, _ = check_release(store, uri, answers, precision, _limits(store, to))
+    except TunegateError as error:
+        what = f"could not be checked: {error.problems[0].what.splitlines()[0]}"
+        problem = Problem(what, to.label, act=promotion.overrule(plan))
+        if not override:
+            raise type(error)(*error.problems, problem) from error
+        return None, [problem]
+    return check, promotion.problems_of(plan, check)
+
+
+def _limits(store: StoreSpec, version: Registered) -> Limits:
+    """As the run that made the version had them."""
+    spec = YAML(typ="safe", pure=True).load(Path(registry.recorded_spec(store, version)))
+    gates = spec["gates"]
+    return Limits(spec["evaluate"]["sample_tokens"], gates.get("max_ms_per_token"), gates.get("max_memory_gb"))
+
+
+def promote(store: StoreSpec, name: str, version: str | None, override: bool, reason: str) -> Moved:
+    """Make a version the champion. Raises GateError if something speaks against it and there is no override."""
+    found: Moved = promote_flow(store, name, version, override, reason)
     return found
 
 
-def rollback(store: StoreSpec, name: str) -> ModelVersion:
+def rollback(store: StoreSpec, name: str, override: bool = False, reason: str = "") -> Moved:
     """Make the champion before this one the champion again."""
-    found: ModelVersion = rollback_flow(store, name)
+    found: Moved = rollback_flow(store, name, override, reason)
     return found
+
+
+def history(store: StoreSpec, name: str, rebuild: bool) -> History:
+    """Every move of a model's champion. rebuild: write a ledger that was changed anew from the registry first."""
+    with page(sys.stderr).status("asking the registry"):
+        if rebuild:
+            tell(moves.rebuild(store))
+        return moves.history(store, name)
 
 
 def ask(store: StoreSpec, model_uri: str, question: str, max_new_tokens: int) -> str:

@@ -1,4 +1,4 @@
-"""`tunegate promote`, `rollback`, `predict`: a registered model goes into production, back, and answers."""
+"""`tunegate promote`, `rollback`, `history`, `predict`: a registered model goes into production, back, and answers."""
 
 from functools import partial
 from typing import Annotated
@@ -11,6 +11,7 @@ from flows.options import AsJson, Name, StoreChanges
 from flows.prepared import prepared_store
 
 release_app = typer.Typer()
+Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why; kept in the promotion ledger.")]
 
 
 @release_app.command()
@@ -19,33 +20,58 @@ def promote(
     version: Annotated[
         str | None, typer.Option("--version", help="Version number; the challenger if left out.")
     ] = None,
-    override: Annotated[bool, typer.Option("--override", help="Promote though its gates said no.")] = False,
-    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why; kept with the version.")] = "",
+    override: Annotated[bool, typer.Option("--override", help="Promote though its gates or the check say no.")] = False,
+    reason: Reason = "",
     changes: StoreChanges = None,
     as_json: AsJson = False,
 ) -> Outcome:
-    """Make a version the champion, if its gates passed."""
-    if override and not reason.strip():
-        raise ConfigError(Problem("--override without --reason", "promote", act='add --reason "why"'))
+    """Make a version the champion, if its gates passed and it still is what they judged."""
+    _needs_reason(override, reason, "promote")
     store = prepared_store(changes)
     from flows.release import promote as set_champion
-    from flows.summary import model_summary
-    from flows.tables import show_version
+    from flows.release_pages import moved_summary, show_moved
 
     found = set_champion(store, name, version, override, reason)
-    return Outcome(model_summary(found), partial(show_version, found))
+    return Outcome(moved_summary(found), partial(show_moved, found))
 
 
 @release_app.command()
-def rollback(name: Name, changes: StoreChanges = None, as_json: AsJson = False) -> Outcome:
-    """Make the champion before this one the champion again."""
+def rollback(
+    name: Name,
+    override: Annotated[bool, typer.Option("--override", help="Though the check says no, or cannot be made.")] = False,
+    reason: Reason = "",
+    changes: StoreChanges = None,
+    as_json: AsJson = False,
+) -> Outcome:
+    """Make the last good champion before this one the champion again."""
+    _needs_reason(override, reason, "rollback")
     store = prepared_store(changes)
     from flows.release import rollback as set_back
-    from flows.summary import model_summary
-    from flows.tables import show_version
+    from flows.release_pages import moved_summary, show_moved
 
-    found = set_back(store, name)
-    return Outcome(model_summary(found), partial(show_version, found))
+    found = set_back(store, name, override, reason)
+    return Outcome(moved_summary(found), partial(show_moved, found))
+
+
+def _needs_reason(override: bool, reason: str, act: str) -> None:
+    if override and not reason.strip():
+        raise ConfigError(Problem("--override without --reason", act, act='add --reason "why"'))
+
+
+@release_app.command()
+def history(
+    name: Name,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Write a changed ledger anew from the registry.")] = False,
+    changes: StoreChanges = None,
+    as_json: AsJson = False,
+) -> Outcome:
+    """Every move of a model's champion: who, when, from, to, why, on what evidence. Exit code 4 if the record is broken."""
+    store = prepared_store(changes)
+    from flows.release import history as moves_of
+    from flows.release_pages import BROKEN, history_summary, show_history
+
+    found = moves_of(store, name, rebuild)
+    return Outcome(history_summary(found), partial(show_history, found), BROKEN if found.problems else 0)
 
 
 @release_app.command()

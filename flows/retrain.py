@@ -17,7 +17,7 @@ from flows.runs_left import bury, hold
 from flows.stages import Stages
 from flows.starts import beginnings
 from flows.training import train_arms
-from tasks import artifacts, ledger, notify, registry, rivals, stages, watermark
+from tasks import artifacts, ledger, moves, notify, registry, rivals, stages, watermark
 from tasks.arms import arms_of, candidate_arm
 from tasks.base import base_identity
 from tasks.evaluate import task_files
@@ -77,6 +77,8 @@ def retrain_flow(spec: RunSpec, force: bool = False, reason: str = BY_HAND) -> A
 def chain(run: Stages, spec: RunSpec, reason: str) -> Any:
     """Every stage, in order."""
     store = Store(Path(spec.store.root))
+    for line in moves.reconcile(spec.store):
+        tell(line)
     slots = slots_of(spec.train)
     dataset = data_stages(run, spec)
     base, arms = train_stages(run, spec, dataset, slots)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from flows.services import Up
     from flows.services_down import Down
     from flows.services_state import State
-    from tasks.promotion import Standing
+    from tasks.moves import Standing
 
 _COLOURS = {"running": "green", "starting": "yellow", "stopped": "red", "silent": "red"}
 _RUN_COLOURS = {"COMPLETED": "green", "FAILED": "red", "CRASHED": "red", "RUNNING": "cyan", "PENDING": "cyan"}
@@ -156,7 +156,8 @@ def _models(models: list["Standing"]) -> Any:
     table = _table("model", "alias", "version", "gates", "since")
     for one in models:
         since = datetime.fromtimestamp(one.since_unix_seconds).astimezone().isoformat(timespec="seconds")
-        _row(table, one.name, one.alias, one.version, one.verdict, _short(since))
+        gates = _coloured(f"{one.verdict}, overridden: {one.override}", "bold red") if one.override else one.verdict
+        _row(table, one.name, one.alias, one.version, gates, _short(since))
     return table
 
 

@@ -2,15 +2,17 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
+from data_contracts.errors import TransientError
 from data_contracts.run_spec import StoreSpec
 from flows import services_state
-from flows.console import page
+from flows.console import page, tell
 from flows.servers import Server, servers
 from flows.services_state import State, services_folder
 from flows.supervised import Supervisor
@@ -19,7 +21,7 @@ from tasks.stores import Store
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
-    from tasks.promotion import Standing
+    from tasks.moves import Standing
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Status:
 
 
 def look(store: StoreSpec) -> Status:
-    """Ask supervisord, Prefect and the registry. Nothing is started, and nothing is written."""
+    """Ask supervisord, Prefect and the registry. Nothing is started; only a move of a champion that a killed process left
+    is ended."""
     folder = services_folder(store)
     state = services_state.read_state(folder)
     if state and state.mlflow_uri:
@@ -114,8 +117,11 @@ def _service(name: str, server: Server | None, process: Any) -> Service:
 def _models(store: StoreSpec) -> list["Standing"]:
     if not store.mlflow_uri and not (Store(Path(store.root)).root / "mlflow.db").exists():
         return []
-    from tasks.promotion import standings
+    from tasks.moves import reconcile, standings
 
+    with suppress(TransientError):  # a move is being made this moment
+        for told in reconcile(store, wait_seconds=0):
+            tell(told)
     return standings(store)
 
 

@@ -122,6 +122,7 @@ def _report(store: Store, target: EvalTarget, test: FileRef, key: str, confidenc
         answers=[SampleAnswer(**answer) for answer in result["answers"]],
         ms_per_token=result["ms_per_token"],
         seconds=result["seconds"],
+        precision=result["precision"],
     )
 
 

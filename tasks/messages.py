@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_contracts.errors import Problem, TunegateError
+from data_contracts.releases import Move
 from data_contracts.reports import ModelVersion, RunReport
 from data_contracts.run_spec import RunSpec
 from data_contracts.verdict import GateReport, GateResult
@@ -73,11 +74,14 @@ def crashed(model: str, run: str, where: Sequence[str], page: str | None) -> Mes
     return Message(f"{model}: retrain CRASHED", _body(lines, run, page))
 
 
-def moved(model: ModelVersion, before: str | None, by: str, reason: str) -> Message:
+def moved(model: ModelVersion, move: Move) -> Message:
     """Another version is champion because somebody wanted it."""
+    by = "override" if move.overrode else {"promote": "promotion", "rollback": "rollback"}[move.act]
     lines = [
-        f"before: version {before}" if before else "before: none",
-        *([f"reason: {_short(reason)}"] if reason else []),
+        f"before: version {move.before}" if move.before else "before: none",
+        *(f"overruled: {_short(told)}" for told in move.overrode),
+        f"why: {_short(move.why)}",
+        f"who: {move.who}",
     ]
     return Message(f"{model.name} version {model.version} is champion now, by {by}", "\n".join(lines))
 

@@ -24,7 +24,8 @@ from prefect.logging.loggers import flow_run_logger
 from prefect.utilities.asyncutils import run_coro_as_sync
 
 from data_contracts.errors import Problem
-from data_contracts.reports import ModelVersion, RunReport
+from data_contracts.releases import Moved
+from data_contracts.reports import RunReport
 from data_contracts.run_spec import ModelSpec, RunSpec, StoreSpec
 from tasks import messages, registry
 from tasks.asides import Log, aside, warn
@@ -126,11 +127,11 @@ def _spec(flow_run: FlowRun) -> dict[str, Any]:
 
 
 @aside("the move was not told")
-def champion_moved(store: StoreSpec, now: ModelVersion, before: str | None, by: str, reason: str = "") -> None:
+def champion_moved(store: StoreSpec, found: Moved) -> None:
     """Tell whom the newest run of this model would tell."""
-    spec = Store(Path(store.root)).newest_spec(now.name) or {}
-    if now.version != before:
-        _send(spec.get("schedule", {}).get("notify", []), messages.moved(now, before, by, reason))
+    spec = Store(Path(store.root)).newest_spec(found.model.name) or {}
+    if found.move:
+        _send(spec.get("schedule", {}).get("notify", []), messages.moved(found.model, found.move))
 
 
 # --- sending ------------------------------------------------------------------------------------------------

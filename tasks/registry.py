@@ -1,4 +1,4 @@
-"""Model versions: loaded back in a fresh process, found by name or alias. How one is made: tasks/register.py."""
+"""Model versions, found by name or alias and asked in a fresh process. How one is made: tasks/register.py."""
 
 import shutil
 import uuid
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from data_contracts.data_reports import FileRef
-from data_contracts.errors import ConfigError, Problem, StoreError
+from data_contracts.errors import ConfigError, Problem
 from data_contracts.lineage import Lineage
-from data_contracts.reports import EvalReport, LoadedBack, ModelVersion, Quantisation
+from data_contracts.releases import OVERRIDE_TAG
+from data_contracts.reports import ModelVersion, Quantisation
 from data_contracts.run_spec import Method, StoreSpec
 from tasks.lineage import read_lineage
 from tasks.processes import run_worker
@@ -44,6 +45,7 @@ class Registered:
     run_id: str
     started_from: str | None = None  # the version whose adapter its training went on from; None: from scratch
     trained: FileRef | None = None  # ids of the rows it was trained on, at an absolute path; None: not recorded
+    override: str = ""  # why it became champion although something said no
 
     @property
     def label(self) -> str:
@@ -64,19 +66,6 @@ def ask_version(store: StoreSpec, uri: str, questions: list[str], max_new_tokens
     answers = run_worker("tasks.workers.ask_model", spec, out)["answers"]
     shutil.rmtree(out)  # only a failed one is kept, with its log
     return [str(answer) for answer in answers]
-
-
-def load_back(store: StoreSpec, model: ModelVersion, scores: EvalReport, sample_tokens: int) -> LoadedBack:
-    """Ask the registered version what was asked in the evaluation. Raises StoreError if it answers nothing."""
-    sample = scores.answers[0] if scores.answers else None
-    question = sample.question if sample else EXAMPLE
-    uri = f"models:/{model.name}/{model.version}"
-    (answer,) = ask_version(store, uri, [question], sample_tokens)
-    if not answer and (sample is None or sample.answer):
-        raise StoreError(
-            Problem("the registered model answers nothing", uri, act="it was not promoted; look at its run")
-        )
-    return LoadedBack(question=question, answer=answer, as_evaluated=answer == sample.answer if sample else None)
 
 
 def resolve(store: StoreSpec, uri: str, option: str = "--model") -> Registered:
@@ -142,6 +131,7 @@ def _registered(client: "MlflowClient", found: "MlflowVersion") -> Registered:
         run_id=tags["tunegate.run"],
         started_from=None if tags.get(STARTED_TAG, SCRATCH) == SCRATCH else tags[STARTED_TAG],
         trained=FileRef(path=str(files / NAME), sha256=tags[TRAINED_TAG]) if TRAINED_TAG in tags else None,
+        override=tags.get(OVERRIDE_TAG, ""),
     )
 
 

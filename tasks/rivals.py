@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from data_contracts.errors import ConfigError
 from data_contracts.reports import AdapterRef, BaseModelRef, EvalTarget
 from data_contracts.run_spec import StoreSpec
-from tasks.promotion import standing
+from tasks.moves import standing
 from tasks.registry import CHAMPION, Registered, alias_version, champion, resolve
 from tasks.tracking import connect
 
@@ -16,8 +16,9 @@ from tasks.tracking import connect
 class Rival:
     """The champion that a candidate must not be worse than. target is None if it stands on another base."""
 
-    label: str
+    label: str  # says too if somebody overruled what spoke against it
     version: str
+    adapter_sha256: str
     target: EvalTarget | None
 
 
@@ -51,7 +52,9 @@ def as_rival(found: Registered, base_digest: str) -> Rival:
         adapter=AdapterRef(folder=found.adapter, sha256=found.adapter_sha256),
         quantisation=found.quantisation,
     )
-    return Rival(found.label, found.version, target if found.base_digest == base_digest else None)
+    label = f"{found.label} (champion by override)" if found.override else found.label
+    fits = found.base_digest == base_digest
+    return Rival(label, found.version, found.adapter_sha256, target if fits else None)
 
 
 def champion_days(store: StoreSpec, name: str) -> float | None:

@@ -27,7 +27,7 @@ from tasks import compare as comparisons
 from tasks import curate as curation
 from tasks import evaluate as evaluation
 from tasks import ingest as ingestion
-from tasks import promotion, registry, report, tracking, train, validate, warm_start
+from tasks import promotion, release_check, report, tracking, train, validate, warm_start
 from tasks import register as registration
 from tasks.artifacts import LiveTraining
 from tasks.core.gates import judge
@@ -162,12 +162,13 @@ def register(
 
 @stage("load_back")
 def load_back(store: StoreSpec, model: ModelVersion, scores: EvalReport, sample_tokens: int) -> LoadedBack:
-    return registry.load_back(store, model, scores, sample_tokens)
+    return release_check.load_back(store, model, scores, sample_tokens)
 
 
 @stage("promote")
 def promote(store: StoreSpec, model: ModelVersion, loaded_back: LoadedBack, champion: str | None) -> ModelVersion:
-    return promotion.promote_version(store, model.name, model.version, judged=champion or "none")
+    judged = champion or "none"
+    return promotion.promote_version(store, model.name, model.version, judged=judged, check=loaded_back.check)
 
 
 @stage("report")

@@ -219,9 +219,28 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def attach(store: StoreSpec, run_id: str, file: Path) -> None:
+def attach(store: StoreSpec, run_id: str, file: Path, folder: str | None = None) -> None:
     """Add a file to a run that has ended."""
-    connect(store).log_artifact(run_id, str(file))
+    connect(store).log_artifact(run_id, str(file), folder)
+
+
+def kept_files(store: StoreSpec, run_id: str, folder: str | None = None) -> list[str]:
+    """Paths of a run's artifacts in a folder of theirs; none if there is no such run or folder."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return [found.path for found in connect(store).list_artifacts(run_id, folder) if not found.is_dir]
+    except MlflowException as error:
+        if error.get_http_status_code() not in (400, 404):
+            raise
+        return []
+
+
+def kept_text(run_id: str, path: str) -> str:
+    """A text file among a run's artifacts; `kept_files` says which there are."""
+    import mlflow
+
+    return str(mlflow.artifacts.load_text(f"runs:/{run_id}/{path}"))
 
 
 @contextmanager

@@ -118,6 +118,8 @@ def test_the_version_is_champion_and_answers_as_it_was_evaluated(first):
     assert first["model"]["version"] == "1"
     assert first["model"]["aliases"] == ["challenger", "champion"]
     assert first["loaded_back"]["as_evaluated"] is True
+    check = first["loaded_back"]["check"]
+    assert check["refusals"] == [] and check["difference_nats"] < 1e-4 and check["precision"] == "fp32"
 
 
 def test_mlflow_holds_a_parent_with_comparable_children(first, place):
@@ -321,6 +323,26 @@ def test_a_model_that_is_not_there_is_an_input_error_with_what_there_is(first, t
     assert "has versions 1" in error["error"]["problems"][0]["act"]
 
 
+def test_the_ledger_says_who_made_the_version_champion_and_on_what_evidence(first, tunegate):
+    code, found, errors = tunegate("history", "tunegate-smoke")
+    assert (code, found["champion"], found["problems"]) == (0, "1", []), errors
+    (entry,) = found["entries"]
+    move = entry["move"]
+    assert (move["act"], move["before"], move["to"], move["why"]) == ("promote", None, "1", "gates: pass")
+    assert "@" in move["who"] and move["run"] == first["run_id"].rpartition("-")[0]
+    assert move["evidence"]["lineage_sha256"] and move["evidence"]["check"] == first["loaded_back"]["check"]
+
+
+@pytest.mark.slow
+def test_a_version_that_another_adapter_lies_in_is_not_promoted(second, tunegate, place):
+    """By the command: gated, checked in a fresh process, promoted, refused, rolled back."""
+    code, told, errors = tunegate("promote", "tunegate-smoke", "--version", "2", "--override", "--reason", "to see")
+    assert code == 0, errors
+    code, told, errors = tunegate("rollback", "tunegate-smoke")
+    assert (code, told["move"]["to"]) == (0, "1"), errors
+    assert told["move"]["evidence"]["check"]["refusals"] == []
+
+
 @pytest.mark.slow
 def test_promotion_needs_a_passed_gate_or_a_reason_and_can_be_rolled_back(second, place, hook):
     from flows.release import promote, rollback
@@ -338,9 +360,10 @@ def test_promotion_needs_a_passed_gate_or_a_reason_and_can_be_rolled_back(second
     assert champion(store, name).version == "2"
     rollback(store, name)
     assert champion(store, name).version == "1"
-    assert hook["messages"][-2:] == [
-        (f"{name} version 2 is champion now, by promotion", "before: version 1\nreason: we know better"),
-        (f"{name} version 1 is champion now, by rollback", "before: version 2"),
+    assert [subject for subject, _ in hook["messages"][-2:]] == [
+        f"{name} version 2 is champion now, by override",
+        f"{name} version 1 is champion now, by rollback",
     ]
+    assert "overruled: the gates of tunegate-smoke version 2 say fail" in hook["messages"][-2][1]
     with pytest.raises(ConfigError, match="no challenger"):
         promote_version(store, "no-such-model", None)

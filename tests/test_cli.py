@@ -22,7 +22,20 @@ from flows.environment import prepare_environment
 from flows.servers import Server, port_is_free, start_all, stop_all
 from flows.verdict_tables import show_decision
 
-COMMANDS = ["run", "watch", "plan", "data", "compare", "gate", "promote", "rollback", "predict", "doctor", "init"]
+COMMANDS = [
+    "run",
+    "watch",
+    "plan",
+    "data",
+    "compare",
+    "gate",
+    "promote",
+    "rollback",
+    "history",
+    "predict",
+    "doctor",
+    "init",
+]
 COMMANDS += ["up", "down", "status", "ui"]
 SLOW = {"torch", "prefect", "mlflow", "great_expectations", "pandas", "transformers", "pyarrow", "pydantic"}
 
@@ -94,7 +107,9 @@ STORE = "store.root=elsewhere"
         (["promote", "m", "--override"], "ConfigError", "--override without --reason", "--reason"),
         (["predict", " ", "--model", "models:/m/1"], "ConfigError", "the question is empty", "tunegate predict"),
         (["promote", "m", "--set", STORE], "ConfigError", "there is no store here", "store.root=DIR"),
+        (["rollback", "m", "--override"], "ConfigError", "--override without --reason", "--reason"),
         (["rollback", "m", "--set", STORE], "ConfigError", "there is no store here", "store.root=DIR"),
+        (["history", "m", "--set", STORE], "ConfigError", "there is no store here", "store.root=DIR"),
         (["predict", "q", "--model", "models:/m/1"], "ConfigError", "there is no store here", "store.root=DIR"),
         (["init", "my.json", "--data", "x"], "ConfigError", "no .yaml ending", "my.json.yaml"),
         (["init", "my.yaml", "--data", "x.jsonl"], "ConfigError", "no such file or folder", ""),

@@ -26,6 +26,7 @@ MLFLOW = {
     "tasks/tracking.py",
     "tasks/register.py",
     "tasks/registry.py",
+    "tasks/moves.py",
     "tasks/promotion.py",
     "tasks/workers/served_model.py",
     "tasks/workers/ask_model.py",

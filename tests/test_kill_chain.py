@@ -139,7 +139,7 @@ def left_behind(place: Place) -> dict:
         versions = mlflow.execute("SELECT name, version FROM model_versions").fetchall()
         aliases = mlflow.execute("SELECT alias, version FROM registered_model_aliases ORDER BY alias").fetchall()
         runs = mlflow.execute("SELECT name, status FROM runs WHERE lifecycle_stage = 'active'").fetchall()
-    moves = (place.store / "store" / "promotions.jsonl").read_text().count("\n")
+    moves = (place.store / "store" / "promotions.jsonl").read_text().count('"step":"done"')
     return {
         "rows": rows, "batches and finished runs": counts, "versions": versions, "aliases": aliases,
         "runs": Counter(status for _, status in runs), "promotions": moves,

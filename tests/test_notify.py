@@ -28,6 +28,7 @@ from prefect.client.schemas.objects import State
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from data_contracts.errors import DataError, Problem, WorkerError
+from data_contracts.releases import Move, Moved
 from data_contracts.reports import ModelVersion, RunReport
 from data_contracts.run_spec import RunSpec, StoreSpec
 from data_contracts.verdict import GateReport, GateResult
@@ -216,12 +217,21 @@ def test_a_champion_moved_by_hand_is_told_to_whom_the_newest_run_would_tell(hook
         report = planted(tmp_path, name)
         report.spec["model"]["name"], report.spec["schedule"]["notify"] = "m", notified
         saved(report, tmp_path, age)
-    version = ModelVersion(name="m", version="2", aliases=["champion"], run_id="r")
-    store = StoreSpec(root=str(tmp_path))
-    notify.champion_moved(store, version, "1", "promotion", "we know better")
-    notify.champion_moved(store, version, "2", "promotion")  # it was champion already
+    store, version = (
+        StoreSpec(root=str(tmp_path)),
+        ModelVersion(name="m", version="2", aliases=["champion"], run_id="r"),
+    )
+    move = Move(
+        id="i", name="m", act="promote", before="1", to="2", who="anna@host", run=None, unix_seconds=1.0,
+        why="we know better", overrode=["the gates say fail"], evidence=None,
+    )  # fmt: skip
+    plain = move.model_copy(update={"before": None, "overrode": [], "act": "rollback"})
+    for made in (move, plain, None):  # the last was champion already
+        notify.champion_moved(store, Moved(model=version, move=made))
+    who = "why: we know better\nwho: anna@host"
     assert hook["messages"] == [
-        ("m version 2 is champion now, by promotion", "before: version 1\nreason: we know better")
+        ("m version 2 is champion now, by override", f"before: version 1\noverruled: the gates say fail\n{who}"),
+        ("m version 2 is champion now, by rollback", f"before: none\n{who}"),
     ]
 
 

@@ -182,7 +182,8 @@ class Place:
         file = self.store.files / "report.json"
         file.write_text("")
         data = data.model_copy(update={"contract_result": self.store.ref(file)})
-        own = scores("lora", 2.0).model_copy(update={name: self.store.ref(file) for name in ("samples", "facts")})
+        files = {name: self.store.ref(file) for name in ("samples", "facts")}
+        own = scores("lora", 2.0).model_copy(update=files | {"adapter_sha256": arm.adapter.sha256})
         made = Made(
             spec=self.spec(), key=f"register-{arm.adapter.sha256}-{judged}", code="c", base=self.base, arm=arm, arms=[arm],
             evaluations=[own], dataset=data, comparison=planted(self.store.root).comparison,

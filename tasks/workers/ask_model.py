@@ -17,14 +17,21 @@ from tasks.workers.harness import main, say
 
 def ask(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     choose_device()
+    return {"answers": answers(load(spec), spec["questions"], spec["max_new_tokens"])}
+
+
+def load(spec: dict[str, Any]) -> Any:
+    """The model as MLflow gives it to anybody."""
     # From a tracking server the version's files come into a temporary folder, from where no base can be found.
     os.environ.setdefault("TUNEGATE_STORE_DIR", spec["store"])
     mlflow.set_tracking_uri(spec["tracking_uri"])
     mlflow.set_registry_uri(spec["tracking_uri"])
     say("note", text=f"loading {spec['model']} from the registry")
-    model = mlflow.pyfunc.load_model(spec["model"])
-    questions = pd.DataFrame({"question": spec["questions"]})
-    return {"answers": list(model.predict(questions, params={"max_new_tokens": spec["max_new_tokens"]}))}
+    return mlflow.pyfunc.load_model(spec["model"])
+
+
+def answers(model: Any, questions: list[str], most_tokens: int) -> list[str]:
+    return list(model.predict(pd.DataFrame({"question": questions}), params={"max_new_tokens": most_tokens}))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from tasks.workers.device import Device, choose_device, peak_bytes
 from tasks.workers.domain_tasks import Item, build_items, facts
 from tasks.workers.find_tasks import all_tasks
 from tasks.workers.forms import Form, Target, attach, detach, form_of, load, told
-from tasks.workers.generation import Written, write
+from tasks.workers.generation import Written, likeliest, next_log_probabilities, write
 from tasks.workers.harness import main, say, write_json
 from tasks.workers.packed_lm import PackedLM
 from tasks.workers.scoring import COMPARED, Way, choose_way
@@ -40,6 +40,7 @@ class Exam:
     items: list[Item]
     tasks: dict[str, Any]
     spec: dict[str, Any]
+    precision: str
 
 
 def evaluate_models(spec: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def evaluate_models(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     chat = load_chat(Path(spec["base"]))
     with_choices = "domain_choice" in spec["tasks"]
     items = build_items(Path(spec["test"]), chat, spec["max_items"], spec["max_tokens"], with_choices)
-    exam = Exam(chat, items, all_tasks(spec, items, chat), spec)
+    exam = Exam(chat, items, all_tasks(spec, items, chat), spec, device.precision)
     results = {target["name"]: finished(out / target["name"]) for target in spec["targets"]}
     waiting = [target for target in spec["targets"] if results[target["name"]] is None]
     for form, targets in groupby(sorted(waiting, key=form_of), key=form_of):
@@ -89,6 +90,7 @@ def score(target: Target, model: Any, way: Way, exam: Exam, folder: Path) -> dic
     scores, samples = run_tasks(tuned, way, target["name"], exam)
     asked = pick_samples(exam.items, exam.spec["sample_questions"])
     answers = [answer(tuned, exam.chat, item, exam.spec["sample_tokens"]) for item in asked]
+    samples_next = [next_tokens(tuned, exam.chat, item) for item in asked]
     detach(tuned, target)
     folder.mkdir(parents=True, exist_ok=True)
     write_lines(folder / "samples.jsonl", samples)
@@ -96,9 +98,10 @@ def score(target: Target, model: Any, way: Way, exam: Exam, folder: Path) -> dic
     result = {
         "scores": scores,
         "answers": [
-            {"question": item["question"], "reference": reference, "answer": written.text}
-            for item, (reference, written) in zip(asked, answers, strict=True)
+            {"question": item["question"], "reference": reference, "answer": written.text, **after}
+            for item, (reference, written), after in zip(asked, answers, samples_next, strict=True)
         ],
+        "precision": exam.precision,
         "ms_per_token": statistics.median(written.ms_per_token for _, written in answers) if answers else None,
         "seconds": time.monotonic() - started,
     }
@@ -163,6 +166,12 @@ def answer(model: Any, chat: Chat, item: Item, most_tokens: int) -> tuple[str, W
     """The true answer to an item's question, and the model's."""
     (written,) = write(model, chat, [chat.encode(item["prompt"])], most_tokens)
     return chat.read(chat.encode(item["completion"])), written
+
+
+def next_tokens(model: Any, chat: Chat, item: Item) -> dict[str, Any]:
+    """The prompt and what may follow it: who loads the registered version can tell whether it is this very model."""
+    nats_V = next_log_probabilities(model, chat.encode(item["prompt"]), chat.stop_ids[0])
+    return {"prompt": item["prompt"], "next_tokens": likeliest(nats_V)}
 
 
 def overlap_accuracy(items: list[Item]) -> float | None:

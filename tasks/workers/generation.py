@@ -52,6 +52,27 @@ def write(model: Any, chat: Chat, prompts: Sequence[Sequence[int]], most_tokens:
     return [_until_stop(row, chat, ms_per_token) for row in written]
 
 
+@torch.inference_mode()
+def next_log_probabilities(model: Any, prompt: Sequence[int], pad: int) -> torch.Tensor:
+    """Log-probability in nats of every token as the one after the prompt. Through `generate`, which every kind of adapter
+    has, and which keeps the logits of one place only."""
+    ids = torch.tensor([list(prompt)], device=model.device)
+    found = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=pad,
+        output_logits=True, return_dict_in_generate=True, use_cache=True,
+    )  # fmt: skip
+    nats: torch.Tensor = found.logits[0][0].float().log_softmax(-1).cpu()
+    return nats
+
+
+def likeliest(nats_V: torch.Tensor, count: int = 20) -> list[tuple[int, float]] | None:
+    """(token id, log-probability) of the likeliest tokens; None if one of them is not finite."""
+    found = nats_V.topk(min(count, len(nats_V)))
+    if not found.values.isfinite().all():
+        return None
+    return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+
+
 def _until_stop(row: list[int], chat: Chat, ms_per_token: float) -> Written:
     """A row goes on with padding after its stop token."""
     stops = set(chat.stop_ids)

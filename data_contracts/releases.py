@@ -1,0 +1,92 @@
+"""What moves the champion: a judgement that is kept with its version, and the entries of the promotion ledger."""
+
+from typing import Literal
+
+from data_contracts.data_reports import Report
+from data_contracts.reports import ModelVersion, ReleaseCheck, SampleAnswer
+from data_contracts.verdict import Decision, Verdict
+
+OVERRIDE_TAG = "tunegate.override"  # of a version: why it became champion against what said no
+JUDGED_TAG = "tunegate.gate.verdict"  # of a version: the verdict of the newest `tunegate gate` of it
+MOVE_TAG = "tunegate.move."  # of a registered model, followed by the time and the move's id: the whole move as JSON
+
+Act = Literal["promote", "rollback"]
+
+
+class KeptDecision(Report):
+    """What `tunegate gate` said of a version, as it is kept with the run that made the version."""
+
+    decision: Decision
+    adapter_sha256: str
+    rival_adapter_sha256: str | None  # None: it stood against nobody
+    answers: list[SampleAnswer]
+    precision: str | None
+    unix_seconds: float
+
+
+class Evidence(Report):
+    """What spoke for a version when it became champion. sha256: of the gate report's file."""
+
+    verdict: Verdict | None  # None: no gate report was kept
+    judged_in: str  # the file in the version's evidence or among the artifacts of the MLflow run
+    judged_sha256: str | None
+    adapter_sha256: str
+    lineage_sha256: str | None
+    mlflow_run_id: str
+    check: ReleaseCheck | None  # None: it was not checked
+
+
+class Move(Report):
+    """One move of the alias `champion`. overrode: what said no, and was overruled."""
+
+    id: str
+    name: str
+    act: Act
+    before: str | None
+    to: str
+    who: str
+    run: str | None  # Prefect's name of the flow run
+    unix_seconds: float
+    why: str
+    overrode: list[str]
+    evidence: Evidence | None  # None: from before evidence was kept
+
+
+class Moved(Report):
+    """What became of the wish to move the champion. move is None if the version was champion already."""
+
+    model: ModelVersion
+    move: Move | None
+
+
+Step = Literal["intended", "done", "undone"]
+
+
+class Line(Report):
+    """One line of the promotion ledger: what is about to be done, or what became of it."""
+
+    after: str  # sha256 of the line before; of nothing for the first
+    step: Step
+    id: str
+    unix_seconds: float
+    told: str  # what had to be set right
+    move: Move | None  # None: it was written when the move was intended
+
+
+class Entry(Report):
+    """A move and what became of it. elsewhere: the registry has it and this store's ledger has not."""
+
+    move: Move
+    step: Step
+    told: str = ""
+    elsewhere: bool = False
+
+
+class History(Report):
+    """Every move of a model's champion, oldest first, and what is wrong with the record of them."""
+
+    name: str
+    champion: str | None
+    entries: list[Entry]
+    reconciled: list[str]  # unfinished moves that were set right just now
+    problems: list[str]
