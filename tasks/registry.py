@@ -22,9 +22,10 @@ from data_contracts.reports import (
 )
 from data_contracts.run_spec import Method, RunSpec, StoreSpec
 from data_contracts.verdict import GateReport
+from tasks.integrity import CODE_FILE, verify_version
 from tasks.processes import run_worker
 from tasks.row_ids import NAME, ids_of, publish_ids
-from tasks.stores import Store
+from tasks.stores import Store, digest
 from tasks.tracking import KEY_TAG, SPEC_FILE, connect, open_experiment, resumed
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-_CODE = Path(__file__).parent / "workers" / "served_model.py"
+_CODE = Path(__file__).parent / "workers" / CODE_FILE
 _EXAMPLE = "What do you know?"
 _QUANTISATION_TAG = "tunegate.quantisation"
 STARTED_TAG, TRAINED_TAG = "tunegate.started_from", "tunegate.trained_rows"
@@ -59,6 +60,11 @@ class Registered:
     @property
     def label(self) -> str:
         return f"{self.name} version {self.version}"
+
+    @property
+    def folder(self) -> Path:
+        """The version's files as MLflow keeps them, or has downloaded them."""
+        return Path(self.adapter).parent.parent
 
 
 def register_version(
@@ -108,8 +114,11 @@ def _trained_rows(store: Store, arm: TrainReport, dataset: DatasetManifest) -> F
 
 
 def _meta(spec: RunSpec, base: BaseModelRef, arm: TrainReport) -> dict[str, Any]:
-    """What served_model.py needs to know to load the version as it was evaluated."""
+    """What served_model.py needs to know to load the version as it was evaluated, and to refuse anything else."""
+    adapter = Store(Path(spec.store.root)).path(arm.adapter.folder)
     return {
+        "code_sha256": digest(_CODE),
+        "adapter_files": {file.name: digest(file) for file in sorted(adapter.iterdir())},
         "base": base.name,
         "base_digest": base.digest,
         "base_path": base.path,
@@ -154,11 +163,12 @@ def _make_version(
 
 
 def ask_version(store: StoreSpec, uri: str, questions: list[str], max_new_tokens: int) -> list[str]:
-    """Load a version in a fresh process and put questions to it."""
-    place = Store(Path(store.root))
+    """Load a version in a fresh process and put questions to it. The files that were verified are the ones it loads."""
+    place, version = Store(Path(store.root)), resolve(store, uri)
     spec = {
         "tracking_uri": store.mlflow_uri or place.database_uri,
-        "model": uri,
+        "model": str(version.folder),
+        "label": version.label,
         "store": str(place.root.resolve()),
         "questions": questions,
         "max_new_tokens": max_new_tokens,
@@ -226,7 +236,9 @@ def _registered(client: "MlflowClient", found: "MlflowVersion") -> Registered:
     tags = found.tags
     if "tunegate.adapter_sha256" not in tags:
         raise ConfigError(Problem(f"{found.name} version {found.version} was not registered by Tunegate", "--model"))
-    files = Path(mlflow.artifacts.download_artifacts(f"models:/{found.name}/{found.version}")) / "artifacts"
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{found.name}/{found.version}"))
+    verify_version(folder, tags, f"{found.name} version {found.version}")
+    files = folder / "artifacts"
     return Registered(
         name=found.name,
         version=str(found.version),

@@ -31,7 +31,7 @@ from tasks.workers.chat import PLAIN_TEMPLATE, load_chat
 from tasks.workers.harness import main, say
 
 _SMOLLM2_MAX_TOKENS = 8192
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.tiktoken", "*.model", "*.txt"]
 
 
 def prepare(spec: dict[str, Any], out: Path) -> dict[str, Any]:
