@@ -1,6 +1,7 @@
 """Model versions: registered with their evidence, loaded back in a fresh process, found by name or alias."""
 
 import json
+import re
 import shutil
 import tempfile
 import uuid
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 CHAMPION, CHALLENGER = "champion", "challenger"
 _CODE = Path(__file__).parent / "workers" / CODE_FILE
 _EXAMPLE = "What do you know?"
+_MODEL_NAME = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9._-]*"
+)  # of model.name: it stands in filters, where a quote would end it
 _QUANTISATION_TAG = "tunegate.quantisation"
 STARTED_TAG, TRAINED_TAG = "tunegate.started_from", "tunegate.trained_rows"
 _SCRATCH = "scratch"
@@ -199,7 +203,7 @@ def resolve(store: StoreSpec, uri: str, option: str = "--model") -> Registered:
     client = connect(store)
     rest = uri.removeprefix("models:/")
     name, at, label = rest.partition("@") if "@" in rest else rest.partition("/")
-    if rest == uri or not at or not name or not label:
+    if rest == uri or not at or not label or not _MODEL_NAME.fullmatch(name):
         raise ConfigError(
             Problem(f"not a model URI: {uri!r}", option, act="models:/NAME/VERSION or models:/NAME@champion")
         )
@@ -225,7 +229,10 @@ def champion(store: StoreSpec, name: str) -> Registered | None:
 
 
 def alias_version(client: "MlflowClient", name: str, alias: str) -> str | None:
-    """The version an alias points at, or None."""
+    """The version an alias points at, or None. Raises ConfigError for what can be no name."""
+    if not _MODEL_NAME.fullmatch(name):
+        act = "give the model.name of the run that registered it"
+        raise ConfigError(Problem(f"no name of a model: {name!r}", "", "letters, digits, dots, _ and -", act))
     models = client.search_registered_models(f"name = '{name}'")
     return str(models[0].aliases[alias]) if models and alias in models[0].aliases else None
 
