@@ -48,6 +48,7 @@ _CODE: Final = (
 )  # runs as it is loaded
 _RESTORE: Final = "restore the registry's artifacts from a backup, roll back to a whole version, or train again"
 _MOST_TOLD: Final = 12
+_MOST_MODEL_BYTES: Final = 16_384
 
 Fault = tuple[str, str]
 """A file of a version, and what is wrong with it."""
@@ -99,7 +100,7 @@ def _vouched_for(files: Path, tags: Mapping[str, str]) -> tuple[list[tuple[str, 
         return [lineage, *expected], []
     try:
         named = read_json(files / _LINEAGE)["files"]
-        own = [(str(PurePosixPath(name)), str(sha256)) for name, sha256 in named.items()]
+        own = [(name.replace("\0", "?"), str(sha256)) for name, sha256 in named.items()]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return [lineage, *expected], [(_LINEAGE, f"names no files ({type(error).__name__})")]
     return list(dict.fromkeys([lineage, *own, *expected])), []
@@ -133,14 +134,15 @@ def _code_faults(version: Path, tags: Mapping[str, str]) -> Iterator[Fault]:
     try:
         meta: Any = read_json(version / "artifacts" / "meta.json")
         code, base = meta.get("code_sha256"), meta["base_digest"]
-        model: Any = YAML(typ="safe", pure=True).load((version / "MLmodel").read_bytes())
+        model: Any = YAML(typ="safe").load(_model_file(version))
         (flavor,) = [model["flavors"][name] for name in model["flavors"]]
         paths = [str(artifact["path"]) for artifact in flavor["artifacts"].values()]
         told = (flavor["loader_module"], PurePosixPath(flavor["model_code_path"]).name)
+        acts = {name for name, value in flavor.items() if value is not None}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, YAMLError) as error:
         yield "MLmodel or meta.json", f"cannot be read ({type(error).__name__}: {str(error)[:100]})"
         return
-    if told != (_LOADER, CODE_FILE) or "python_function" not in model["flavors"] or flavor.keys() - _FLAVOR:
+    if told != (_LOADER, CODE_FILE) or "python_function" not in model["flavors"] or acts - _FLAVOR:
         yield "MLmodel", f"would run something else than {CODE_FILE}"
     if {"artifacts/adapter", "artifacts/meta.json"} - set(paths) or any(
         ".." in PurePosixPath(path).parts for path in paths
@@ -150,6 +152,15 @@ def _code_faults(version: Path, tags: Mapping[str, str]) -> Iterator[Fault]:
         yield "meta.json", "names another base than its tags"
     if code is not None and code != digest_of(version / CODE_FILE):  # versions from before it was kept have none
         yield CODE_FILE, "is not the file that was registered"
+
+
+def _model_file(version: Path) -> bytes:
+    """Raises ValueError for one that no version has: nested lists of that size would take a parser minutes."""
+    with (version / "MLmodel").open("rb") as file:
+        text = file.read(_MOST_MODEL_BYTES + 1)
+    if len(text) > _MOST_MODEL_BYTES:
+        raise ValueError(f"more than {_MOST_MODEL_BYTES:,} bytes")
+    return text
 
 
 # --- in the store -------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def changed(weights: Weights, change: Callable[[Weights], Any]) -> Weights:
 
 def rename(old: str, new: str) -> Callable[[Weights], Any]:
     def change(weights: Weights) -> None:
-        name = first(weights, old)
+        name = next(name for name in weights if old in name)
         weights[name.replace(old, new)] = weights.pop(name)
 
     return change
@@ -206,7 +206,7 @@ Q = "model.layers.0.self_attn.q_proj"
             lambda weights: weights.update(
                 {f"base_model.model.{Q}.base_layer.weight": np.ones((128, 128), np.float32)}
             ),
-            f"{Q} comes with weights of the base",
+            f"{Q}.base_layer.weight is no part of a LoRA adapter",
         ),
         (
             lambda weights: weights.update({f"base_model.model.{Q}.lora_magnitude_vector": np.ones(128, np.float32)}),

@@ -102,7 +102,7 @@ def read_json(file: Path) -> Any:
     if (size := file.stat().st_size) > _MOST_JSON_BYTES:
         raise ValueError(f"{file.name}: {size:,} bytes, more than {_MOST_JSON_BYTES:,}")
     try:
-        return json.loads(file.read_bytes())
+        return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file.name}: is no JSON: {str(error)[:120]}") from error
 
@@ -145,5 +145,7 @@ def _is_finite(data: Any, place: dict[str, Any], tensor: Tensor) -> bool:
 
 
 def _few(faults: list[str]) -> list[str]:
+    """The first faults, printable whatever a library has put into its words."""
+    shown = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in fault) for fault in faults[:_MOST_FAULTS]]
     rest = len(faults) - _MOST_FAULTS
-    return [*faults[:_MOST_FAULTS], f"and {rest:,} faults more"] if rest > 0 else faults
+    return [*shown, f"and {rest:,} faults more"] if rest > 0 else shown

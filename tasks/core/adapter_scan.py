@@ -154,7 +154,7 @@ def _lora_faults(config: Mapping[str, Any], header: Header, layers: Layers | Non
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, tensor in header.items():
         match = _NAME.fullmatch(name) if len(name) <= _MOST_CHARS else None
-        if match is None:
+        if match is None or (match["part"] in _OWN_WEIGHTS and not match["layer"].endswith(_EMBEDDINGS)):
             yield f"{_shown(name)} is no part of a LoRA adapter"
         else:
             found.setdefault(match["layer"], {})[match["part"]] = tensor.shape
@@ -176,8 +176,6 @@ def _layer_faults(
     down, up = _EMBEDDED if _EMBEDDED[0] in parts else ("lora_A.weight", "lora_B.weight")
     own = {part for part in parts if part in _OWN_WEIGHTS}
     wanted = {down, up} | ({"lora_magnitude_vector"} if config.get("use_dora") else set())
-    if own and layer.rpartition(".")[2] not in _EMBEDDINGS:
-        yield f"{layer} comes with weights of the base"
     if strange := wanted ^ (parts.keys() - own):
         yield f"{layer}: {', '.join(sorted(strange))} missing, or not wanted by its configuration"
         return

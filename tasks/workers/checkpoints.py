@@ -78,10 +78,9 @@ def _best(folder: Path) -> list[Path]:
     """The checkpoint with the lowest validation loss so far, if any: a run ends with its adapter."""
     try:
         step = state_of(folder).get("best_global_step")
-        step = step if step is None else int(step)
-    except (ValueError, TypeError):  # damaged since it was written: it is found out when it is read
+    except ValueError:  # damaged since it was written: it is found out when it is read
         return []
-    return [folder.parent / f"checkpoint-{step:d}"] if step else []
+    return [folder.parent / f"checkpoint-{step}"] if type(step) is int and step > 0 else []
 
 
 def _let_go_of_old_ones(out: Path) -> None:
