@@ -66,6 +66,7 @@ class CheckedRows(Report):
     drift: Drift
     contract_result: FileRef
     data_docs: str
+    sources: list[SourceFile] = []
 
 
 class ValidatedData(CheckedRows):

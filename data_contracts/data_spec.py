@@ -50,6 +50,9 @@ class DataSpec(Section):
     """Column separator of CSV files; `auto` finds comma, semicolon, tab or bar (.tsv files always use a tab)."""
     engine: Literal["local", "ray"] = "local"
     """What works on the parts of the data: this machine's cores, or a Ray cluster that sees the store (`[ray]`)."""
+    licence: str | None = None
+    """Licence of the rows, an SPDX id such as CC-BY-4.0 or words; null: known for built-in data, else "unknown". It goes into
+    the version's lineage, card and SBOM."""
     hub_split: str = "train"
     """Split to read from a hub data set."""
     packages: list[str] = ["stdlib"]

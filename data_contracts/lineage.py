@@ -7,6 +7,8 @@ No path of any machine stands in it: places are relative to the version or to th
 
 from typing import Any
 
+from pydantic import Field
+
 from data_contracts.data_reports import Report
 from data_contracts.reports import AdapterRef, BaseModelRef, Quantisation, Start
 from data_contracts.run_spec import Method
@@ -43,6 +45,7 @@ class DataLineage(Report):
 
     snapshot_id: str
     sources: dict[str, str]  # name of a source file -> sha256
+    source_rows: dict[str, int] = Field(default_factory=dict)  # name -> rows; with them the snapshot can be checked
     train_sha256: str
     validation_sha256: str
     test_sha256: str

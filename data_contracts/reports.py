@@ -24,6 +24,7 @@ class BaseModelRef(Report):
     revision: str | None
     stops: list[str]  # tokens that end an answer
     chat_template: str | None  # given to a base that has none of its own
+    licence: str = "unknown"  # SPDX id or words
 
 
 class AdapterRef(Report):

@@ -92,7 +92,9 @@ def chain(run: Stages, spec: RunSpec, reason: str) -> Any:
     gates = run.run(stages.gate, comparison, spec.gates, rival.label if rival else None, True, served)
     artifacts.show_verdict(arms, evaluations, comparison, gates)
     recorded = run.run(stages.record, spec, dataset, arms, evaluations, comparison, gates)
-    model = run.run(stages.register, spec, base, candidate, scores, dataset, gates, recorded)
+    told = rival.label if rival else None
+    made_of = (base, candidate, arms, evaluations, dataset, comparison, gates, told, recorded)
+    model = run.run(stages.register, spec, *made_of)
     answer = run.run(stages.load_back, spec.store, model, scores, spec.evaluate.sample_tokens)
     if gates.verdict == "pass":
         run.run(stages.promote, spec.store, model, answer, rival.version if rival else None)

@@ -52,6 +52,7 @@ def prepare_base(store: Store, base: str, revision: str | None) -> BaseModelRef:
         revision=report["revision"],
         stops=report["stops"],
         chat_template=report["chat_template"],
+        licence=report["licence"],
     )
 
 

@@ -1,10 +1,11 @@
 """Stage 1: every record of every source becomes one row of an immutable snapshot, named by its content."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -108,8 +109,8 @@ def _write(
         rows = _rows(source, data, converter(formats[source.name], data.columns, data.system_prompt))
         while batch := list(islice(rows, PART_ROWS)):
             pq.write_table(as_table(batch), parts / f"{next(numbers):05}.parquet", compression="zstd")
-            for row_id, name, line, raw, _, reason, _, slice_name in batch:
-                rows_hash.update(f"{name}\0{line}\0{row_id}\0{reason}\0{raw}\0{slice_name or ''}\n".encode())
+            for row in batch:
+                rows_hash.update(_told(row))
             taken += len(batch)
             unreadable += sum(row[4] is None for row in batch)
         rows_digest = rows_hash.hexdigest()
@@ -120,6 +121,26 @@ def _write(
 
 
 RowTuple = tuple[str, str, int, str, str | None, str | None, str | None, str | None]
+
+
+def _told(row: RowTuple) -> bytes:
+    """What of a row counts for the snapshot's id."""
+    row_id, name, line, raw, _, reason, _, slice_name = row
+    return f"{name}\0{line}\0{row_id}\0{reason}\0{raw}\0{slice_name or ''}\n".encode()
+
+
+def snapshot_id_of(parts: list[Path], source_rows: Sequence[int]) -> str:
+    """The id of a snapshot by what its parts hold. source_rows: how many rows each source has, in their order."""
+    rows = (tuple(row.values()) for part in parts for row in pq.read_table(part).to_pylist())
+    digests = []
+    for rows_of_source in (*source_rows, None):  # what is left after the last source should be nothing
+        rows_hash = hashlib.sha256()
+        taken = 0
+        for row in islice(rows, rows_of_source):
+            rows_hash.update(_told(cast(RowTuple, row)))
+            taken += 1
+        digests += [rows_hash.hexdigest()] if taken or rows_of_source is not None else []
+    return content_key(*digests)
 
 
 def _rows(source: Source, data: DataSpec, convert: Converter) -> Iterator[RowTuple]:

@@ -4,6 +4,8 @@ A version's tags vouch for its lineage, which names the sha256 of every other fi
 of the code MLflow runs. Of a version from before there was a lineage only the adapter is vouched for, which is told.
 """
 
+import hashlib
+import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -161,6 +163,23 @@ def _model_file(version: Path) -> bytes:
     if len(text) > _MOST_MODEL_BYTES:
         raise ValueError(f"more than {_MOST_MODEL_BYTES:,} bytes")
     return text
+
+
+def spec_digest(spec: Any) -> str:
+    """sha256 of a run's spec as JSON: its file in the registry decides what a gate asks, and which code of yours it runs."""
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+
+
+def checked_spec(file: Path, sha256: str, label: str) -> Path:
+    """The file with a version's spec. Raises StoreError if it is not the one that the version was made with."""
+    try:
+        found = spec_digest(YAML(typ="safe").load(file.read_bytes()))
+    except (ValueError, TypeError, RecursionError, YAMLError) as error:
+        found = type(error).__name__
+    if found != sha256:
+        act = f"{_RESTORE}; or name your own preset"
+        raise StoreError(Problem(f"{file.name} of {label} is not the spec it was made with", str(file), act=act))
+    return file
 
 
 # --- in the store -------------------------------------------------------------------------------------------

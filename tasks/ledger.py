@@ -188,6 +188,22 @@ def releases(store: Store, scope: str) -> list[Release]:
         return [Release(*row) for row in database.execute(query, (scope,))]
 
 
+def copy_before(store: Store, other: Store, scope: str, snapshot_id: str, released_before: float) -> None:
+    """Give another store the ledger as it was when a batch was split first. released_before: seconds since 1970."""
+    other.files.mkdir(parents=True, exist_ok=True)
+    with connection(store) as now, closing(sqlite3.connect(other.ledger)) as copy:
+        now.backup(copy)
+    with connection(other) as database:
+        first = "SELECT at FROM batches WHERE scope = ? AND snapshot_id = ?"
+        for (at,) in database.execute(first, (scope, snapshot_id)).fetchall():
+            database.execute("DELETE FROM batches WHERE scope = ? AND at >= ?", (scope, at))
+        batches = "SELECT snapshot_id FROM batches WHERE scope = ?"
+        database.execute(f"DELETE FROM rows WHERE scope = ? AND snapshot_id NOT IN ({batches})", (scope, scope))
+        rows = "SELECT row_id FROM rows WHERE scope = ?"
+        database.execute(f"DELETE FROM held_out WHERE scope = ? AND row_id NOT IN ({rows})", (scope, scope))
+        database.execute("DELETE FROM releases WHERE scope = ? AND at >= ?", (scope, released_before))
+
+
 @contextmanager
 def connection(store: Store, tables: str = "") -> Iterator[sqlite3.Connection]:
     """One transaction: committed if the block ends well. `tables`: further ones, made if they are not there."""

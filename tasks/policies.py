@@ -84,7 +84,7 @@ POLICIES = {
     ),
     "gate": Policy(("tasks.core.gates",), ("scipy",)),
     "record": Policy(("tasks.tracking",), ("mlflow",)),
-    "register": Policy(("tasks.registry", "tasks.workers.served_model"), ("mlflow",)),
+    "register": Policy(("tasks.register", "tasks.workers.served_model"), ("mlflow", "cyclonedx-python-lib")),
     "load_back": Policy(("tasks.workers.ask_model",), ("mlflow", *_MODEL_LIBRARIES), device=True),
     "promote": Policy(("tasks.promotion",)),
     "report": Policy(("tasks.report",), ("matplotlib",)),

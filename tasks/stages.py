@@ -28,9 +28,12 @@ from tasks import curate as curation
 from tasks import evaluate as evaluation
 from tasks import ingest as ingestion
 from tasks import promotion, registry, report, tracking, train, validate, warm_start
+from tasks import register as registration
 from tasks.artifacts import LiveTraining
 from tasks.core.gates import judge
-from tasks.policies import is_forced, stage, stage_key
+from tasks.fingerprint import code_digest
+from tasks.lineage import Made
+from tasks.policies import POLICIES, is_forced, stage, stage_key
 from tasks.stores import Store
 
 
@@ -148,11 +151,13 @@ def record(
 
 @stage("register")
 def register(
-    spec: RunSpec, base: BaseModelRef, arm: TrainReport, scores: EvalReport, dataset: DatasetManifest,
-    gates: GateReport, recorded: RecordedRun,
+    spec: RunSpec, base: BaseModelRef, arm: TrainReport, arms: list[TrainReport], evaluations: list[EvalReport],
+    dataset: DatasetManifest, comparison: Comparison, gates: GateReport, rival: str | None, recorded: RecordedRun,
 ) -> ModelVersion:  # fmt: skip
     key = stage_key("register", {"arm": arm, "gates": gates, "recorded": recorded})
-    return registry.register_version(spec, key, base, arm, scores, dataset, gates, recorded)
+    code = code_digest(POLICIES["train"].code)
+    made = Made(spec, key, code, base, arm, arms, evaluations, dataset, comparison, gates, rival, recorded)
+    return registration.register_version(made)
 
 
 @stage("load_back")

@@ -106,6 +106,12 @@ class Store:
             )
 
 
+def without_place(name: str) -> str:
+    """A path of this machine by its last part; anything else, such as a hub id or a URL, as it is."""
+    path = name.removeprefix("file://")
+    return Path(path).name if path.startswith(("/", "~")) else name
+
+
 def digest(path: Path) -> str:
     """Hex sha256 of a file's bytes, or of a folder's sorted (relative path, file digest) pairs."""
     if path.is_file():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from data_contracts.data_reports import DatasetManifest
+from data_contracts.data_reports import DatasetManifest, FileRef
 from data_contracts.reports import EvalReport, RecordedRun, TrainReport
 from data_contracts.run_spec import RunSpec, StoreSpec
 from data_contracts.verdict import Comparison, GateReport
@@ -113,7 +113,8 @@ def _record_arm(
         facts = arm.model_dump(mode="json", exclude={"loss", "validation", "adapter"})
         mlflow.log_params({name: value for name, value in facts.items() if isinstance(value, str) or name == "seed"})
         numbers: dict[str, float | None] = {k: float(v) for k, v in facts.items() if isinstance(v, int | float)}
-        mlflow.log_metrics(_finite(numbers | _scores(scores)))
+        mlflow.log_metrics(_finite(numbers))
+        mlflow.log_metrics(_finite(_scores(scores)), dataset=_as_dataset(store, dataset.test, "test"))
         mlflow.set_tag("tunegate.adapter_sha256", arm.adapter.sha256)
         if arm.start:
             begun = {"tunegate.started_from": arm.start.version or "scratch", "tunegate.start": arm.start.told}
@@ -147,18 +148,23 @@ def _items(store: Store, scores: EvalReport) -> Any:
 
 
 def _log_data(dataset: DatasetManifest, store: Store) -> None:
-    """The splits as MLflow inputs under our own digests: MLflow's collide for chat rows and past 10,000 rows."""
+    """The splits as MLflow inputs."""
     import mlflow
-    import pandas as pd
-    from mlflow.data.pandas_dataset import from_pandas
 
     for name, context in (("train", "training"), ("test", "evaluation")):
         ref = getattr(dataset, name)
-        head = pd.read_json(store.path(ref), lines=True, nrows=100, dtype={"row_id": str})
-        frame = head[["row_id", "source", "line"]] if len(head) else pd.DataFrame({"row_id": []})
-        data = from_pandas(frame, source=ref.path, name=name, digest=ref.sha256[:_DIGEST_CHARS])
-        mlflow.log_input(data, context=context)
+        mlflow.log_input(_as_dataset(store, ref, name), context=context)
         mlflow.set_tag(f"tunegate.{name}_sha256", ref.sha256)
+
+
+def _as_dataset(store: Store, ref: FileRef, name: str) -> Any:
+    """A split under our own digest: MLflow's collide for chat rows and past 10,000 rows."""
+    import pandas as pd
+    from mlflow.data.pandas_dataset import from_pandas
+
+    head = pd.read_json(store.path(ref), lines=True, nrows=100, dtype={"row_id": str})
+    frame = head[["row_id", "source", "line"]] if len(head) else pd.DataFrame({"row_id": []})
+    return from_pandas(frame, source=ref.path, name=name, digest=ref.sha256[:_DIGEST_CHARS])
 
 
 def _log_files(

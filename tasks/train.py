@@ -9,7 +9,7 @@ from data_contracts.run_spec import Method, TrainSpec
 from tasks.base import adapter_ref
 from tasks.integrity import checked_adapter, checked_base
 from tasks.processes import Watch, run_worker
-from tasks.stores import Store
+from tasks.stores import Store, without_place
 
 # What the worker has no use for: it is told its own method, seed, rate, step-0 adapter, rows and threads.
 _NOT_THE_WORKERS = {"methods", "seeds", "variants", "learning_rates", "warm_start", "replay_share", "parallel"}
@@ -30,7 +30,7 @@ def train_arm(
         "seed": seed,
         "learning_rate": train.learning_rates.get(method, train.learning_rate),
         "base": str(checked_base(store, base)),
-        "base_name": base.name,
+        "base_name": without_place(base.name),
         "step0": str(checked_adapter(store, step0)) if step0 else None,
         "train": str(store.path(rows)),
         "validation": str(store.path(validation)),

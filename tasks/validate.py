@@ -105,6 +105,7 @@ def _validated(
         profile=store.ref(folder / "profile.json"),
         contract_result=store.ref(folder / "contract.json"),
         data_docs=f"validated/{folder.name}/data_docs/index.html",
+        sources=snapshot.sources,
     )
 
 

@@ -35,7 +35,7 @@ def origin_of(store: StoreSpec, name: str, train: Path) -> tuple[Origin, list[st
         if problem := _unknown(found):
             return Origin(told=problem), passed
         if here - set(read_ids(_trained(found))):
-            return _origin(found), passed
+            return origin_at(found), passed
         passed.append(f"{found.label} was trained on every row that is here")
         if found.started_from is None:
             return Origin(told=f"nothing is new to {found.label}, which started from scratch"), passed
@@ -70,7 +70,8 @@ def _checked(file: Path, sha256: str, label: str) -> Path:
     return file
 
 
-def _origin(found: Registered) -> Origin:
+def origin_at(found: Registered) -> Origin:
+    """A version as what a warm start goes on from."""
     return Origin(
         told=found.label,
         version=found.version,

@@ -20,7 +20,9 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from data_contracts.errors import ConfigError, GateError
+from data_contracts.lineage import Lineage
 from data_contracts.run_spec import StoreSpec
+from tasks.stores import digest
 from tests.servers import COMMAND, prefect_server
 from tests.told import save_block, shown, webhook
 
@@ -155,6 +157,28 @@ def test_mlflow_holds_a_parent_with_comparable_children(first, place):
     assert items[0]["columns"] == items[1]["columns"]
     assert len(items[0]["data"]) == first["comparison"]["items"]
     assert not list(place.glob("mlruns")), "MLflow wrote outside of the store"
+
+
+def test_the_version_carries_its_evidence_and_its_metrics_name_their_data(first, place):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{place / 'store' / 'mlflow.db'}")
+    version = client.get_model_version("tunegate-smoke", "1")
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{version.model_id}/", tracking_uri=client.tracking_uri))
+    lineage = Lineage.model_validate_json((folder / "artifacts" / "evidence" / "lineage.json").read_bytes())
+    assert (
+        lineage.files == {name: digest(folder / "artifacts" / name) for name in lineage.files}
+        and len(lineage.files) > 20
+    )
+    assert (
+        lineage.data.source_rows == {"python-docs": first["snapshot"]["rows_in"]} and lineage.data.licence == "PSF-2.0"
+    )
+    assert lineage.judgement.nll_nats == first["arms"][1]["eval"]["nll_nats"]
+    texts = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".png", ".safetensors")]
+    assert [path.name for path in texts if str(place) in path.read_text()] == []
+    metrics = client.get_logged_model(version.model_id).metrics
+    found = {(item.dataset_name, item.dataset_digest) for item in metrics if item.key == "nll_nats"}
+    assert found == {("test", first["snapshot"]["test"]["sha256"][:32])}
 
 
 def test_mlflow_holds_the_contract_with_its_failing_rows_and_its_pages(first, place):

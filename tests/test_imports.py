@@ -24,6 +24,7 @@ ALLOWED = {
 # The only modules that know MLflow.
 MLFLOW = {
     "tasks/tracking.py",
+    "tasks/register.py",
     "tasks/registry.py",
     "tasks/promotion.py",
     "tasks/workers/served_model.py",

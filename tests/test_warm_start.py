@@ -14,15 +14,17 @@ import pytest
 
 from data_contracts.data_reports import DatasetManifest
 from data_contracts.errors import ConfigError, GateError, StoreError
-from data_contracts.reports import AdapterRef, BaseModelRef, Origin, Start, TrainReport
+from data_contracts.reports import AdapterRef, BaseModelRef, Origin, RecordedRun, Start, TrainReport
 from data_contracts.run_spec import ModelSpec, RunSpec, StoreSpec, TrainSpec
 from data_contracts.verdict import GateReport
 from tasks import registry, train
 from tasks.arms import arms_of
 from tasks.base import init_adapter, start_dials
 from tasks.core.replay import Form, choose, differences
+from tasks.lineage import Made
 from tasks.policies import stage_key
 from tasks.promotion import promote_version, rollback_version
+from tasks.register import register_version
 from tasks.rivals import rival
 from tasks.row_ids import ids_of, publish_ids, read_ids
 from tasks.stores import Store, digest
@@ -30,6 +32,7 @@ from tasks.tracking import connect, open_experiment
 from tasks.warm_start import choose_start, origin_of, scratch
 from tests.test_curate import facts
 from tests.test_curate import run as curate_rows
+from tests.test_pages import planted, scores
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAME = "grows"
@@ -171,19 +174,23 @@ class Place:
     def register(self, data: DatasetManifest, arm: TrainReport, judged: str | None = None) -> str:
         import mlflow
 
-        from data_contracts.reports import RecordedRun
-        from tests.test_pages import scores
-
         client = connect(self.model)
         open_experiment(client, self.model, NAME)
         with mlflow.start_run() as run:
             pass
         recorded = RecordedRun(mlflow_run_id=run.info.run_id, arm_run_ids={"lora": run.info.run_id})
-        gate = GateReport(gates=[], off=[], verdict="pass")
-        key = f"register-{arm.adapter.sha256}-{judged}"
-        made = registry.register_version(self.spec(), key, self.base, arm, scores("lora", 2.0), data, gate, recorded)
-        promote_version(self.model, NAME, made.version, judged=judged)
-        return made.version
+        file = self.store.files / "report.json"
+        file.write_text("")
+        data = data.model_copy(update={"contract_result": self.store.ref(file)})
+        own = scores("lora", 2.0).model_copy(update={name: self.store.ref(file) for name in ("samples", "facts")})
+        made = Made(
+            spec=self.spec(), key=f"register-{arm.adapter.sha256}-{judged}", code="c", base=self.base, arm=arm, arms=[arm],
+            evaluations=[own], dataset=data, comparison=planted(self.store.root).comparison,
+            gate=GateReport(gates=[], off=[], verdict="pass"), rival=None, recorded=recorded,
+        )  # fmt: skip
+        version = register_version(made).version
+        promote_version(self.model, NAME, version, judged=judged)
+        return version
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,19 @@
 """Bring a base model into a folder that can be loaded offline: `python -m tasks.workers.prepare_base spec.json out/`.
 
-spec: base, revision. report: path, note, revision, stops, chat_template. Built-in bases are made in out/model; folders stay where they are;
+spec: base, revision. report: path, note, licence, revision, stops, chat_template. Built-in bases are made in out/model; folders stay where they are;
 hub ids are downloaded to the hub cache (or found there).
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
-from huggingface_hub import snapshot_download
+import yaml
+from huggingface_hub import HfApi, metadata_load, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -35,6 +38,8 @@ from tasks.workers.chat import PLAIN_TEMPLATE, load_chat
 from tasks.workers.harness import main, say
 
 _SMOLLM2_MAX_TOKENS = 8192
+_LICENCES = {"builtin:smollm2-135m": "Apache-2.0", "builtin:tiny-llama": "none: random weights"}
+_UNKNOWN = "unknown"
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.tiktoken", "*.model", "*.txt"]
 
 
@@ -42,7 +47,8 @@ def prepare(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     found = _find(spec, out)
     chat = load_chat(Path(found["path"]))
     template = PLAIN_TEMPLATE if chat.tokenizer.chat_template == PLAIN_TEMPLATE else None
-    return {**found, "stops": list(chat.stops), "chat_template": template}
+    licence = _LICENCES.get(spec["base"]) or _licence(Path(found["path"]), spec["base"], found["revision"])
+    return {**found, "licence": licence, "stops": list(chat.stops), "chat_template": template}
 
 
 def _find(spec: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -127,6 +133,18 @@ def _download(base: str, revision: str | None) -> dict[str, Any]:
             TransientError if may_pass(error) else ConfigError,
         ) from error  # fmt: skip
     return {"path": str(_check_files(folder)), "note": "weights as stored", "revision": folder.name}
+
+
+def _licence(folder: Path, base: str, revision: str | None) -> str:
+    """As the model's card says. revision: of a hub id, whose card is not downloaded; the hub is asked, if it can be."""
+    card = folder / "README.md"
+    found: Any = None
+    with suppress(OSError, ValueError, httpx.HTTPError, yaml.YAMLError):
+        if card.exists():
+            found = metadata_load(card)
+        elif revision:
+            found = HfApi().model_info(base, revision=revision, timeout=5).card_data
+    return str((found or {}).get("license") or _UNKNOWN)
 
 
 def _check_files(folder: Path) -> Path:

@@ -1,0 +1,120 @@
+"""Make a registered version again from its lineage and compare: the same rows, start, dials and seed, nothing from a cache."""
+
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefect import flow
+
+from data_contracts.errors import ConfigError, Problem
+from data_contracts.lineage import EVIDENCE
+from data_contracts.reproduction import Reproduction
+from data_contracts.run_spec import RunSpec, StoreSpec
+from flows.console import tell
+from flows.runs_left import hold
+from flows.spec_files import load_spec
+from tasks import registry
+from tasks.device_slot import device_slot
+from tasks.fingerprint import code_digest
+from tasks.policies import POLICIES
+from tasks.rebuild import rebuild
+from tasks.reproduce import (
+    base_again,
+    begin_again,
+    checked_adapter,
+    compare_again,
+    recorded_dataset,
+    told,
+    train_again,
+    working_place,
+)
+from tasks.stores import Store
+from tasks.tracking import SPEC_FILE
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_MAY_CHANGE = (
+    "data.source", "model.base", "contract.suite", "contract.batch_suite", "rules.function", "evaluate.task_folder",
+    "train.threads",
+)  # fmt: skip
+"""Places on this machine, which no lineage holds, and how many threads train."""
+
+
+def recorded_spec(store: StoreSpec, uri: str, changes: list[str]) -> tuple[RunSpec, int | None]:
+    """The spec of then in this store, and the threads if they were changed. Raises ConfigError for any other change."""
+    keys = [change.partition("=")[0].strip() for change in changes]
+    limit = ", ".join(_MAY_CHANGE)
+    wrong = [
+        Problem(f"{key} is what it was then", "--set", limit, "leave it out")
+        for key in keys
+        if key not in _MAY_CHANGE and not key.startswith("store.")
+    ]
+    if wrong:
+        raise ConfigError(*wrong)
+    version = registry.resolve(store, uri, "reproduce")
+    registry.recorded_lineage(store, version)
+    loaded = load_spec(str(Path(version.adapter).parent / EVIDENCE / SPEC_FILE), changes)
+    spec = loaded.spec.model_copy(update={"store": store})
+    return spec, spec.train.threads if "train.threads" in keys else None
+
+
+def reproduce(store: StoreSpec, uri: str, changes: list[str]) -> Reproduction:
+    """Raises DataError or ConfigError if what it was made from cannot be had."""
+    spec, threads = recorded_spec(store, uri, changes)
+    found: Reproduction = reproduce_flow(spec, uri, threads)
+    return found
+
+
+@flow(name="reproduce", result_serializer="json", on_running=[hold])
+def reproduce_flow(spec: RunSpec, uri: str, threads: int | None = None) -> Reproduction:
+    """Rows, base, start, training, comparison."""
+    started, store = time.monotonic(), Store(Path(spec.store.root))
+    version = registry.resolve(spec.store, uri, "reproduce")
+    then = registry.recorded_lineage(spec.store, version)
+    checked_adapter(version, then)
+    with working_place(store, version) as place, device_slot(f"reproduce {version.label}"):
+        rows = rebuild(store, place, spec, then, recorded_dataset(version))
+        tell(f"rows: {rows.told}")
+        base = base_again(store, place, spec, then)
+        begin = begin_again(spec, place, base, then, rows)
+        arm = train_again(place, base, begin, rows, then, threads or then.machine.threads)
+        measured = compare_again(spec, place, base, rows, version, then, arm)
+        kept = place.path(arm.adapter.folder).relative_to(store.files).as_posix()
+        code, seconds = code_digest(POLICIES["train"].code), time.monotonic() - started
+        found = told(uri, then, arm, rows, begin, code, measured, kept, seconds)
+        if found.kept is None:
+            shutil.rmtree(place.root)
+    return found
+
+
+def show_reproduction(found: Reproduction, console: "Console") -> None:
+    """Everything then and now, what is not the same first said in words."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "then", "now", "same?"):
+        table.add_column(name, overflow="fold")
+    for item in found.compared:
+        table.add_row(item.what, _short(item.then), _short(item.now), "yes" if item.same else "NO")
+    table.add_row(
+        "adapter", _short(found.adapter_then), _short(found.adapter_now), "yes" if found.distance is None else "NO"
+    )
+    console.print(table)
+    say = partial(console.print, markup=False, soft_wrap=True)
+    say(f"rows: {found.data}")
+    if found.distance is not None:
+        say(f"largest distance of a tensor: {found.distance:.2e} of its norm")
+        say(f"held-out loss: {found.loss_then_nats} then, {found.loss_now_nats} now, nats per token, both measured now")
+    if found.kept:
+        say(f"what was trained now: {found.kept}")
+    for reason in found.reasons:
+        say(f"may be why: {reason}")
+    say(f"{found.model} made again in {found.seconds:.0f} s: {found.result.upper()}")
+
+
+def _short(text: str) -> str:
+    is_digest = len(text) == 64 and all(character in "0123456789abcdef" for character in text)
+    return text[:12] if is_digest else text

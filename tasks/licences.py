@@ -1,0 +1,38 @@
+"""Under which licence the data come, as far as anybody said."""
+
+import sys
+from importlib.metadata import PackageNotFoundError, metadata, packages_distributions
+
+from data_contracts.data_spec import DataSpec
+
+UNKNOWN = "unknown"
+_STDLIB = "PSF-2.0"
+
+
+def data_licence(data: DataSpec) -> str:
+    """What the preset says; else of the built-in data the packages' own; else "unknown"."""
+    if data.licence:
+        return data.licence
+    if data.source != ["builtin:python-docs"]:
+        return UNKNOWN
+    return " AND ".join(sorted({package_licence(package) for package in data.packages}))
+
+
+def package_licence(package: str) -> str:
+    """Of an importable package, by the metadata of its distribution."""
+    name = package.partition(".")[0]
+    if name == "stdlib" or name in sys.stdlib_module_names:
+        return _STDLIB
+    for distribution in packages_distributions().get(name, []):
+        return distribution_licence(distribution)
+    return UNKNOWN
+
+
+def distribution_licence(name: str) -> str:
+    """The SPDX expression (PEP 639), or an older field if it is one line; "unknown" if the distribution is not here."""
+    try:
+        found = metadata(name)
+    except PackageNotFoundError:
+        return UNKNOWN
+    told = next((found[field] for field in ("License-Expression", "License") if field in found), "")
+    return told if told and "\n" not in told else UNKNOWN
