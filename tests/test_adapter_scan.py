@@ -418,7 +418,7 @@ JUNK = [
 
 def mutate_bytes(raw: bytes, draw: random.Random) -> bytes:
     """Flipped bits, cut, repeated, zeroed or shuffled pieces, another header length."""
-    data = bytearray(raw)
+    data = bytearray(raw or b"\0")
     kind = draw.randrange(7)
     at = draw.randrange(min(len(data), draw.choice([16, 2000, len(data)])))
     if kind == 0:
