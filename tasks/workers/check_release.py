@@ -1,6 +1,6 @@
 """Is a registered version what was evaluated? In a fresh process: `python -m tasks.workers.check_release spec.json out/`.
 
-spec: tracking_uri, model (a models:/ URI), store (its folder, where the base lies), samples [{question, prompt or null,
+spec: tracking_uri, model (its verified folder), label, store (its folder, where the base lies), samples [{question, prompt or null,
 next_tokens or null}], max_new_tokens. report: answers; differences (for each sample the largest between the log-probabilities
 of its next tokens then and now, in nats; null where none were kept), ms_per_token, peak_bytes, precision.
 """
