@@ -1,5 +1,6 @@
 """What lies beside exported files: `export.json` for programs, `README.md` for people, with how to serve them."""
 
+import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from tasks.markdown import environment, escape
 
 JSON, CARD = "export.json", "README.md"
 _TORCH = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _NONE = "-"
 
 
@@ -117,11 +119,13 @@ def _adapter(found: Exported, subject: Subject) -> list[Recipe]:
         f"base = AutoModelForCausalLM.from_pretrained({base!r}, quantization_config={bits})",
         'model = PeftModel.from_pretrained(base, ".")',
     ]  # fmt: skip
-    if subject.version.method == "prefix":
+    config = json.loads(Path(subject.version.adapter, "adapter_config.json").read_text())
+    if "r" not in config or config["use_dora"]:  # vLLM serves plain LoRA only
         return [Recipe("PEFT", "python", load)]
+    rank = next((most for most in _VLLM_RANKS if most >= config["r"]), config["r"])
     in_4_bits = "--quantization bitsandbytes " if quantised else ""
     serve = (
-        f"vllm serve {shlex.quote(base)} {in_4_bits}--enable-lora --max-lora-rank 64 "
+        f"vllm serve {shlex.quote(base)} {in_4_bits}--enable-lora --max-lora-rank {rank} "
         f"--lora-modules {shlex.quote(f'{name}=.')} --host 127.0.0.1"
     )
     return [Recipe("PEFT", "python", load), Recipe("vLLM", "sh", [serve])]

@@ -279,7 +279,6 @@ def test_nothing_is_written_if_no_form_is_near_enough(planted, tmp_path):
 @pytest.fixture(scope="module")
 def with_real_tokens(tmp_path_factory) -> Path:
     """A tiny random Llama that speaks SmolLM2's tokens: the converter knows tokenizers by what they do."""
-    from importlib.util import find_spec
 
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM

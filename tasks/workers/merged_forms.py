@@ -41,7 +41,7 @@ def merged_model(spec: dict[str, Any], base: MergeBase, device: Device, sums: di
         model: Any = load_base(Path(spec["base"]), "lora", device)
     else:
         model = load_base(Path(spec["base"]), "qlora", device, spec["quantisation"])
-        model = model.dequantize()
+        model = model.dequantize(dtype=torch.float32)
     return merge(model, spec["adapter"], watch)
 
 
