@@ -32,7 +32,7 @@ class Measured:
 def measure_forms(subject: Subject, wish: Wish, work: Path) -> Measured:
     """Every form beside the live model; the chosen one is left in `work`. Raises GateError if none is near enough."""
     asked = {
-        "test": str(subject.test), "max_items": wish.items, "max_tokens": _MAX_TOKENS, "max_passages": wish.items,
+        "test": str(subject.test), "max_items": wish.items, "max_tokens": _MAX_TOKENS, "max_passages": wish.items // 2,
         "bases": _bases(subject, wish), "dtypes": _dtypes(wish), "is_gguf": wish.format == "gguf",
         "tolerance_nats": wish.tolerance_nats,
     }  # fmt: skip
