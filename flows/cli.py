@@ -25,6 +25,7 @@ from flows.console import (
     write_json,
 )
 from flows.data_cli import data_app
+from flows.export_cli import export_app
 from flows.options import AsJson, Changes, Force, Preset, StoreChanges
 from flows.prepared import prepared_spec, preset_of
 from flows.release_cli import release_app
@@ -46,6 +47,7 @@ app = typer.Typer(
 app.add_typer(release_app)
 app.add_typer(reproduce_app)
 app.add_typer(services_app)
+app.add_typer(export_app)
 app.add_typer(data_app, name="data")
 
 

@@ -1,5 +1,6 @@
 """The forms in which a model is scored: the base in full precision or in 4 bits, an adapter on it or merged into it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,15 +66,21 @@ def detach(tuned: Any, target: Target) -> None:
         tuned.unload()  # a prefix is no part of the model
 
 
-def merge(model: Any, adapter: str) -> Any:
-    """The model with a LoRA adapter added to its weights: summed in fp32, layer by layer, kept as they are stored."""
+def merge(model: Any, adapter: str, watch: Callable[[torch.Tensor, torch.Tensor], None] | None = None) -> Any:
+    """The model with a LoRA adapter added to its weights: summed in fp32, layer by layer, kept as they are stored.
+
+    watch: gets each layer's weights in fp32, before and after.
+    """
     tuned = PeftModel.from_pretrained(model, checked_adapter(adapter, model)).eval()
     for layer in tuned.modules():
         if isinstance(layer, LoraLayer):
             weight: Any = layer.get_base_layer().weight
             stored = weight.dtype
             weight.data = weight.data.float()
+            before = weight.data.clone() if watch else None
             layer.merge()
+            if watch and before is not None:
+                watch(before, weight.data)
             weight.data = weight.data.to(stored)
     return tuned.unload()
 

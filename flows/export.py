@@ -1,0 +1,64 @@
+"""A registered version leaves the store: measured in every form, written, read back, published complete or absent."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_contracts.errors import ConfigError, Problem, WorkerError
+from data_contracts.exports import Exported
+from data_contracts.run_spec import StoreSpec
+from flows.console import tell
+from tasks import export, export_card, export_subject, registry
+from tasks.export_subject import Wish
+from tasks.stores import Store
+
+
+def export_version(store: StoreSpec, uri: str, to: Path, wish: Wish) -> Exported:
+    """Raises GateError, with everything that was measured, if no form is near enough; then `to` is as it was."""
+    check_place(to)
+    version = registry.resolve(store, uri, "export")
+    subject = export_subject.subject_of(store, version)
+    export_subject.check(subject, wish)
+    with scratch(Store(Path(store.root))) as work, draft_of(to) as draft:
+        tell(f"exporting {version.label} as {wish.format}")
+        measured = export.measure_forms(subject, wish, work)
+        notes = export.write_files(subject, wish, measured, work, draft)
+        found = export.check_files(subject, wish, measured, work, draft, notes)
+        export_card.write(found, subject, draft)
+    return found
+
+
+def check_place(to: Path) -> None:
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(Problem(f"{to} is there, and not an empty folder", "--to", act="name a new folder"))
+
+
+@contextmanager
+def draft_of(to: Path) -> Iterator[Path]:
+    """Yield a folder beside `to`, which becomes `to` only if the block ends well."""
+    to.absolute().parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.absolute().parent))
+    try:
+        yield draft
+        draft.chmod(0o755)
+        draft.replace(to.absolute())
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def scratch(store: Store) -> Iterator[Path]:
+    """A folder of the store for the time of an export; kept, with its logs, if a worker breaks."""
+    place = store.files / "exports"
+    place.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=place))
+    try:
+        yield work
+    except WorkerError:
+        raise
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work)

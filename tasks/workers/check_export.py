@@ -1,0 +1,57 @@
+"""Read an export back from its files and measure it against the live model: `python -m tasks.workers.check_export spec.json out/`.
+
+spec: format, folder (the export's), file (of a GGUF, else null), work (where export_model left exam.json and live.npy),
+base, method, quantisation or null, threads. report: distance.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from data_contracts.errors import Problem, StoreError
+from tasks.workers.bases import load_base
+from tasks.workers.chat import load_chat
+from tasks.workers.device import Device, choose_device
+from tasks.workers.distances import Exam, measure
+from tasks.workers.harness import main, say
+from tasks.workers.merged_forms import live_model
+from tasks.workers.tree_attention import NAME
+
+
+def check_export(spec: dict[str, Any], out: Path) -> dict[str, Any]:
+    device = choose_device("fp32", spec["threads"])
+    told = json.loads((Path(spec["work"]) / "exam.json").read_text())
+    say("note", text="reading the written files back")
+    if spec["format"] != "gguf":
+        check_tokenizer(Path(spec["folder"]), told["prompts"])
+    model = load_export(spec, device)
+    distance = measure(model, Exam.of(told), Path(spec["work"]) / "live.npy", "the written files")
+    return {"distance": distance.model_dump()}
+
+
+def load_export(spec: dict[str, Any], device: Device) -> Any:
+    folder = Path(spec["folder"])
+    if spec["format"] == "adapter":
+        return live_model(spec, device, str(folder))
+    if spec["format"] == "merged":
+        return load_base(folder, "lora", device)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=spec["file"], dtype=torch.float32, attn_implementation=NAME, trust_remote_code=False
+    )
+    return model.eval().to(device.device)
+
+
+def check_tokenizer(folder: Path, prompts: list[tuple[str, list[int]]]) -> None:
+    """Raise StoreError if the exported tokenizer reads a prompt otherwise than the live one."""
+    chat = load_chat(folder)
+    other = [text for text, ids in prompts if chat.encode(text) != ids]
+    if other:
+        what = f"the exported tokenizer reads {len(other)} of {len(prompts)} prompts otherwise than the live model's"
+        raise StoreError(Problem(what, str(folder), act="nothing was exported; report this with the base's name"))
+
+
+if __name__ == "__main__":
+    main(check_export)
