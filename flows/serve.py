@@ -15,7 +15,7 @@ from tasks.serving import API_KEY, LOOPBACK, Endpoint, Followed, shadow_file, wa
 if TYPE_CHECKING:
     from rich.console import Console
 
-_LOOK_SECONDS = 2.0
+_LOOK_SECONDS, _TROUBLED_SECONDS = 2.0, 30.0
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Serving:
         """Follow the registry until somebody has had enough. Raises if the server dies on its own."""
         try:
             while True:
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(_TROUBLED_SECONDS if self.trouble else _LOOK_SECONDS)
                 self.endpoint.check()
                 self._look()
         except KeyboardInterrupt:

@@ -64,7 +64,7 @@ class Followed:
     def __init__(self, store: StoreSpec, served: Wanted, shadow: Wanted | None) -> None:
         self._store, self._client = store, connect(store)
         self._served, self._shadow = served, shadow
-        self._seen: tuple[str | None, str | None] = (None, None)
+        self._seen: tuple[str | None, str | None] | None = None
 
     def look(self) -> dict[str, Any] | None:
         """Whom to serve, if that is somebody else than at the last look. Raises ConfigError if there is nobody."""

@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import time
+import traceback
 from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 from tasks.core.personal_data import find, mask
 from tasks.workers.answers import Answer, Wish
 from tasks.workers.chat_requests import ChatRequest
-from tasks.workers.voices import BASE, Voices
+from tasks.workers.harness import say
+from tasks.workers.voices import BASE, Voice, Voices
 
 _MOST_WAITING = 1000
 _LOOK_SECONDS = 0.05
@@ -47,21 +49,31 @@ class Shadow:
             self.left_out += 1
 
     async def run(self) -> None:
-        """Compare for ever, one at a time, whenever the machine is free."""
+        """Compare for ever, one at a time, whenever nobody waits for an answer."""
         while True:
-            shadow = self._voices.shadow
-            if self._waiting and shadow and not self._voices.waiting:
-                pair = self._waiting[0]
-                wish = replace(pair.wish, prompt=shadow.prompt(pair.messages))
-                answer = self._voices.write_aside(shadow, wish)
-                text = await answer.text()
-                if not answer.was_cut:  # else somebody asked in between: it is written once more
-                    self._keep(pair, _record(answer, text))
+            challenger = self._voices.shadow
+            if self._waiting and challenger and not self._voices.waiting:
+                pair = self._waiting.popleft()
+                try:
+                    await self._ask(challenger, pair)
+                except Exception as error:  # noqa: BLE001 whatever the challenger does, the champion goes on
+                    traceback.print_exception(error)  # into the worker's log
+                    say(
+                        "note",
+                        text=f"shadow: {challenger.label} cannot answer: {type(error).__name__}: {error}",
+                    )
             await asyncio.sleep(_LOOK_SECONDS)
 
+    async def _ask(self, challenger: Voice, pair: _Pair) -> None:
+        wish = replace(pair.wish, prompt=challenger.prompt(pair.messages))
+        answer = self._voices.write_aside(challenger, wish)
+        text = await answer.text()
+        if answer.was_cut:  # somebody asked in between: it is written once more
+            self._waiting.appendleft(pair)
+        else:
+            self._keep(pair, _record(answer, text))
+
     def _keep(self, pair: _Pair, challenger: dict[str, Any]) -> None:
-        if pair in self._waiting:
-            self._waiting.remove(pair)
         messages = [message | {"content": _masked(message["content"])} for message in pair.messages]
         line = {"unix_seconds": time.time(), "messages": messages, "champion": pair.champion, "challenger": challenger}
         self._file.parent.mkdir(parents=True, exist_ok=True)
