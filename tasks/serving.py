@@ -157,7 +157,8 @@ class Endpoint:
         return answered
 
     def _follow(self, show: Watch) -> None:
-        follow(self.child, show, self._hear)
+        with self.child:  # at its end its pipes are closed
+            follow(self.child, show, self._hear)
         self._changed.set()  # it may have ended before it was ready
 
     def _hear(self, event: Event) -> None:

@@ -164,8 +164,7 @@ def wait_for(what, seconds: float = 60) -> None:
 def served(base, versions, tmp_path_factory) -> Iterator[Served]:
     found = Served(tmp_path_factory.mktemp("serving"), base, versions[1])
     yield found
-    if found.endpoint.child.poll() is None:
-        found.endpoint.stop()
+    found.endpoint.stop()
 
 
 # --- one version answers ------------------------------------------------------------------------------------
@@ -238,7 +237,7 @@ def test_a_temperature_draws_and_a_seed_draws_the_same(served):
 def test_many_at_once_are_answered_one_after_the_other_and_too_many_are_told(served):
     from openai import RateLimitError
 
-    streams = [served.ask(stream=True, most=400) for _ in range(LIMITS["requests"])]
+    streams = [served.ask(stream=True, most=150) for _ in range(LIMITS["requests"])]
     with pytest.raises(RateLimitError, match="3 requests are being answered"):
         served.ask()
     texts = ["".join(chunk.choices[0].delta.content or "" for chunk in stream) for stream in streams]
@@ -248,16 +247,16 @@ def test_many_at_once_are_answered_one_after_the_other_and_too_many_are_told(ser
 
 def test_a_client_that_goes_makes_room_for_others(served):
     started = time.monotonic()
-    served.ask(most=500)
+    served.ask(most=300)
     whole_seconds = time.monotonic() - started
     patient = served.client.with_options(max_retries=5)
     started = time.monotonic()
-    for _ in range(10):
-        stream = patient.chat.completions.create(model="demo/1", messages=[QUESTION], max_tokens=500, stream=True)
+    for _ in range(8):
+        stream = patient.chat.completions.create(model="demo/1", messages=[QUESTION], max_tokens=300, stream=True)
         next(iter(stream))
         stream.close()
     assert patient.chat.completions.create(model="demo/1", messages=[QUESTION], max_tokens=1).model == "demo/1"
-    assert time.monotonic() - started < 5 * whole_seconds
+    assert time.monotonic() - started < 4 * whole_seconds, "nobody waits for answers that nobody reads"
 
 
 # --- what is refused ----------------------------------------------------------------------------------------
@@ -310,9 +309,9 @@ def test_only_health_is_open_to_whoever_has_no_key(served):
 
 
 def test_the_next_answer_is_the_new_versions_and_one_in_flight_ends_as_it_began(served, versions, base):
-    first = served.text(most=300)
+    first = served.text(most=150)
     before = served.get("/version", Authorization=f"Bearer {KEY}")[1]["served"]
-    stream = served.ask(stream=True, most=300)
+    stream = served.ask(stream=True, most=150)
     pieces = [next(iter(stream))]
     assert served.serve(versions[2]) == "now demo/2 answers"
     pieces += list(stream)
@@ -327,7 +326,7 @@ def test_the_next_answer_is_the_new_versions_and_one_in_flight_ends_as_it_began(
     assert after["adapter_sha256"] == versions[2]["adapter_sha256"]
     assert [model.id for model in served.client.models.list()] == ["demo@champion", "demo/2", "base"]
     served.serve(versions[1])
-    assert served.text(most=300) == first
+    assert served.text(most=150) == first
 
 
 def test_a_version_in_another_form_gets_a_base_of_its_own(served, versions):
@@ -375,7 +374,7 @@ def test_a_server_whose_starter_is_gone_answers_what_was_asked_and_goes(served):
     served.endpoint.child.wait(30)
     assert served.endpoint.child.returncode == 0
     report = json.loads((served.endpoint.out / "report.json").read_text())
-    assert set(report["answered"]) == {"demo/1", "demo/2", "demo/3", "base"}
+    assert set(report["answered"]) == {"demo/1", "demo/2", "demo/3", "demo/4", "base"}
 
 
 # --- the commands, over a real registry ----------------------------------------------------------------------

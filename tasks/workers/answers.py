@@ -41,10 +41,12 @@ class Answer:
         self._loop, self._written = asyncio.get_running_loop(), asyncio.Event()
         ids = torch.tensor([wish.prompt], device=voice.model.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        self._pieces, self._streamer = manager.generate_streaming(self, voice.tokenizer, inputs, self._config(), "")
+        model: Any = self
+        self._pieces, self._streamer = manager.generate_streaming(model, voice.tokenizer, inputs, self._config(), "")
 
     def _config(self) -> GenerationConfig:
-        wish, config = self.wish, copy.deepcopy(self.voice.model.generation_config)
+        wish = self.wish
+        config: GenerationConfig = copy.deepcopy(self.voice.model.generation_config)
         config.max_new_tokens, config.max_length = wish.most_tokens, None
         config.do_sample = wish.temperature > 0
         if config.do_sample:
