@@ -75,11 +75,12 @@ def planted(folder: Path, base: Path, version: int, method: str = "lora") -> dic
         "base": "builtin:printable", "base_digest": digest(base), "base_path": "nowhere", "base_revision": None,
         "method": method, "quantisation": quantisation, "precision": "fp32", "system_prompt": SYSTEM,
         "stops": load_chat(base).stops, "chat_template": None,
+        "adapter_files": {file.name: digest(file) for file in (folder / "adapter").iterdir()},
     }  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta))
     return {
         "name": "demo", "version": str(version), "alias": "champion", "adapter": str(folder / "adapter"),
-        "meta": str(folder / "meta.json"), "adapter_sha256": digest(folder / "adapter"),
+        "meta": str(folder / "meta.json"), "adapter_sha256": digest(folder / "adapter" / "adapter_model.safetensors"),
     }  # fmt: skip
 
 
@@ -352,7 +353,8 @@ def test_a_version_that_is_not_what_was_registered_is_not_served(served, version
 
 
 def test_the_challenger_is_asked_the_same_in_the_shadow_and_both_are_kept(served, versions, base):
-    assert served.serve(versions[1], versions[2]) == "now demo/1 answers, beside it demo/2"
+    challenger = versions[2] | {"alias": "challenger"}
+    assert served.serve(versions[1], challenger) == "now demo/1 answers, beside it demo/2"
     asked = [{"role": "user", "content": "My address is ada@math.org, and yours?"}]
     champions = [served.text(), served.text(messages=asked)]
     served.text(model="base")  # nobody's answer
@@ -363,6 +365,13 @@ def test_the_challenger_is_asked_the_same_in_the_shadow_and_both_are_kept(served
     assert pairs[0].challenger.answer.strip() == evaluated(base, versions[2], 24)
     assert pairs[1].messages[0]["content"] == "My address is [EMAIL], and yours?"
     assert {(pair.champion.version, pair.challenger.version) for pair in pairs} == {("demo/1", "demo/2")}
+
+
+def test_a_challenger_that_becomes_champion_is_there_already(served, versions, base):
+    served.serve(versions[1], versions[2] | {"alias": "challenger"})
+    served.serve(versions[2])
+    assert [model.id for model in served.client.models.list()] == ["demo@champion", "demo/2", "base"]
+    assert served.text().strip() == evaluated(base, versions[2], 24)
     served.serve(versions[1])
 
 

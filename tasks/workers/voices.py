@@ -6,6 +6,7 @@ answer is one version's from its first token to its last, and an old adapter lea
 
 import asyncio
 import gc
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers.cli.serving.utils import GenerateManager
 
 from data_contracts.errors import Problem, StoreError
@@ -79,6 +81,7 @@ class Voices:
         self._one_change = asyncio.Lock()
         self._answers: list[Answer] = []
         self._aside: Answer | None = None
+        self.shadow: Voice | None = None
         self.failure: str | None = None  # why the last change was not made
         self.served = load(served)
         self.shadow = self._new(shadow) if shadow else None
@@ -127,8 +130,9 @@ class Voices:
 
     async def _found(self, told: Told) -> Voice:
         """A version that is loaded already; or its adapter on a base that is; or all of it, beside the answers."""
-        if there := next((one for one in self._all if label(one.told) == label(told)), None):
-            return there
+        there = next((one for one in self._all if label(one.told) == label(told)), None)
+        if there:  # under another alias it is another voice, of the same adapter
+            return there if there.told == told else replace(there, told=told, since_unix_seconds=time.time())
         if self._host(told):
             found: Voice = await self._manager.async_submit(self._new, told)
             return found
@@ -171,7 +175,8 @@ def beside(host: Voice, told: Told) -> Voice:
 def _forget(gone: Sequence[Voice], kept: Sequence[Voice]) -> None:
     """Runs behind all answers that were begun before."""
     for voice in gone:
-        if voice.adapter and any(voice.model is one.model for one in kept):
+        adapters = {one.adapter for one in kept if one.model is voice.model}
+        if adapters and voice.adapter not in adapters:
             voice.model.delete_adapter(voice.adapter)
     gc.collect()
     if torch.cuda.is_available():
@@ -189,7 +194,10 @@ def _meta(told: Told) -> dict[str, Any]:
 
 
 def _check(told: Told) -> None:
-    found = digest(Path(told["adapter"]))
+    """What answers is what was registered: the adapter's weights, or all files where they are all weights."""
+    adapter = Path(told["adapter"])
+    weights = adapter / SAFETENSORS_WEIGHTS_NAME
+    found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else digest(adapter)
     if found != told["adapter_sha256"]:
         what = f"its files are not those that were registered: sha256 {found}"
         raise StoreError(Problem(what, label(told), told["adapter_sha256"], "restore them, or train it again"))
