@@ -138,10 +138,14 @@ def _questions() -> Iterator[str]:
 
 
 def _shown(talk: Talk, question: str) -> Turn:
+    """A turn on the page: growing in a terminal, whole elsewhere."""
     console = page(sys.stdout)
-    with Live(console=console, refresh_per_second=8, auto_refresh=console.is_terminal) as live:
-        turn = talk.ask(question, lambda answers: live.update(_columns(answers)))
-        live.update(_columns(turn.answers))
+    if console.is_terminal:
+        with Live(console=console, refresh_per_second=8) as live:
+            turn = talk.ask(question, lambda answers: live.update(_columns(answers)))
+    else:
+        turn = talk.ask(question, lambda answers: None)
+        console.print(_columns(turn.answers))
     if turn.error:
         tell(turn.error)
     return turn
