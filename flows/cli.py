@@ -30,6 +30,7 @@ from flows.options import AsJson, Changes, Force, Preset, StoreChanges
 from flows.prepared import prepared_spec, preset_of
 from flows.release_cli import release_app
 from flows.reproduce_cli import reproduce_app
+from flows.serve_cli import serve_app
 from flows.services_cli import services_app
 
 EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 3}
@@ -48,6 +49,7 @@ app.add_typer(release_app)
 app.add_typer(reproduce_app)
 app.add_typer(services_app)
 app.add_typer(export_app)
+app.add_typer(serve_app)
 app.add_typer(data_app, name="data")
 
 

@@ -58,11 +58,11 @@ def run_worker(
         environment = worker_environment() | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         try:
-            _follow(child, display.show, watch)
+            follow(child, display.show, watch)
         finally:
             _end(child)
     if child.returncode != 0:
-        raise _error(child.returncode, module, out)
+        raise worker_error(child.returncode, module, out)
     return dict(json.loads(report_file.read_text()))
 
 
@@ -90,7 +90,8 @@ def _launcher(spec: dict[str, Any]) -> list[str]:
     return ["tasks.workers.launch"] if spec.get("workers", 1) > 1 else []
 
 
-def _follow(child: "subprocess.Popen[str]", *watching: Watch) -> None:
+def follow(child: "subprocess.Popen[str]", *watching: Watch) -> None:
+    """Pass on what a worker says until it ends."""
     assert child.stdout is not None  # asked for with PIPE
     for line in child.stdout:
         _, mark, rest = line.partition('{"event"')  # Ray puts a prefix before it
@@ -114,7 +115,8 @@ def _end(child: "subprocess.Popen[str]") -> None:
         child.stdout.close()
 
 
-def _error(code: int, module: str, out: Path) -> Exception:
+def worker_error(code: int, module: str, out: Path) -> Exception:
+    """What a worker that ended with this code left as its reason, as an error of ours."""
     if (out / "error.json").exists():
         told = json.loads((out / "error.json").read_text())
         return ERRORS[told["error"]](*(Problem(**problem) for problem in told["problems"]))

@@ -19,7 +19,7 @@ from data_contracts.errors import ConfigError, TransientError, WorkerError
 from data_contracts.run_spec import TrainSpec
 from tasks.core.packing import Scored, shares
 from tasks.policies import stage_key
-from tasks.processes import _error, run_worker
+from tasks.processes import run_worker, worker_error
 from tasks.workers.launch import launch
 from tests.faults import adapter, before_call, kill, report, run, run_together, told, training_spec
 
@@ -189,7 +189,7 @@ def test_out_of_memory_with_divided_weights_is_an_error_with_the_next_act(spec, 
     dials = spec | {"workers": 2, "sharding": "fsdp"}
     assert ConfigError.exit_code in run_together(dials, tmp_path, {1: partial(before_call, *LOSSES, 4, no_memory)})
     with pytest.raises(ConfigError, match=r"(?s)share of a step.*raise train\.workers"):
-        raise _error(1, "train", tmp_path)
+        raise worker_error(1, "train", tmp_path)
 
 
 def test_a_checkpoint_of_another_number_of_workers_lies_elsewhere():
@@ -209,7 +209,7 @@ def test_more_workers_than_gpus_is_an_error_before_anything_starts(spec, tmp_pat
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     (tmp_path / "spec.json").write_text(json.dumps(spec | {"workers": 2}))
     assert launch("tests.faulty_rank", tmp_path / "spec.json", tmp_path) == ConfigError.exit_code
-    assert "each worker needs a GPU of its own" in str(_error(2, "train", tmp_path))
+    assert "each worker needs a GPU of its own" in str(worker_error(2, "train", tmp_path))
 
 
 # --- as the pipeline starts them: through torchrun's agent ---------------------------------------------------
