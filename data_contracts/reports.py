@@ -99,7 +99,8 @@ class PlannedMemory(Report):
 
 class MeasuredMemory(Report):
     """What `peak_train_bytes` is made of, in bytes. Tensors were counted; activations and logits come and go within a
-    step, so they are what is left, with the gradients then alive and what the allocator cannot use."""
+    step, so they are what is left, with the gradients then alive, kernels that are compiled for bf16 on a CPU, and what the
+    allocator cannot use."""
 
     process: int  # before the base was loaded: libraries and rows; on CUDA 0
     weights: int

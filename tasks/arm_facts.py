@@ -12,7 +12,7 @@ PARTS = {
     "gradients": "gradients then alive",
     "activations": "activations",
     "logits": "logits",
-    "rest": "activations, logits, gradients together",
+    "rest": "activations, logits, gradients, kernels together",
 }
 """What the parts of a training's memory are called, in the order of a bar."""
 

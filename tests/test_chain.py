@@ -142,7 +142,7 @@ def test_memory_is_told_part_by_part_in_the_run_and_the_report(first, place):
             parts = arm[f"{kind}_memory"]
             assert {part: metrics[f"{kind}_{part}_bytes"] for part in parts} == parts
             assert sum(parts.values()) == arm[peak]
-            assert min(parts.values()) > 0
+            assert kind == "planned" or min(parts.values()) > 0
             assert f"<td>{arm['name']}, {kind}</td>" in page
         assert metrics["gradients_bytes"] == arm["gradients_bytes"] > 0
 

@@ -374,7 +374,7 @@ def test_a_run_shows_its_data_training_comparison_gates_and_where_to_look(pages)
     assert "drift against snapshot 6666666666666666: ks_prompt_chars 0.125" in found["data"].data
     assert "| 1 to 1 | 4.000 | - | 12.0 |" in found["training-qlora"].data
     for line in (
-        "- at the peak, measured: libraries 500.0 MB, the base's weights 125.0 MB, adapters 20.0 MB, optimiser states 40.0 MB, activations, logits, gradients together 715.0 MB",
+        "- at the peak, measured: libraries 500.0 MB, the base's weights 125.0 MB, adapters 20.0 MB, optimiser states 40.0 MB, activations, logits, gradients, kernels together 715.0 MB",
         "- device: cpu (torch is built without CUDA)",
         "- precision: fp32 (no bf16)",
         "- attention: packed forward (losses equal the padded forward's)",
