@@ -17,6 +17,9 @@ _READ_BY = {
     "prefix_tokens": ("prefix",),
 }
 
+_IN_EVERY_PRESET = ("rank", "alpha", "target_modules")
+"""LoRA's, and set by presets for whoever adds such an arm: without one they are no reason to refuse a run."""
+
 _SORTING = ("galore", "apollo", "lomo", "adalomo")
 """Optimisers of transformers that are made from a model instead of groups of weights."""
 
@@ -35,6 +38,12 @@ def unread_by(method: str, dials: Mapping[str, Any]) -> list[str]:
     """The dials that an arm with this method and these dials does not read."""
     found = [dial for dial, arms in _READ_BY.items() if method not in arms]
     return [*found, "replay_share"] if dials["warm_start"] == "never" else found
+
+
+def without_effect(train: Any) -> list[str]:
+    """Dials of a TrainSpec that no arm reads, and that are not refused for it."""
+    arms = {*train.methods, *(variant.method for variant in train.variants)}
+    return [] if arms & set(LORA_ARMS) else list(_IN_EVERY_PRESET)
 
 
 def _unread(train: Any) -> Iterator[str]:

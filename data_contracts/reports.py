@@ -86,6 +86,30 @@ class ValidationPoint(Report):
     nll_nats: float
 
 
+class PlannedMemory(Report):
+    """What the formulas of `tunegate plan` say of the largest step's peak, in bytes: the parts of `predicted_train_bytes`."""
+
+    process: int  # libraries, kernels, what the allocator cannot use; on CUDA 0: tensors alone are counted
+    weights: int  # of the base, with quantisation constants
+    adapters: int
+    optimiser: int
+    gradients: int  # those alive at the peak
+    activations: int
+    logits: int
+
+
+class MeasuredMemory(Report):
+    """What `peak_train_bytes` is made of, in bytes. Tensors were counted; activations and logits come and go within a
+    step, so they are what is left, with the gradients then alive, kernels that are compiled for bf16 on a CPU, and what the
+    allocator cannot use."""
+
+    process: int  # before the base was loaded: libraries and rows; on CUDA 0
+    weights: int
+    adapters: int
+    optimiser: int
+    rest: int
+
+
 class TrainReport(Report):
     """One trained arm. Memory in bytes: the base's weights as stored, the peak of the worker process from its start, and
     the peak while it trained (device memory on CUDA, resident memory on a CPU), measured and as planned."""
@@ -109,6 +133,9 @@ class TrainReport(Report):
     peak_rss_bytes: int
     peak_train_bytes: int
     predicted_train_bytes: int | None  # None for a base that the planner has no formulas for
+    planned_memory: PlannedMemory | None = None  # as above
+    measured_memory: MeasuredMemory | None = None  # None: weights are divided among workers
+    gradients_bytes: int | None = None  # of one step, all together: at the peak not all need be alive
     seconds: float
     train_seconds: float
     useful_tokens_per_s: float
@@ -117,6 +144,8 @@ class TrainReport(Report):
     best_step: int | None  # the step whose adapter is kept, by validation loss; None: the last
     stopped_early: bool
     micro_batches: int  # parts an optimiser step was computed in at the end: over 1, memory ran out
+    batch: str = ""  # rows and tokens of a step
+    batch_reason: str = ""
     loss: list[LossPoint]
     precision: str
     precision_reason: str
@@ -126,6 +155,7 @@ class TrainReport(Report):
     scoring: Literal["packed", "padded"]
     scoring_reason: str
     device: str
+    device_reason: str = ""
     side_by_side: int = 1  # arms that trained at the same time: over 1, speeds are those of a shared machine
     start: Start | None = None  # None: warm_start is never, so from scratch
 

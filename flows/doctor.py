@@ -149,7 +149,7 @@ def _device() -> Iterator[Check]:
         stderr = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         yield Check("device", "bad", f"torch does not start: {stderr[-1] if stderr else error}", "make setup")
         return
-    yield Check("device", "ok", found["device"])
+    yield Check("device", "ok", f"{found['device']}: {found['device_reason']}")
     yield Check("precision", "ok", f"{found['precision']}: {found['precision_reason']}")
     yield Check("threads", "ok", f"{found['threads']}: {found['threads_reason']}")
 

@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_contracts.errors import DataError
+from data_contracts.method_rules import without_effect
 from data_contracts.run_spec import RunSpec
 from flows.spec_files import LoadedSpec, yaml_inline
 from flows.spec_problems import dials
@@ -46,6 +47,7 @@ def plan(loaded: LoadedSpec) -> dict[str, Any]:
         "spec": loaded.spec.model_dump(mode="json"),
         "origins": loaded.origins,
         "automatic": automatic(loaded.spec),
+        "without_effect": ignored(loaded),
         "stages": [{"name": name, "does": does} for name, does in STAGES.items()],
     }
 
@@ -64,6 +66,13 @@ def automatic(spec: RunSpec) -> dict[str, str]:
     return chosen
 
 
+def ignored(loaded: LoadedSpec) -> dict[str, str]:
+    """Dials that somebody set and that no arm reads, with why."""
+    keys = (f"train.{dial}" for dial in without_effect(loaded.spec.train))
+    set_by = {key: loaded.origins[key] for key in keys if loaded.origins[key] != "default"}
+    return {key: f"set by {origin}, and read by lora and qlora only" for key, origin in set_by.items()}
+
+
 def show_plan(loaded: LoadedSpec, console: "Console") -> None:
     table = Table(title=f"dry run of {loaded.source}", title_justify="left", title_style="bold")
     for name in ("dial", "value", "from"):
@@ -75,8 +84,10 @@ def show_plan(loaded: LoadedSpec, console: "Console") -> None:
         value = yaml_inline(values[section][field])
         table.add_row(key, Text(value), Text(origin), style="dim" if origin == "default" else "")
     console.print(table)
-    for title, lines in (("decided at run time", automatic(loaded.spec)), ("stages", STAGES)):
-        console.print(Text(title, style="bold"))
+    sections = {"decided at run time": automatic(loaded.spec), "without effect": ignored(loaded), "stages": STAGES}
+    for title, lines in sections.items():
+        if lines:
+            console.print(Text(title, style="bold"))
         for name, text in lines.items():
             console.print(Text(f"  {name:<16} {text}"), soft_wrap=True)
     console.print("nothing was run and nothing was written")

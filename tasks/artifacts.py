@@ -23,6 +23,7 @@ from data_contracts.data_reports import DatasetManifest
 from data_contracts.reports import EvalReport, LossPoint, RunReport, TrainReport
 from data_contracts.run_spec import StoreSpec
 from data_contracts.verdict import Comparison, GateReport, GateResult
+from tasks.arm_facts import PARTS, choices, memory_parts
 from tasks.asides import aside
 from tasks.links import data_files, mlflow_page, model_uri, prefect_page
 from tasks.markdown import backslashed, environment, interval, needs, number
@@ -45,7 +46,8 @@ def show_data(store: Store, data: DatasetManifest) -> None:
 @aside(_FAILED)
 def show_training(arm: TrainReport) -> None:
     """A trained arm: its loss over the steps, and what it took."""
-    _markdown(training_key(arm.name), "training.md.j2", arm=arm, label=label_of(arm.arm), curve=_curve(arm), size=size)
+    told = {"curve": _curve(arm), "memory": memory_parts(arm), "choices": choices(arm), "labels": PARTS}
+    _markdown(training_key(arm.name), "training.md.j2", arm=arm, label=label_of(arm.arm), size=size, **told)
 
 
 @aside(_FAILED)

@@ -9,10 +9,15 @@ from typing import Any
 
 from data_contracts.reports import TrainReport
 from data_contracts.verdict import Comparison, Estimate
+from tasks.arm_facts import PARTS, memory_parts
 
 _COLOURS = {"lora": "#0969da", "qlora": "#bf3989", "full": "#1a7f37", "prefix": "#9a6700"}
 _OTHERS = ("#8250df", "#cf222e", "#0550ae", "#116329", "#953800")
 _GREY = "#6e7781"
+_PART_COLOURS = {
+    "process": "#d0d7de", "weights": "#57606a", "adapters": "#0969da", "optimiser": "#9a6700", "gradients": "#cf222e",
+    "activations": "#2da44e", "logits": "#8250df", "rest": "#8ddb8c",
+}  # fmt: skip
 
 
 def figures(arms: Sequence[TrainReport], found: Comparison) -> dict[str, Any]:
@@ -55,16 +60,17 @@ def slices(found: Comparison) -> Any:
 
 
 def memory(arms: Sequence[TrainReport]) -> Any:
-    """The base's weights, and all else at the peak: adapter, optimiser, activations, logits, libraries."""
-    figure, axes = _axes(0.9 + 0.45 * len(arms))
-    names = [arm.name for arm in arms]
-    weights = [arm.weights_bytes / 1e9 for arm in arms]
-    axes.barh(names, weights, color="#57606a", label="the base's weights")
-    rest = [arm.peak_train_bytes / 1e9 - held for arm, held in zip(arms, weights, strict=True)]
-    axes.barh(names, rest, left=weights, color=[_colour(arm.arm, arms) for arm in arms], alpha=0.7, label="all else")
+    """The peak of each training by part, as measured and as planned."""
+    bars = {f"{arm.name}, {kind}": parts for arm in arms for kind, parts in memory_parts(arm).items()}
+    figure, axes = _axes(1.6 + 0.35 * len(bars))
+    left = dict.fromkeys(bars, 0.0)
+    for part, label in PARTS.items():
+        widths = [bars[name].get(part, 0) / 1e9 for name in bars]
+        axes.barh(list(bars), widths, left=list(left.values()), color=_PART_COLOURS[part], label=label)
+        left = {name: start + width for (name, start), width in zip(left.items(), widths, strict=True)}
     axes.invert_yaxis()
     axes.set(xlabel="GB at the peak of training", title="Memory")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     return figure
 
 

@@ -157,7 +157,7 @@ class Display:
         if kind == "note":
             self._say(event["text"])
         elif kind == "device":
-            device = f"{event['device']}, {event['precision']} ({event['precision_reason']})"
+            device = f"{event['device']} ({event['device_reason']}), {event['precision']} ({event['precision_reason']})"
             self._say(f"{device}; {event['threads']} threads ({event['threads_reason']})")
         elif kind == "start" and event["step"]:
             self._say(f"resuming from step {event['step']}")

@@ -10,6 +10,7 @@ from data_contracts.data_reports import DatasetManifest
 from data_contracts.reports import EvalReport, ModelVersion, RecordedRun, TrainReport
 from data_contracts.run_spec import RunSpec
 from data_contracts.verdict import Comparison, GateReport, Interval
+from tasks.arm_facts import PARTS, choices, memory_parts
 from tasks.drafts import content_key
 from tasks.plots import figures, svg
 from tasks.sentences import sentences, started
@@ -40,6 +41,9 @@ def write_report(
         recorded=recorded,
         model=model,
         answers=_answers(evaluations),
+        choices={arm.name: choices(arm) for arm in arms},
+        memory={arm.name: memory_parts(arm) for arm in arms},
+        parts=PARTS,
         sentences=list(sentences(comparison)),
         starts=[f"{arm.name} {started(arm.start)}" for arm in arms if arm.start],
         plots={name: svg(figure) for name, figure in figures(arms, comparison).items()},

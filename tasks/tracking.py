@@ -18,6 +18,7 @@ from data_contracts.data_reports import DatasetManifest, FileRef
 from data_contracts.reports import EvalReport, RecordedRun, TrainReport
 from data_contracts.run_spec import RunSpec, StoreSpec
 from data_contracts.verdict import Comparison, GateReport
+from tasks.arm_facts import memory_parts
 from tasks.plots import figures
 from tasks.stores import Store
 
@@ -113,7 +114,7 @@ def _record_arm(
         facts = arm.model_dump(mode="json", exclude={"loss", "validation", "adapter"})
         mlflow.log_params({name: value for name, value in facts.items() if isinstance(value, str) or name == "seed"})
         numbers: dict[str, float | None] = {k: float(v) for k, v in facts.items() if isinstance(v, int | float)}
-        mlflow.log_metrics(_finite(numbers))
+        mlflow.log_metrics(_finite(numbers | _memory(arm)))
         mlflow.log_metrics(_finite(_scores(scores)), dataset=_as_dataset(store, dataset.test, "test"))
         mlflow.set_tag("tunegate.adapter_sha256", arm.adapter.sha256)
         if arm.start:
@@ -196,6 +197,12 @@ def _parent_metrics(
         found |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
     base = {f"base_{name}": value for name, value in _scores(scores.get("base")).items()}
     return {**counts, **found, **base}
+
+
+def _memory(arm: TrainReport) -> dict[str, float | None]:
+    """measured_weights_bytes, planned_logits_bytes and so on."""
+    parts = memory_parts(arm).items()
+    return {f"{kind}_{part}_bytes": float(count) for kind, found in parts for part, count in found.items()}
 
 
 def _scores(report: EvalReport | None) -> dict[str, float | None]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -28,8 +29,15 @@ def no_memory() -> None:
 
 FAULTS = {"die": die, "stop_all": stop_all, "break_down": break_down, "no_memory": no_memory}
 
-if __name__ == "__main__":
+
+def faulty(spec: dict, out: Path) -> dict:
     rank, step, fault = os.environ["TUNEGATE_FAULT"].split(":")
     if rank == os.environ["RANK"]:
         before_call(*STEP, int(step), FAULTS[fault])
-    record(main)(train)
+    return train(spec, out)
+
+
+WORK = faulty
+
+if __name__ == "__main__":
+    record(main)(WORK)

@@ -4,6 +4,7 @@ One run is shared by most tests. Later ones kill it, change a dial, gate, promot
 Run: pytest tests/test_chain.py
 """
 
+import html
 import json
 import os
 import signal
@@ -76,7 +77,7 @@ def tunegate(place, environment, hook):
 def first(tunegate) -> dict:
     code, result, errors = tunegate("run", "smoke")
     assert code == 0, errors
-    return result
+    return {**result, "log": errors}
 
 
 def statuses(result: dict) -> dict[str, str]:
@@ -119,6 +120,40 @@ def test_memory_and_speed_are_measured(first):
     lora, qlora = first["arms"]
     assert qlora["weights_bytes"] < lora["weights_bytes"] < lora["peak_rss_bytes"]
     assert all(arm["useful_tokens_per_s"] > 0 and arm["seconds"] > 0 for arm in first["arms"])
+
+
+CHOSEN = ("device", "precision", "scoring", "batch", "threads")
+
+
+def test_every_automatic_choice_has_its_reason_in_the_log_the_run_and_the_report(first, place):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{place / 'store' / 'mlflow.db'}")
+    page = html.unescape(Path(first["html"]).read_text())
+    for arm in first["arms"]:
+        params = client.get_run(arm["mlflow_run_id"]).data.params
+        for name in CHOSEN:
+            reason = arm[f"{name}_reason"]
+            assert len(reason) > 10
+            assert params[f"{name}_reason"] == reason
+            assert f"<td>{reason}</td>" in page
+            assert reason in first["log"]
+
+
+def test_memory_is_told_part_by_part_in_the_run_and_the_report(first, place):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{place / 'store' / 'mlflow.db'}")
+    page = Path(first["html"]).read_text()
+    for arm in first["arms"]:
+        metrics = client.get_run(arm["mlflow_run_id"]).data.metrics
+        for kind, peak in (("measured", "peak_train_bytes"), ("planned", "predicted_train_bytes")):
+            parts = arm[f"{kind}_memory"]
+            assert {part: metrics[f"{kind}_{part}_bytes"] for part in parts} == parts
+            assert sum(parts.values()) == arm[peak]
+            assert kind == "planned" or min(parts.values()) > 0
+            assert f"<td>{arm['name']}, {kind}</td>" in page
+        assert metrics["gradients_bytes"] == arm["gradients_bytes"] > 0
 
 
 def test_the_version_is_champion_and_answers_as_it_was_evaluated(first):

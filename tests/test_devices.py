@@ -20,6 +20,7 @@ from data_contracts.run_spec import TrainSpec
 from tasks.core.packing import Scored, shares
 from tasks.policies import stage_key
 from tasks.processes import run_worker, worker_error
+from tasks.stores import digest
 from tasks.workers.launch import launch
 from tests.faults import adapter, before_call, kill, report, run, run_together, told, training_spec
 
@@ -62,7 +63,7 @@ def difference(out: Path, other: Path) -> tuple[float, float]:
     """Largest relative difference of a step's loss; relative distance of the adapters."""
     curves = [[point["loss_nats"] for point in report(place)["loss"]] for place in (out, other)]
     assert len(curves[0]) == len(curves[1])
-    found, wanted = (load_file(place / "adapter" / "adapter_model.safetensors") for place in (out, other))
+    found, wanted = (load_file(next((place / "adapter").glob("*model.safetensors"))) for place in (out, other))
     assert found.keys() == wanted.keys()
     apart = sum(float((found[name] - wanted[name]).norm()) ** 2 for name in wanted) ** 0.5
     size = sum(float(tensor.norm()) ** 2 for tensor in wanted.values()) ** 0.5
@@ -92,6 +93,23 @@ def test_two_ranks_have_the_loss_curve_and_the_adapter_of_one(spec, tmp_path, me
     assert (one["workers"], two["workers"]) == (1, 2)
     same = ("train_tokens", "completion_tokens", "steps", "trainable_parameters", "weights_bytes")
     assert [two[name] for name in same] == [one[name] for name in same]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "prefix"])
+def test_two_ranks_train_all_weights_or_a_prefix_as_one_does(spec, tiny_base, tmp_path, method):
+    dials = spec | {"method": method, "step0": None, "learning_rate": 1e-2 if method == "full" else 0.3}
+    if method == "prefix":
+        start = {"kind": "prefix", "base": str(tiny_base), "seed": 5, "prefix_tokens": 8}
+        assert run("init_adapter", start, tmp_path / "step0") == 0
+        dials |= {"step0": str(tmp_path / "step0" / "adapter"), "prefix_tokens": 8}
+    assert run("train_adapter", dials, tmp_path / "one") == 0
+    assert run_together(dials | {"workers": 2}, tmp_path / "two") == [0, 0]
+    loss, weights = difference(tmp_path / "two", tmp_path / "one")
+    assert loss < LOSS
+    assert weights < WEIGHTS
+    assert run_together(dials | {"workers": 2}, tmp_path / "again") == [0, 0]
+    assert digest(tmp_path / "again" / "adapter") == digest(tmp_path / "two" / "adapter")
 
 
 @pytest.mark.parametrize("sharding", [pytest.param("none", marks=pytest.mark.slow), "fsdp"])

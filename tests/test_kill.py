@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from data_contracts.run_spec import EvaluateSpec
+from tasks.stores import digest
 from tasks.workers.harness import say
 from tests.faults import STEP, TRAINER, adapter, before_call, kill, report, run, told, training_spec
 
@@ -37,6 +38,18 @@ def test_two_undisturbed_runs_end_with_the_same_bytes(spec, whole, tmp_path):
     assert [point["loss_nats"] for point in report(tmp_path)["loss"]] == [
         point["loss_nats"] for point in report(whole)["loss"]
     ]
+
+
+def test_two_undisturbed_qlora_runs_from_the_raw_base_on_end_with_the_same_bytes(tiny_base, tmp_path):
+    """The step-0 adapter, quantisation and dropout included."""
+    found = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        spec = training_spec(tiny_base, tmp_path / name) | {"method": "qlora"}
+        assert spec["dropout"] > 0
+        assert run("train_adapter", spec, tmp_path / name / "out") == 0
+        found.append((digest(Path(spec["step0"])), adapter(tmp_path / name / "out")))
+    assert found[0] == found[1]
 
 
 # --- killed -------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from tasks.workers.fused_lora import fuse_lora
 from tasks.workers.fused_mlp import fuse_mlp
 from tasks.workers.head_loss import HeadLoss
 from tasks.workers.lora_starts import take_off_start
-from tasks.workers.planned import predicted_train_bytes
+from tasks.workers.planned import planned_memory
 from tasks.workers.scoring import choose_way, scored_losses, to_tensors
 
 CPU = Device("cpu", "fp32", "test", 1, "test")
@@ -365,13 +365,19 @@ ROWS = [Scored([7] * 5 + list(range(i, i + n)), 10) for i, n in ((0, 20), (50, 3
 def test_the_largest_step_of_a_plan_is_the_one_predicted(base):
     spec = DIALS | {"base": str(base), "method": "lora"}
     small, large, whole = (
-        predicted_train_bytes(spec, ROWS, plan, CPU, "packed") for plan in ([[0], [2]], [[1, 3]], [[0], [1, 3], [2]])
+        planned_memory(spec, ROWS, plan, CPU, "packed") for plan in ([[0], [2]], [[1, 3]], [[0], [1, 3], [2]])
     )
-    assert small < large == whole
+    assert sum(small.values()) < sum(large.values())
+    assert large == whole
     parts = predict(
         architecture_of(load_base(base, "lora", CPU)), packed_settings([ROWS[1], ROWS[3]], "lora", CPU), "cpu"
     )
-    assert whole == parts.total
+    assert sum(whole.values()) == parts.total
+    assert [whole[name] for name in ("weights", "optimiser", "logits")] == [
+        parts.weights,
+        parts.optimiser,
+        parts.logits,
+    ]
 
 
 @pytest.mark.parametrize(("config", "dials", "why"), [
@@ -382,5 +388,5 @@ def test_the_largest_step_of_a_plan_is_the_one_predicted(base):
 def test_what_cannot_be_planned_is_noted_and_stops_nothing(tmp_path, capsys, config, dials, why):
     config.save_pretrained(tmp_path)
     spec = DIALS | {"base": str(tmp_path), "method": "lora"} | dials
-    assert predicted_train_bytes(spec, ROWS, [[0]], CPU, "packed") is None
+    assert planned_memory(spec, ROWS, [[0]], CPU, "packed") is None
     assert json.loads(capsys.readouterr().out) == {"event": "note", "text": f"memory of training is not planned: {why}"}

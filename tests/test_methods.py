@@ -113,6 +113,25 @@ def test_a_method_learns_and_reloads_as_the_model_that_was_trained(tiny_base, fi
     assert (found - base).mean() < -0.05
 
 
+COUNTED = ("lora", "qlora nf4", "qlora nf4, single", "full", "prefix", "pissa, 4 bits")
+
+
+@pytest.mark.parametrize("variant", COUNTED)
+def test_memory_is_counted_part_by_part_as_it_was_planned(tiny_base, files, tmp_path, variant):
+    method, changes = VARIANTS[variant]
+    spec = spec_of(tiny_base, files, method, {**changes, "max_steps": 1}, tmp_path)
+    report = train_adapter.train(spec, tmp_path)
+    found, planned = report["measured_memory"], report["planned_memory"]
+    assert sum(found.values()) == report["peak_train_bytes"]
+    assert sum(planned.values()) == report["predicted_train_bytes"]
+    for part in ("weights", "adapters", "optimiser"):
+        assert found[part] == pytest.approx(planned[part], rel=0.02), part
+    trained = report["trainable_parameters"] * 4
+    assert report["gradients_bytes"] == trained
+    assert (found["adapters"] == 0) == (method == "full")
+    assert found["process"] > 100e6
+
+
 # --- starts -------------------------------------------------------------------------------------------------
 
 

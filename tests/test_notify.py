@@ -382,6 +382,15 @@ def test_a_run_shows_its_data_training_comparison_gates_and_where_to_look(pages)
         assert row in found["data"].data
     assert "drift against snapshot 6666666666666666: ks_prompt_chars 0.125" in found["data"].data
     assert "| 1 to 1 | 4.000 | - | 12.0 |" in found["training-qlora"].data
+    for line in (
+        "- at the peak, measured: libraries 500.0 MB, the base's weights 125.0 MB, adapters 20.0 MB, optimiser states 40.0 MB, activations, logits, gradients, kernels together 715.0 MB",
+        "- device: cpu (torch is built without CUDA)",
+        "- precision: fp32 (no bf16)",
+        "- attention: packed forward (losses equal the padded forward's)",
+        "- batch: 4.0 rows and 900 tokens a step (train.batch_tokens=1024 holds no more)",
+        "- threads: 2 (2 of 2 cores are free)",
+    ):
+        assert f"\n{line}\n" in found["training-qlora"].data + "\n"
     assert "| held-out loss, nats/token | 4.000 | 2.000 | 2.200 |" in found["comparison"].data
     assert "| peak memory in training | - | 1.40 GB | 1.40 GB |" in found["comparison"].data
     assert "- QLoRA keeps 90.0% \\[85.0%, 95.0%\\] of LoRA's loss gain" in found["comparison"].data

@@ -15,7 +15,9 @@ from data_contracts.reports import (
     EvalReport,
     LoadedBack,
     LossPoint,
+    MeasuredMemory,
     ModelVersion,
+    PlannedMemory,
     Quantisation,
     RecordedRun,
     RunReport,
@@ -41,6 +43,8 @@ from flows.data_pages import show_data
 from flows.summary import report_file, summary
 from flows.tables import show_run
 from flows.verdict_tables import show_comparison
+from tasks.arm_facts import memory_parts
+from tasks.plots import memory
 from tasks.stores import Store
 
 
@@ -95,6 +99,10 @@ def arm(method: str, weights: int) -> TrainReport:
         peak_rss_bytes=1_500_000_000,
         peak_train_bytes=1_400_000_000,
         predicted_train_bytes=1_500_000_000 if method == "lora" else None,
+        measured_memory=MeasuredMemory(
+            process=500_000_000, weights=weights, adapters=20_000_000, optimiser=40_000_000, rest=840_000_000 - weights
+        ),
+        gradients_bytes=20_000_000,
         seconds=130.0,
         train_seconds=120.0,
         useful_tokens_per_s=16.7,
@@ -108,6 +116,9 @@ def arm(method: str, weights: int) -> TrainReport:
         precision_reason="no bf16",
         threads=2,
         threads_reason="2 of 2 cores are free",
+        batch="4.0 rows and 900 tokens a step",
+        batch_reason="train.batch_tokens=1024 holds no more",
+        device_reason="torch is built without CUDA",
         scoring="packed",
         scoring_reason="losses equal the padded forward's",
         device="cpu",
@@ -240,6 +251,29 @@ def test_the_page_sets_the_models_side_by_side_and_ends_with_what_to_do(tmp_path
     assert "qlora says so." in text
     assert f"tunegate ui --set store.root={tmp_path}" in text
     assert "--model models:/m@champion" in text
+
+
+def test_each_bar_of_memory_is_the_peak_part_by_part():
+    parts = {
+        "process": 7,
+        "weights": 500,
+        "adapters": 20,
+        "optimiser": 40,
+        "gradients": 20,
+        "activations": 60,
+        "logits": 9,
+    }
+    lora = arm("lora", 500_000_000).model_copy(update={"planned_memory": PlannedMemory(**parts)})
+    (axes,) = memory([lora, arm("qlora", 125_000_000)]).axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == [
+        "lora, measured",
+        "lora, planned",
+        "qlora, measured",
+    ]
+    ends = [max(part[bar].get_x() + part[bar].get_width() for part in axes.containers) for bar in range(3)]
+    assert ends == pytest.approx([1.4, sum(parts.values()) / 1e9, 1.4])
+    older = arm("lora", 500_000_000).model_copy(update={"measured_memory": None})
+    assert memory_parts(older) == {"measured": {"weights": 500_000_000, "rest": 900_000_000}}
 
 
 def test_a_champion_is_compared_with_the_candidate(tmp_path, capfd):

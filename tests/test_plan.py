@@ -49,6 +49,17 @@ def test_peaks_held_out_while_the_formulas_were_written_are_met_too(published):
     assert max(errors) <= 0.25
 
 
+def test_the_page_tells_how_far_off_published_peaks_are(published, capfd):
+    counted = [row for row in published if row.group != "outside"]
+    median = statistics.median(PLANNER["errors"](counted, "planned"))
+    worst = max(row.published / row.planned for row in counted)
+    assert main(["plan", "llama-2-7b", "--method", "lora"]) == 0
+    told = capfd.readouterr().out
+    assert (
+        f"{median:.0%} off such plans at the median; the worst is {worst:.2f} times its plan".replace("%", " %") in told
+    )
+
+
 def test_what_one_would_use_instead_is_further_off(published):
     counted = [row for row in published if row.group != "outside"]
     ours = statistics.median(PLANNER["errors"](counted, "planned"))

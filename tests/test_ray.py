@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
+from data_contracts.errors import TransientError, WorkerError
+from data_contracts.failures import may_pass
 from data_contracts.run_spec import TrainSpec
 from tasks.curate import curate
 from tasks.ingest import ingest
@@ -49,13 +51,18 @@ def test_two_ray_workers_give_the_same_data_set_as_the_local_engine(tmp_path, cl
     assert made["ray"] == made["local"]
 
 
-@pytest.mark.slow
-def test_two_ray_workers_train_the_adapter_of_two_local_ones(tiny_base, tmp_path, monkeypatch):
+@pytest.fixture
+def on_ray(tiny_base, tmp_path, monkeypatch) -> dict:
+    """An arm of two workers on a Ray cluster of its own."""
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
-    spec = training_spec(tiny_base, tmp_path) | {"workers": 2, "engine": "ray"}
-    assert run_together(spec, tmp_path / "local") == [0, 0]
-    report = run_worker("tasks.workers.train_adapter", spec, tmp_path / "ray")
+    return training_spec(tiny_base, tmp_path) | {"workers": 2, "engine": "ray"}
+
+
+@pytest.mark.slow
+def test_two_ray_workers_train_the_adapter_of_two_local_ones(on_ray, tmp_path):
+    assert run_together(on_ray, tmp_path / "local") == [0, 0]
+    report = run_worker("tasks.workers.train_adapter", on_ray, tmp_path / "ray")
     assert report["workers"] == 2
     assert adapter(tmp_path / "ray") == adapter(tmp_path / "local")
 
@@ -72,3 +79,18 @@ def test_two_arms_at_a_time_on_a_cluster_are_what_they_are_alone(tiny_base, tmp_
     assert max(start for start, _ in together.times) < min(end for _, end in together.times)
     assert [arm.adapter.sha256 for arm in together.arms] == [arm.adapter.sha256 for arm in alone.arms]
     assert [(arm.side_by_side, arm.threads) for arm in together.arms] == [(2, 1)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "error", "told"),
+    [
+        ("break_down", WorkerError, "rank 1: RuntimeError: shapes do not fit"),
+        ("die", TransientError, "Ray ended it: .*goes on from its last checkpoint"),
+    ],
+)
+def test_a_rank_that_raises_is_not_tried_again_and_one_that_dies_is(on_ray, tmp_path, monkeypatch, fault, error, told):
+    monkeypatch.setenv("TUNEGATE_FAULT", f"1:4:{fault}")
+    with pytest.raises(error, match=f"(?s){told}") as ended:
+        run_worker("tests.faulty_rank", on_ray, tmp_path / "ray")
+    assert may_pass(ended.value) == (error is TransientError)

@@ -1,6 +1,6 @@
 """Load a base model in one of its forms: as stored, in fp32 to train all of it, or quantised to 4 bits."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,17 +109,26 @@ def _keep_the_weights(model: torch.nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of tensors; one that stands in several places counts once."""
+    return sum({each.data_ptr(): each.numel() * each.element_size() for each in tensors}.values())
+
+
 def weights_bytes(model: torch.nn.Module) -> int:
     """Bytes of the base's weights as stored, with quantisation constants; adapters are not counted."""
-    seen: dict[int, int] = {}
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or "prompt_encoder" in name:
-            continue
-        seen[parameter.data_ptr()] = parameter.numel() * parameter.element_size()
-        state = getattr(parameter, "quant_state", None)
-        for tensor in _constants(state):
-            seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-    return sum(seen.values())
+    stored = [parameter for name, parameter in model.named_parameters() if not _is_adapters(name)]
+    constants = (tensor for weight in stored for tensor in _constants(getattr(weight, "quant_state", None)))
+    return tensor_bytes([*stored, *constants])
+
+
+def adapters_bytes(model: torch.nn.Module) -> int:
+    """Bytes of LoRA's layers or a prefix, with the start that some are measured from (lora_starts.py)."""
+    own = [parameter for name, parameter in model.named_parameters() if _is_adapters(name)]
+    return tensor_bytes([*own, *(start for name, start in model.named_buffers() if ".start_" in name)])
+
+
+def _is_adapters(name: str) -> bool:
+    return "lora_" in name or "prompt_encoder" in name
 
 
 def dequantised(weight: Any, state: Any = None) -> torch.Tensor:

@@ -25,6 +25,7 @@ class Device:
     precision_reason: str
     threads: int
     threads_reason: str
+    device_reason: str = ""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -33,13 +34,19 @@ class Device:
 
 def choose_device(precision: str = "auto", threads: int | None = None, why: str | None = None) -> Device:
     """Pick the first CUDA device if there is one, else the CPU; announce why."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, device_reason = _device()
     chosen, reason = _precision(device) if precision == "auto" else (precision, "set by model.precision")
     count, count_reason = (
         _threads() if threads is None else (threads, why or "set by train.threads, or the same as the first arm's")
     )
     torch.set_num_threads(count)
-    return Device(device, chosen, reason, count, count_reason)
+    return Device(device, chosen, reason, count, count_reason, device_reason)
+
+
+def _device() -> tuple[str, str]:
+    if torch.cuda.is_available():
+        return "cuda", f"the first of {torch.cuda.device_count()} that torch finds: {torch.cuda.get_device_name()}"
+    return "cpu", "torch finds no CUDA device" if torch.version.cuda else "torch is built without CUDA"
 
 
 def _precision(device: str) -> tuple[str, str]:
@@ -83,6 +90,11 @@ def free_threads() -> tuple[int, str]:
 def peak_bytes(device: Device) -> int:
     """Highest device memory on CUDA, the process's resident memory on a CPU."""
     return torch.cuda.max_memory_allocated() if device.device == "cuda" else peak_rss_bytes()
+
+
+def bytes_now(device: Device) -> int:
+    """What `peak_bytes` is the peak of, at this moment."""
+    return torch.cuda.memory_allocated() if device.device == "cuda" else int(psutil.Process().memory_info().rss)
 
 
 def peak_rss_bytes() -> int:

@@ -7,6 +7,7 @@ ranks say comes through Ray's own log to this process's stdout, with a prefix.
 import importlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ _SILENT = {
 }
 _ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's name for it: with 0, a cluster that it starts itself is for this machine and listens on loopback alone."""
+_PEER_GONE = re.compile("closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)
+"""What gloo and NCCL say on the ranks that are left."""
 
 
 def launch(module: str, spec_file: Path, out: Path) -> int:
@@ -52,13 +55,26 @@ def launch(module: str, spec_file: Path, out: Path) -> int:
 
 
 def _cause(error: Exception, module: str) -> TunegateError:
-    """What a rank broke on; TransientError if its process is gone, or the cluster."""
+    """What a rank raised, which it would raise again; TransientError if a rank's process is gone, or the cluster.
+
+    Ray tells of a process that is gone in an error of its own, and its peers may say that they lost it.
+    """
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    told = [(rank, text) for rank, text in failures.items() if "Traceback" in str(text)]
-    last_line = str(told[0][1] if told else error).strip().splitlines()[-1][:300]
-    if told:
-        return WorkerError(Problem(last_line, f"rank {told[0][0]}", act="read worker.log"))
-    return TransientError(Problem(f"Ray ended it: {last_line}", module, act="it goes on from its last checkpoint"))
+    raised = {rank: failure for rank, failure in failures.items() if not _is_loss(failure)}
+    if raised and len(raised) == len(failures):
+        rank, failure = next(iter(raised.items()))
+        what = f"{type(failure).__name__}: {_line(failure)}"
+        return WorkerError(Problem(what, f"rank {rank}", act="read worker.log"))
+    act = "it goes on from its last checkpoint"
+    return TransientError(Problem(f"Ray ended it: {_line(error)}", module, act=act))
+
+
+def _is_loss(failure: Exception) -> bool:
+    return type(failure).__module__.startswith("ray.") or _PEER_GONE.search(str(failure)) is not None
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
 
 
 def _fit(module: str, spec_file: Path, out: Path) -> None:

@@ -19,10 +19,11 @@ _STEP_KERNELS, _MOST_KERNELS = 30_000_000, 900_000_000
 30-45 MB a step, 0.9-1.1 GB in the end."""
 
 
-def predicted_train_bytes(
+def planned_memory(
     spec: dict[str, Any], rows: Sequence[Scored], plan: Sequence[Sequence[int]], device: Device, way: Way
-) -> int | None:
-    """The peak of the plan's largest step: device memory on CUDA, resident memory on a CPU.
+) -> dict[str, int] | None:
+    """Parts of the peak of the plan's largest step, in bytes, as in a PlannedMemory: device memory on CUDA, resident
+    memory on a CPU.
 
     None, with a note, for a base or an optimiser that the planner has no formulas for: it must not stop training.
     """
@@ -33,11 +34,21 @@ def predicted_train_bytes(
     except ConfigError as error:
         say("note", text=f"memory of training is not planned: {error.problems[0].what}")
         return None
-    steps = _largest_steps(spec, rows, plan, device, way)
-    if device.device == "cuda":
-        return max(predict(arch, settings, "cuda").allocated for settings in steps)
+    on_cuda = device.device == "cuda"
+    steps = (
+        predict(arch, step, "cuda" if on_cuda else "cpu") for step in _largest_steps(spec, rows, plan, device, way)
+    )
+    parts = max(steps, key=lambda step: step.allocated if on_cuda else step.total)
     kernels = min(_STEP_KERNELS * len(plan), _MOST_KERNELS) if device.precision == "bf16" else 0
-    return max(predict(arch, settings, "cpu").total for settings in steps) + kernels
+    return {
+        "process": 0 if on_cuda else parts.context + parts.slack + kernels,
+        "weights": parts.weights + parts.constants,
+        "adapters": parts.adapters,
+        "optimiser": parts.optimiser,
+        "gradients": parts.gradients,
+        "activations": parts.activations,
+        "logits": parts.logits,
+    }
 
 
 def _largest_steps(

@@ -21,22 +21,22 @@ from data_contracts.errors import ConfigError, DataError, Problem
 from data_contracts.method_rules import LORA_ARMS
 from tasks.core.packing import Scored, plan_batches
 from tasks.workers.adapters import checked_adapter
-from tasks.workers.bases import load_base, weights_bytes
+from tasks.workers.bases import adapters_bytes, load_base, weights_bytes
 from tasks.workers.chat import Chat, load_chat
 from tasks.workers.checkpoints import last_checkpoint, state_of, step_of
-from tasks.workers.device import Device, choose_device, peak_bytes, peak_rss_bytes, reset_peak_rss
+from tasks.workers.device import Device, bytes_now, choose_device, peak_bytes, peak_rss_bytes, reset_peak_rss
 from tasks.workers.embedding_noise import add_noise
 from tasks.workers.fused_lora import fuse_lora
 from tasks.workers.fused_mlp import fuse_mlp
 from tasks.workers.harness import is_first_rank, main, say
 from tasks.workers.lora_starts import TAKEN_OFF, as_plain_lora, take_off_start
 from tasks.workers.packed_trainer import PackedTrainer, Work, mean_loss, training_arguments
-from tasks.workers.planned import predicted_train_bytes
+from tasks.workers.planned import planned_memory
 from tasks.workers.ranks import first_says, joined, largest, rank, ranks
 from tasks.workers.scoring import Scoring, choose_way
 from tasks.workers.shards import is_sharded, whole_weights
 from tasks.workers.training_rows import encode_rows
-from tasks.workers.watch import Clock, KeepBest, LossWatch, StopOnSignal, stopped_early
+from tasks.workers.watch import Clock, KeepBest, LossWatch, StepBytes, StopOnSignal, stopped_early
 
 
 def train(spec: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -53,16 +53,18 @@ def train_rank(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     listed = out / "rows_too_long.jsonl" if is_first_rank() else Path(os.devnull)
     rows, row_ids = encode_rows(chat, Path(spec["train"]), spec["max_tokens"], spec["too_long"], listed)
     plan = planned(rows, spec)
+    say("note", text=": ".join(["batch", *batch_told(rows, plan, spec).values()]))
     validation = validation_rows(chat, spec)
-
+    before = bytes_now(device)
     model = trainable(spec, device)
     load_peak = reset_peak_rss()
     scoring = fastest_way(model, rows, spec)
     work = Work(rows, row_ids, plan, validation, spec["batch_tokens"], scoring.way)
     checkpoint = agreed_checkpoint(out)
     size = size_of(model)
+    held = {"process": before, "weights": size["weights_bytes"], "adapters": adapters_bytes(model)}
     state = run_trainer(model, work, spec, out, device, checkpoint)
-    peaks = map(int, largest([peak_bytes(device), max(load_peak, peak_rss_bytes())]))
+    trained, took = told(state), memory(spec, work, device, state, held, load_peak)
     save(model, spec, out / "adapter")
     return {
         "method": spec["method"],
@@ -72,13 +74,13 @@ def train_rank(spec: dict[str, Any], out: Path) -> dict[str, Any]:
         "rows_too_long": len(listed.read_text().splitlines()),
         "too_long": {"leave_out": "left out", "truncate": "truncated", "split": "split"}[spec["too_long"]],
         **size,
-        **dict(zip(("peak_train_bytes", "peak_rss_bytes"), peaks, strict=True)),
-        "predicted_train_bytes": predicted(spec, work, device),
-        **told(state),
+        **took,
+        **trained,
         "final_validation_nll_nats": mean_loss(model, work) if validation else None,
         "seconds": time.monotonic() - started,
         "workers": ranks(),
         **vars(device),
+        **batch_told(rows, plan, spec, trained["micro_batches"]),
         "scoring": scoring.way,
         "scoring_reason": scoring.reason,
     }
@@ -88,6 +90,18 @@ def planned(rows: list[Scored], spec: dict[str, Any]) -> list[list[int]]:
     """The rows of each optimiser step, for all epochs."""
     lengths = [len(row.ids) for row in rows]
     return plan_batches(lengths, spec["batch_tokens"], spec["epochs"], spec["seed"])[: spec["max_steps"]]
+
+
+def batch_told(rows: list[Scored], plan: list[list[int]], spec: dict[str, Any], parts: int = 1) -> dict[str, str]:
+    """What a step holds, and why so much. parts: those that it was computed in at the end."""
+    tokens = [sum(len(rows[index].ids) for index in step) for step in plan]
+    most = f"at most {max(map(len, plan))} and {max(tokens):,}"
+    steps = "train.max_steps" if len(plan) == spec["max_steps"] else f"train.epochs={spec['epochs']}"
+    why = f"train.batch_tokens={spec['batch_tokens']} holds no more; {len(plan)} steps by {steps}"
+    why += f"; shared by {ranks()} workers" if ranks() > 1 else ""
+    why += f"; computed in {parts} parts, since memory ran out" if parts > 1 else ""
+    batch = f"{sum(map(len, plan)) / len(plan):.1f} rows and {sum(tokens) / len(plan):,.0f} tokens a step ({most})"
+    return {"batch": batch, "batch_reason": why}
 
 
 def fastest_way(model: Any, rows: list[Scored], spec: dict[str, Any]) -> Scoring:
@@ -155,6 +169,8 @@ def run_trainer(
     before = state_of(checkpoint)
     stop = StopOnSignal()
     callbacks: list[TrainerCallback] = [LossWatch(work, out, spec["max_loss_rise_nats"]), Clock(), stop]
+    if sharding(spec) == "none":
+        callbacks.append(StepBytes())
     if spec["validation_steps"] is not None:
         callbacks.append(KeepBest(spec["early_stopping_patience"]))
     split = before["log_history"][-1].get("micro_batches", 1) if before else 1
@@ -218,11 +234,25 @@ def count_work(rows: list[Scored], plan: list[list[int]]) -> dict[str, int]:
     }
 
 
-def predicted(spec: dict[str, Any], work: Work, device: Device) -> int | None:
-    """For one process; None where weights are divided, which has no formulas."""
+def memory(
+    spec: dict[str, Any], work: Work, device: Device, state: TrainerState, held: dict[str, int], load_peak: int
+) -> dict[str, Any]:
+    """One process's memory, the largest one's, and by part as planned and as measured. held: the parts that lie there
+    from the start. Weights that are divided have no formulas, and no parts.
+    """
+    peak, peak_rss, process = map(int, largest([peak_bytes(device), max(load_peak, peak_rss_bytes()), held["process"]]))
+    peaks = {"peak_train_bytes": peak, "peak_rss_bytes": peak_rss}
     if sharding(spec) != "none":
-        return None
-    return predicted_train_bytes(spec, work.sequences, work.largest_shares(), device, work.way)
+        return peaks | {"predicted_train_bytes": None}
+    planned = planned_memory(spec, work.sequences, work.largest_shares(), device, work.way)
+    step = next(entry for entry in state.log_history if "optimiser_bytes" in entry)
+    known = held | {"process": process, "optimiser": step["optimiser_bytes"]}
+    return peaks | {
+        "predicted_train_bytes": sum(planned.values()) if planned else None,
+        "planned_memory": planned,
+        "measured_memory": known | {"rest": peak - sum(known.values())},
+        "gradients_bytes": step["gradients_bytes"],
+    }
 
 
 def save(model: Any, spec: dict[str, Any], folder: Path) -> None:

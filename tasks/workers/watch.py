@@ -1,4 +1,4 @@
-"""What watches a training run from Trainer's callbacks: its clock, its loss, its end on a signal, its best adapter."""
+"""What watches a training run from Trainer's callbacks: its clock, its memory, its loss, its end on a signal, its best adapter."""
 
 import math
 import signal
@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from data_contracts.errors import ConfigError, Problem, TransientError
+from tasks.workers.bases import tensor_bytes
 from tasks.workers.checkpoints import last_good
 from tasks.workers.harness import say
 from tasks.workers.packed_trainer import Work
@@ -41,6 +43,30 @@ class Clock(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.last = time.monotonic()  # validation is no training time
         say("note", text=f"step {state.global_step}: validation loss {kwargs['metrics']['eval_loss']:.4f} nats/token")
+
+
+class StepBytes(TrainerCallback):
+    """Adds what gradients and optimiser states take to Trainer's log of the first step after each start."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.found: dict[str, int] = {}
+        self.is_told = False
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are still there."""
+        if self.found:
+            return
+        states = [value for own in kwargs["optimizer"].state.values() for value in own.values()]
+        grads = [weight.grad for weight in kwargs["model"].parameters() if weight.grad is not None]
+        self.found = {
+            "gradients_bytes": tensor_bytes(grads),
+            "optimiser_bytes": tensor_bytes(value for value in states if isinstance(value, torch.Tensor)),
+        }
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if "loss" in kwargs["logs"] and not self.is_told:
+            state.log_history[-1] |= self.found
+            self.is_told = True
 
 
 class LossWatch(TrainerCallback):
