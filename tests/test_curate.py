@@ -40,6 +40,12 @@ WORDS = [f"word{i}" for i in range(20)]
 NOWHERE = FileRef(path="none", sha256="0")
 
 
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both parts are worked on here: a pool of processes costs each run seconds (test_data.py has it)."""
+    monkeypatch.setattr("tasks.parts.free_cores", lambda: 1)
+
+
 def facts(count: int, seed: int = 0) -> list[tuple[str, str]]:
     """Distinct questions and answers without words in common worth mentioning."""
     draw = random.Random(seed)
@@ -285,7 +291,9 @@ def test_held_out_texts_batches_and_releases_are_remembered(tmp_path: Path) -> N
 
 def _in_a_process_of_its_own(root: str, first: int) -> dict[str, str]:
     store = Store(Path(root))
-    return splits(store, run(store, facts(120)[first : first + 80], test_fraction=0.4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tasks.parts.free_cores", lambda: 1)
+        return splits(store, run(store, facts(120)[first : first + 80], test_fraction=0.4))
 
 
 def test_two_processes_at_once_give_every_row_one_split(tmp_path: Path) -> None:

@@ -250,5 +250,5 @@ def test_a_cluster_field_that_no_row_has_stops_the_run_and_one_that_some_lack_is
 def test_without_a_cluster_field_the_snapshot_has_the_name_it_always_had(store: Store, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a", "patient": 1}) + "\n")
     data = DataSpec(source=[str(tmp_path / "rows.jsonl")])
-    assert ingest(store, data).id.startswith("PINNED")
-    assert ingest(store, data.model_copy(update={"cluster_field": "patient"})).id[:6] != "PINNED"
+    assert ingest(store, data).id.startswith("f615d965239c")
+    assert ingest(store, data.model_copy(update={"cluster_field": "patient"})).id[:12] != "f615d965239c"
