@@ -44,7 +44,7 @@ def test_the_interval_of_a_ratio_agrees_with_scipys_bca_and_is_no_narrower_than_
     tokens = rng.integers(5, 60, 150).astype(float)
     losses = tokens * rng.gamma(2.0, 1.0, 150)
     found = Bootstrap(each(150), 20_000, 0.95).estimate(ratio, losses, tokens)
-    student = scipy_stats.t.ppf(0.95, 149) * found.error
+    student = scipy_stats.t.ppf(0.95, tokens.sum() ** 2 / (tokens**2).sum() - 1) * found.error
     theirs = scipy_stats.bootstrap(
         (losses, tokens), lambda a, b, axis: a.sum(axis) / b.sum(axis), paired=True, confidence_level=0.9,
         n_resamples=20_000, method="BCa", vectorized=True, rng=np.random.default_rng(2),
@@ -82,6 +82,12 @@ def test_items_outside_of_a_slice_tell_nothing_of_it():
     error = values[:6].std(ddof=1) / math.sqrt(6)
     assert found.items == 6
     assert found.low <= values[:6].mean() - 0.99 * scipy_stats.t.ppf(0.95, 5) * error
+
+
+def test_a_cluster_that_holds_nearly_all_items_tells_as_little_as_one():
+    values = rng.normal(1, 0.01, 100)
+    assert mean_of(values, ["large"] * 99 + ["small"]).low < 0
+    assert mean_of(values, [str(i % 20) for i in range(100)]).low > 0.9
 
 
 def test_one_cluster_tells_nothing():
