@@ -42,6 +42,9 @@ class DataSpec(Section):
     slice_field: str | None = None
     """A field of your rows whose values are slices of their own in the verdict, such as a product or a customer's tier; dots
     reach into nested values. Its values stand in reports and MLflow: name no field that holds personal data."""
+    cluster_field: str | None = None
+    """A field of your rows that says which of them belong together, such as a patient, a manual or a ticket; dots reach into
+    nested values. Rows with the same value fall into one split and count as one in the statistics; only its hash is kept."""
     system_prompt: str | None = None
     """System message for rows that have none; null leaves that to the model's chat template."""
     encoding: str = "auto"

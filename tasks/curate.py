@@ -16,13 +16,14 @@ from data_contracts.data_spec import CurateSpec
 from data_contracts.errors import DataError, Problem
 from data_contracts.rules import Action, Reason
 from tasks.core.clusters import BRIDGES, DUPLICATE, KEPT, NEAR_TEST, Rows, badness, settle_exact, settle_near
+from tasks.core.groups import cluster_key, join
 from tasks.core.near import near_pairs, similar
-from tasks.core.split import Fractions, Known, assign_splits
+from tasks.core.split import Fractions, Known, Split, assign_splits
 from tasks.dataset_files import SPLITS, Decision, items, publish_dataset
 from tasks.decontaminate import contaminated
 from tasks.drafts import content_key
 from tasks.fingerprint import code_digest, library_versions
-from tasks.ledger import Entry, HeldOut, exclusive, held_out, known_splits, record
+from tasks.ledger import Entry, HeldOut, exclusive, held_out, known_clusters, known_splits, record
 from tasks.parts import Job, map_parts
 from tasks.sign_part import Signatures, sign, sign_part
 from tasks.stores import Store
@@ -39,6 +40,7 @@ class _Index(NamedTuple):
     rows: Rows
     signs: Signatures
     here: int  # how many rows are in the data
+    clusters: list[str | None]  # of these, by the user's own field
 
 
 def curate(
@@ -55,7 +57,7 @@ def curate(
     with exclusive(store), tempfile.TemporaryDirectory() as scratch:
         known, before = known_splits(store, scope), held_out(store, scope)
         index = _index(_sign(store, validated, curate, engine), parts, known, before, curate, Path(scratch))
-        decisions = _decide(index, curate)
+        decisions, clusters = _decide(index, known_clusters(store, scope), curate)
         _check_copies(decisions, curate.max_near_duplicate_rate)
         conflicts = _contradict(index, decisions, contradictions)
         held = list(_held_out_now(parts, decisions))
@@ -63,7 +65,7 @@ def curate(
         _check_sum(validated, decisions)
         folder = publish_dataset(store, parts, decisions, store.path(validated.quarantine))
         entries = _entries(index.rows.ids, decisions, folder / "quarantine.jsonl")
-        record(store, scope, validated.snapshot_id, entries, held, validated.profile)
+        record(store, scope, validated.snapshot_id, entries, held, validated.profile, clusters)
     known_rows = sum(d.fate == "kept" and i in known for d, i in zip(decisions, index.rows.ids, strict=False))
     flags = validated.flags | ({Reason.CONTRADICTION.value: conflicts} if conflicts else {})
     return _manifest(store, validated, folder, decisions, known_rows, flags, hits)
@@ -86,7 +88,7 @@ def _index(
     signed: list[Path], parts: list[Path], known: dict[str, Known], before: list[HeldOut], curate: CurateSpec,
     scratch: Path,
 ) -> _Index:  # fmt: skip
-    facts = pa.concat_tables(pq.read_table(part, columns=["row_id", *_QUALITY]) for part in parts)
+    facts = pa.concat_tables(pq.read_table(part, columns=["row_id", "cluster", *_QUALITY]) for part in parts)
     ids = facts["row_id"].to_pylist()
     here = set(ids)
     gone = [row for row in before if row.row_id not in here]
@@ -94,14 +96,15 @@ def _index(
     every = [*ids, *(row.row_id for row in gone)]
     absent = np.arange(len(every)) >= len(ids)
     worse = np.concatenate([badness(*(facts[name].to_numpy() for name in _QUALITY)), np.zeros(len(gone), np.int64)])
-    return _Index(Rows(every, [known.get(i) for i in every], absent, worse), Signatures([*signed, scratch]), len(ids))
+    rows = Rows(every, [known.get(i) for i in every], absent, worse)
+    return _Index(rows, Signatures([*signed, scratch]), len(ids), facts["cluster"].to_pylist())
 
 
 # --- what becomes of each row -------------------------------------------------------------------------------
 
 
-def _decide(index: _Index, curate: CurateSpec) -> list[Decision]:
-    """A decision for every row of the data, in order."""
+def _decide(index: _Index, known: dict[str, Split], curate: CurateSpec) -> tuple[list[Decision], dict[str, Split]]:
+    """A decision for every row of the data, in order, and the split of every cluster. known: that of clusters before."""
     rows, signs = index.rows, index.signs
     exact = settle_exact(signs.contents, rows)
     firsts = np.flatnonzero((exact.codes == KEPT) | ((exact.of == np.arange(len(rows.ids))) & rows.absent))
@@ -110,12 +113,16 @@ def _decide(index: _Index, curate: CurateSpec) -> list[Decision]:
     code = {int(first): int(near.codes[place]) for place, first in enumerate(firsts.tolist())}
     kept = [first for first in code if code[first] == KEPT]
     held_out_rows = [first for first in code if rows.absent[first]]
-    splits = _split(index, kept, held_out_rows, curate)
+    originals = [of[int(first)] for first in exact.of[: index.here]]
+    splits, clusters = _split(index, kept, held_out_rows, originals, known, curate)
+    torn = set(kept) - splits.keys()
     decisions = []
     for row in range(index.here):
         first = int(exact.of[row])
         other = rows.ids[of[first]] if code[first] != KEPT else rows.ids[first]
-        if code[first] in _REASONS:
+        if of[first] in torn:
+            decisions.append(Decision("quarantined", Reason.BRIDGES_SPLITS.value, None, None))
+        elif code[first] in _REASONS:
             decisions.append(Decision("quarantined", _REASONS[code[first]].value, None, other))
         elif code[first] == DUPLICATE or row != first:
             original = rows.known[of[first]]
@@ -123,7 +130,7 @@ def _decide(index: _Index, curate: CurateSpec) -> list[Decision]:
             decisions.append(Decision("duplicate", "exact" if row != first else "near", split, other))
         else:
             decisions.append(Decision("kept", None, splits[row], None))
-    return decisions
+    return decisions, clusters
 
 
 def _near_pairs(signs: Signatures, firsts: Any, threshold: float) -> Any:
@@ -135,25 +142,55 @@ def _near_pairs(signs: Signatures, firsts: Any, threshold: float) -> Any:
     return pairs[similar(pairs, lambda places: signs.answers(firsts[places]), threshold)]
 
 
-def _split(index: _Index, kept: list[int], gone: list[int], curate: CurateSpec) -> dict[int, Any]:
-    """The split of every kept row; rows that teach the same answer stay together, also with held-out rows now gone.
+def _split(
+    index: _Index, kept: list[int], gone: list[int], originals: list[int], before: dict[str, Split], curate: CurateSpec
+) -> tuple[dict[int, Split], dict[str, Split]]:
+    """The split of kept rows by their place, without those that would tie two splits together; and that of every cluster.
+
+    Rows that teach the same answer stay together, also with held-out rows now gone, and so do those of a cluster.
+    originals: for each row of the data the place of the one it is a copy of or lies near to, else its own.
+    """
+    ids = index.rows.ids
+    rows = _keys(index, kept, gone)
+    known = {ids[row]: found for row in [*kept, *gone] if (found := index.rows.known[row])}
+    now = {name: cluster_key(name) for name in sorted(set(filter(None, index.clusters)))}
+    known |= {f"{now[name]} before": Known(before[name], True) for name in now.keys() & before.keys()}
+    others = _copies(index, originals, rows) | {key: (key,) for key in now.values()}
+    others |= {f"{now[name]} before": (now[name],) for name in now.keys() & before.keys()}
+    groups, _ = join(rows | others, known)
+    fractions = Fractions(
+        curate.test_fraction, curate.max_test_rows, curate.validation_fraction, curate.max_validation_rows
+    )
+    splits = assign_splits(groups, known, fractions, {ids[row] for row in gone} | others.keys())
+    placed = {row: splits[ids[row]] for row in kept if ids[row] in splits}
+    return placed, {name: splits[key] for name, key in now.items()}
+
+
+def _copies(index: _Index, originals: list[int], keys: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Ties the cluster of a copy that leaves to the row that it is a copy of."""
+    ids = index.rows.ids
+    return {
+        f"copy {ids[row]} {name}": (cluster_key(name), keys[ids[original]][0])
+        for row, (original, name) in enumerate(zip(originals, index.clusters, strict=True))
+        if name and original != row and ids[original] in keys
+    }
+
+
+def _keys(index: _Index, kept: list[int], gone: list[int]) -> dict[str, tuple[str, ...]]:
+    """What each row shares with others: its answer, its cluster; a row that shares nothing has its own name.
 
     Answers of few words are labels and very frequent ones boilerplate: knowing them is no leak.
     """
     rows, signs = index.rows, index.signs
     frequency = Counter(signs.answers_equal[kept].tolist())
-    groups, known = {}, {}
+    keys: dict[str, tuple[str, ...]] = {}
     for row in [*kept, *gone]:
         answer = int(signs.answers_equal[row])
         fact = signs.answer_words[row] >= _FACT_WORDS and frequency[answer] <= _FACT_ROWS
-        groups[str(row)] = f"answer {answer}" if fact else rows.ids[row]
-        if found := rows.known[row]:
-            known[str(row)] = found
-    fractions = Fractions(
-        curate.test_fraction, curate.max_test_rows, curate.validation_fraction, curate.max_validation_rows
-    )
-    splits = assign_splits(groups, known, fractions, {str(row) for row in gone})
-    return {row: splits[str(row)] for row in kept}
+        cluster = index.clusters[row] if row < index.here else None
+        own = (f"answer {answer}",) if fact else () if cluster else (rows.ids[row],)
+        keys[rows.ids[row]] = (*own, cluster_key(cluster)) if cluster else own
+    return keys
 
 
 def _contradict(index: _Index, decisions: list[Decision], action: Action) -> int:

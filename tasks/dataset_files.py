@@ -17,6 +17,9 @@ SPLITS: Final[tuple[Split, ...]] = get_args(Split)
 _BUCKETS: Final = "0123456789abcdef"  # first digit of the row id: a sixteenth of the rows is sorted in memory
 
 
+_COLUMNS: Final = ["row_id", "source", "line", "messages", "slice", "cluster"]
+
+
 class Decision(NamedTuple):
     """What becomes of one row: kept in a split, a duplicate (exact or near) of a row, or in quarantine for a reason."""
 
@@ -34,6 +37,7 @@ class Item(NamedTuple):
     line: int
     messages: tuple[Message, ...]
     slice: str | None
+    cluster: str | None
     decision: Decision
 
 
@@ -41,9 +45,9 @@ def items(parts: list[Path], decisions: list[Decision]) -> Iterator[Item]:
     """Every checked row with its decision, part by part."""
     numbered = iter(decisions)
     for part in parts:
-        for row in pq.read_table(part, columns=["row_id", "source", "line", "messages", "slice"]).to_pylist():
+        for row in pq.read_table(part, columns=_COLUMNS).to_pylist():
             place = (row["row_id"], row["source"], row["line"])
-            yield Item(*place, from_json(row["messages"]), row["slice"], next(numbered))
+            yield Item(*place, from_json(row["messages"]), row["slice"], row["cluster"], next(numbered))
 
 
 def publish_dataset(store: Store, parts: list[Path], decisions: list[Decision], quarantine: Path) -> Path:
@@ -74,7 +78,8 @@ def _line(item: Item) -> tuple[str, dict[str, Any]]:
     fate, reason, split, of = item.decision
     messages = [message._asdict() for message in item.messages]
     if fate == "kept":
-        part = {} if item.slice is None else {"slice": item.slice}
+        named = {"slice": item.slice, "cluster": item.cluster}
+        part = {name: value for name, value in named.items() if value is not None}
         return f"{split}.jsonl", {**place, **part, "messages": messages}
     if fate == "duplicate":
         return "duplicates.jsonl", {**place, "kind": reason, "duplicate_of": of}

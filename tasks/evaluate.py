@@ -13,7 +13,7 @@ from data_contracts.errors import ConfigError, Problem
 from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget, SampleAnswer, TaskScore
 from data_contracts.run_spec import EvaluateSpec
 from data_contracts.verdict import Served
-from tasks.core.samples import read_facts, read_samples
+from tasks.core.samples import clusters_of, read_facts, read_samples
 from tasks.core.stats import proportion
 from tasks.drafts import content_key
 from tasks.fingerprint import code_digest
@@ -37,17 +37,25 @@ def evaluate_targets(
     threads: int | None,
     afresh: bool = False,
 ) -> list[EvalReport]:
-    """One report for each target. A target's key holds its adapter, base, items and dials, but not its name."""
+    """One report for each target, all scored in the same precision on the same kind of device.
+
+    A target's key holds its adapter, base, items and dials, but not its name. `precision` may be auto, so what was scored
+    before, perhaps on another machine, is told to the worker: it scores anew what it would score otherwise.
+    """
     own = task_files.sha256 if task_files else None
     dials = _dials(evaluate, max_tokens, precision) | {"task_folder": own}
     keys = {target.name: _key(target, base, test, dials) for target in targets}
-    missing = [
-        t for t in targets if afresh or not (store.files / "evaluations" / keys[t.name] / "result.json").exists()
-    ]
-    if missing:
-        place = {"threads": threads, "task_folder": evaluate.task_folder}
-        _score(store, base, test, missing, dials | place, keys, afresh)
+    before = {name: None if afresh else _scored_in(store, key) for name, key in keys.items()}
+    if None in before.values() or len(set(before.values())) > 1:
+        place = {"threads": threads, "task_folder": evaluate.task_folder, "before": before}
+        _score(store, base, test, targets, dials | place, keys, afresh)
     return [_report(store, target, test, keys[target.name], confidence) for target in targets]
+
+
+def _scored_in(store: Store, key: str) -> str | None:
+    """The precision and kind of device of an earlier result; None if there is none."""
+    file = store.files / "evaluations" / key / "result.json"
+    return str(json.loads(file.read_text())["scored_in"]) if file.exists() else None
 
 
 def _dials(evaluate: EvaluateSpec, max_tokens: int, precision: str) -> dict[str, Any]:
@@ -75,11 +83,11 @@ def _score(
     out = store.files / "evaluations" / f"run-{run_key}"
     spec = dials | _inputs(store, base, test, targets)
     report = run_worker("tasks.workers.evaluate_models", spec, out, afresh=afresh)
-    for target in targets:
-        with store.publish("evaluations", keys[target.name]) as folder:
+    for scored, found in report["results"].items():
+        with store.publish("evaluations", keys[scored]) as folder:
             for name in _FILES:
-                shutil.copy(out / target.name / name, folder / name)
-            result = report["results"][target.name] | {"overlap_accuracy": report["overlap_accuracy"]}
+                shutil.copy(out / scored / name, folder / name)
+            result = found | {"overlap_accuracy": report["overlap_accuracy"]}
             (folder / "result.json").write_text(json.dumps(result, indent=1))
     shutil.rmtree(out)
 
@@ -103,7 +111,7 @@ def _report(store: Store, target: EvalTarget, test: FileRef, key: str, confidenc
     facts = read_facts((folder / "facts.jsonl").read_text(encoding="utf-8").splitlines())
     losses, choices = found.get("domain_nll.nll_nats"), found.get("domain_choice.accuracy")
     nats = float(losses.values_I.sum()) if losses else 0.0
-    right = choices and proportion(int(choices.values_I.sum()), len(choices.row_ids), confidence)
+    right = choices and proportion(choices.values_I, confidence, clusters_of(choices.row_ids, facts))
     return EvalReport(
         target=target.name,
         adapter_sha256=target.adapter.sha256 if target.adapter else None,
@@ -120,7 +128,7 @@ def _report(store: Store, target: EvalTarget, test: FileRef, key: str, confidenc
         answers=[SampleAnswer(**answer) for answer in result["answers"]],
         ms_per_token=result["ms_per_token"],
         seconds=result["seconds"],
-        precision=result["precision"],
+        precision=result["scored_in"].partition(" ")[0],
     )
 
 

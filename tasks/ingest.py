@@ -1,6 +1,7 @@
 """Stage 1: every record of every source becomes one row of an immutable snapshot, named by its content."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count, islice
@@ -12,10 +13,10 @@ import pyarrow.parquet as pq
 
 from data_contracts.data_reports import Snapshot, SourceFile
 from data_contracts.data_spec import DataSpec
-from data_contracts.errors import DataError
+from data_contracts.errors import DataError, Problem
 from data_contracts.records import as_json
 from data_contracts.rules import Rejection
-from tasks.core.formats import Converter, converter, slice_of
+from tasks.core.formats import Converter, cluster_of, converter, slice_of
 from tasks.downloads import local_copies
 from tasks.drafts import content_key, draft_folder, publish_draft
 from tasks.probes import probe
@@ -39,6 +40,7 @@ _SCHEMA = pa.schema(
         ("reason", pa.string()),
         ("detail", pa.string()),
         ("slice", pa.string()),  # the value of data.slice_field
+        ("cluster", pa.string()),  # a hash of the value of data.cluster_field
     ]
 )
 
@@ -56,14 +58,17 @@ def ingest(store: Store, data: DataSpec) -> Snapshot:
             raise DataError(*problems)
         _tell_encodings(sources, data)
         (draft / "parts").mkdir()
-        files, unreadable = _write(draft / "parts", sources, formats, data)
+        files, found = _write(draft / "parts", sources, formats, data)
+        rows_in = sum(file.rows for file, _ in files)
+        if data.cluster_field:
+            _check_clusters(data.cluster_field, found["alone"], rows_in - found["rejected"])
         snapshot_id = content_key(*(rows_digest for _, rows_digest in files))
         folder = publish_draft(store, "snapshots", draft, ["parts"], snapshot_id)
     return Snapshot(
         id=snapshot_id,
         parts=[store.ref(part) for part in sorted((folder / "parts").iterdir())],
-        rows_in=sum(file.rows for file, _ in files),
-        unreadable=unreadable,
+        rows_in=rows_in,
+        unreadable=found["rejected"],
         sources=[file for file, _ in files],
     )
 
@@ -95,15 +100,28 @@ def _tell_encodings(sources: list[Source], data: DataSpec) -> None:
                 display.show({"event": "note", "text": f"{source.name}: {encoding} ({reason})"})
 
 
+def _check_clusters(field: str, alone: int, rows: int) -> None:
+    """A name that no row knows would part what belongs together, unseen: that stops the run. Fewer rows are told."""
+    if rows and alone == rows:
+        act = "name a field of your rows; dots reach into nested values"
+        raise DataError(Problem(f"none of {rows:,} rows has a value in {field!r}", "data.cluster_field", act=act))
+    if alone:
+        text = f"{alone:,} of {rows:,} rows have no value in {field!r}: each of them stands alone"
+        with Display("ingest") as display:
+            display.show({"event": "note", "text": text})
+
+
 def _write(
     parts: Path, sources: list[Source], formats: dict[str, str], data: DataSpec
-) -> tuple[list[tuple[SourceFile, str]], int]:
-    """Stream all rows to disk. Returns each source with the digest of its rows, and how many rows were rejected.
+) -> tuple[list[tuple[SourceFile, str]], Counter[str]]:
+    """Stream all rows to disk. Returns each source with the digest of its rows, and how many rows were rejected or have no
+    value in data.cluster_field.
 
     A part holds rows of one source, cut at fixed row numbers: what is appended to a file changes its last part only.
     """
     files: list[tuple[SourceFile, str]] = []
-    unreadable, numbers = 0, count()
+    found: Counter[str] = Counter()
+    numbers = count()
     for source in sources:
         rows_hash, taken = hashlib.sha256(), 0
         rows = _rows(source, data, converter(formats[source.name], data.columns, data.system_prompt))
@@ -112,21 +130,24 @@ def _write(
             for row in batch:
                 rows_hash.update(_told(row))
             taken += len(batch)
-            unreadable += sum(row[4] is None for row in batch)
+            found["rejected"] += sum(row[4] is None for row in batch)
+            found["alone"] += sum(row[4] is not None and row[8] is None for row in batch)
         rows_digest = rows_hash.hexdigest()
         sha256 = rows_digest if source.kind == "hub" else digest(source.path)
         file = SourceFile(name=source.name, format=formats[source.name], rows=taken, sha256=sha256)
         files.append((file, rows_digest))
-    return files, unreadable
+    return files, found
 
 
-RowTuple = tuple[str, str, int, str, str | None, str | None, str | None, str | None]
+RowTuple = tuple[str, str, int, str, str | None, str | None, str | None, str | None, str | None]
 
 
 def _told(row: RowTuple) -> bytes:
     """What of a row counts for the snapshot's id."""
-    row_id, name, line, raw, _, reason, _, slice_name = row
-    return f"{name}\0{line}\0{row_id}\0{reason}\0{raw}\0{slice_name or ''}\n".encode()
+    row_id, name, line, raw, _, reason, _, slice_name, cluster = row
+    # Without the field the digest is what it was before there was one.
+    groups = f"{slice_name or ''}\0{cluster}" if cluster else slice_name or ""
+    return f"{name}\0{line}\0{row_id}\0{reason}\0{raw}\0{groups}\n".encode()
 
 
 def snapshot_id_of(parts: list[Path], source_rows: Sequence[int]) -> str:
@@ -144,20 +165,24 @@ def snapshot_id_of(parts: list[Path], source_rows: Sequence[int]) -> str:
 
 
 def _rows(source: Source, data: DataSpec, convert: Converter) -> Iterator[RowTuple]:
-    return (as_tuple(source, row, convert, data.slice_field) for row in read_source(source, data))
+    fields = (data.slice_field, data.cluster_field)
+    return (as_tuple(source, row, convert, *fields) for row in read_source(source, data))
 
 
-def as_tuple(source: Source, row: RawRow, convert: Converter, slice_field: str | None) -> RowTuple:
+def as_tuple(
+    source: Source, row: RawRow, convert: Converter, slice_field: str | None = None, cluster_field: str | None = None
+) -> RowTuple:
     """One record in the order of the schema."""
     value = row.value if isinstance(row.value, Rejection) else convert(row.value)
     if isinstance(value, Rejection):
         # Without a conversation the raw text is all there is to name the row by.
         row_id = hashlib.sha256(row.raw.encode()).hexdigest()
-        return row_id, _name(source, row), row.line, row.raw, None, value.reason.value, value.detail, None
+        return row_id, _name(source, row), row.line, row.raw, None, value.reason.value, value.detail, None, None
     messages = as_json(value)
     row_id = hashlib.sha256(messages.encode()).hexdigest()
-    slice_name = None if isinstance(row.value, Rejection) else slice_of(row.value, slice_field)
-    return row_id, _name(source, row), row.line, row.raw, messages, None, None, slice_name
+    item = {} if isinstance(row.value, Rejection) else row.value
+    groups = (slice_of(item, slice_field), cluster_of(item, cluster_field))
+    return row_id, _name(source, row), row.line, row.raw, messages, None, None, *groups
 
 
 def _name(source: Source, row: RawRow) -> str:

@@ -7,7 +7,7 @@ batches in their order; and the rows a person has released from quarantine.
 import getpass
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import Final, Literal, NamedTuple, cast
 
@@ -37,6 +37,12 @@ CREATE INDEX IF NOT EXISTS rows_by_id ON rows (scope, row_id);
 CREATE TABLE IF NOT EXISTS held_out (
     scope TEXT NOT NULL, row_id TEXT NOT NULL, split TEXT NOT NULL, messages TEXT NOT NULL,
     PRIMARY KEY (scope, row_id)
+);
+CREATE TABLE IF NOT EXISTS clusters (
+    scope TEXT NOT NULL,
+    cluster TEXT NOT NULL,  -- a hash of the value of data.cluster_field
+    split TEXT NOT NULL,
+    PRIMARY KEY (scope, cluster)
 );
 CREATE TABLE IF NOT EXISTS batches (
     scope TEXT NOT NULL, snapshot_id TEXT NOT NULL, new_rows INTEGER NOT NULL, at REAL NOT NULL,
@@ -111,6 +117,13 @@ def known_splits(store: Store, scope: str) -> dict[str, Known]:
     return known
 
 
+def known_clusters(store: Store, scope: str) -> dict[str, Split]:
+    """The split of every cluster that ever had a row."""
+    query = "SELECT cluster, split FROM clusters WHERE scope = ?"
+    with connection(store) as database:
+        return dict(database.execute(query, (scope,)))
+
+
 def held_out(store: Store, scope: str) -> list[HeldOut]:
     """Every row that was ever held out, with its text, sorted by id."""
     query = "SELECT row_id, split, messages FROM held_out WHERE scope = ? ORDER BY row_id"
@@ -123,7 +136,7 @@ def held_out(store: Store, scope: str) -> list[HeldOut]:
 
 def record(
     store: Store, scope: str, snapshot_id: str, entries: Iterable[Entry], kept_out: Iterable[HeldOut] = (),
-    profile: FileRef | None = None,
+    profile: FileRef | None = None, clusters: Mapping[str, Split] | None = None,
 ) -> int:  # fmt: skip
     """Append what is new or has changed, in one transaction; answer with how many rows were never seen before.
 
@@ -143,6 +156,8 @@ def record(
         database.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", changed)
         rows = ((scope, row.row_id, row.split, as_json(row.messages)) for row in kept_out)
         database.executemany("INSERT OR IGNORE INTO held_out VALUES (?, ?, ?, ?)", rows)
+        named = ((scope, cluster, split) for cluster, split in (clusters or {}).items())
+        database.executemany("INSERT OR REPLACE INTO clusters VALUES (?, ?, ?)", named)
         if profile:
             batch = (scope, snapshot_id, new, time.time(), profile.path, profile.sha256)
             database.execute("INSERT OR IGNORE INTO batches VALUES (?, ?, ?, ?, ?, ?)", batch)

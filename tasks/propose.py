@@ -66,7 +66,7 @@ def draw(sources: list[Source], formats: dict[str, str], data: DataSpec) -> Samp
             held[place] = (number, source, row)
     converters = {name: converter(formats[name], data.columns, data.system_prompt) for name in counts}
     held.sort(key=lambda item: item[0])
-    rows = [as_tuple(source, row, converters[source.name], None) for _, source, row in held]
+    rows = [as_tuple(source, row, converters[source.name]) for _, source, row in held]
     return Sample(rows, counts, unreadable)
 
 

@@ -24,19 +24,16 @@ from urllib3.util import Retry
 
 from data_contracts.errors import ConfigError
 from data_contracts.run_spec import StoreSpec
-from data_contracts.verdict import Claim, Comparison, Decision, Estimate, GateReport, GateResult, SliceGain, TaskChange
+from data_contracts.verdict import Claim, Decision, Estimate, GateReport, GateResult, SliceGain, TaskChange
 from flows import pull_request
 from flows.cli import main
 from flows.decision_files import junit, markdown, write_decision
 from flows.pull_request import body, find_thread, marker, put_comment
 from tasks.markdown import escape
+from tests.planted import comparison, estimate
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "ghs_secret"
-
-
-def estimate(value: float, half: float = 0.05) -> Estimate:
-    return Estimate(value=value, low=value - half, high=value + half, error=half / 1.645)
 
 
 def gate(
@@ -48,24 +45,12 @@ def gate(
 
 def planted(**changes) -> Decision:
     """What a gate says of version 3 against version 2, with numbers that nobody measured."""
-    comparison = Comparison(
-        candidate="candidate",
-        released="candidate",
-        items=40,
-        clusters=31,
-        seeds=1,
+    measured = comparison(
+        "candidate", 40, 31,
         nll_nats={"base": 5.83, "candidate": 4.39, "champion": 4.37},
         bits_per_byte={"base": 4.2, "candidate": 3.1, "champion": 3.08},
-        seed_sd={},
-        gains={"candidate": estimate(1.44)},
-        gain=estimate(1.44),
-        champion_gain=estimate(-0.02, 0.01),
-        accuracy={"base": 0.25, "candidate": 0.35, "champion": 0.34},
-        accuracy_gains={},
-        retention=None,
-        accuracy_drop=None,
-        flips=None,
-        stop_rate=estimate(0.9),
+        gains={"candidate": estimate(1.44)}, gain=estimate(1.44), champion_gain=estimate(-0.02, 0.01),
+        accuracy={"base": 0.25, "candidate": 0.35, "champion": 0.34}, stop_rate=estimate(0.9),
         slices=[SliceGain(kind="source", name="json|`x`", items=34, gain=estimate(1.5))],
         general=[
             TaskChange(
@@ -73,15 +58,11 @@ def planted(**changes) -> Decision:
             )
         ],
         forms={"merged": estimate(0.01, 0.005)},
-        memory_saving=None,
-        weights_saving=None,
-        speed_ratio=None,
-        detectable={},
         claims=[Claim(claim="keeps 99 %", source="a|b", measured=None, verdict="cannot tell", told="one arm <only>")],
-    )
+    )  # fmt: skip
     gates = [
-        gate("gain", "pass", "the whole interval is above 0", comparison.gain, ("more than", 0.0)),
-        gate("champion", "inconclusive", "the interval holds -0.02", comparison.champion_gain, ("at least", -0.02)),
+        gate("gain", "pass", "the whole interval is above 0", measured.gain, ("more than", 0.0)),
+        gate("champion", "inconclusive", "the interval holds -0.02", measured.champion_gain, ("at least", -0.02)),
     ]
     report = GateReport(gates=gates, off=["max_ms_per_token"], verdict="inconclusive")
     made = Decision(
@@ -90,7 +71,7 @@ def planted(**changes) -> Decision:
         version="3",
         rival="tunegate-smoke version 2",
         gate=report,
-        comparison=comparison,
+        comparison=measured,
     )
     return made.model_copy(update=changes)
 
@@ -433,8 +414,8 @@ def test_gitlab_gets_a_note_that_is_edited(api, monkeypatch):
 
 def test_a_comment_that_is_too_long_loses_its_details_first():
     slices = [SliceGain(kind="source", name=f"file {n}", items=30, gain=estimate(1.0)) for n in range(2000)]
-    comparison = planted().comparison.model_copy(update={"slices": slices})
-    text = body(planted(comparison=comparison), "abc")
+    found = planted().comparison.model_copy(update={"slices": slices})
+    text = body(planted(comparison=found), "abc")
     assert len(text) < 65_536
     assert "| champion | at least -0.02 |" in text
     assert "<details>" not in text

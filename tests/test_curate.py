@@ -22,11 +22,28 @@ from tasks.core.shingles import words
 from tasks.core.split import Known, position
 from tasks.curate import curate
 from tasks.dataset_files import SPLITS
-from tasks.ledger import Entry, HeldOut, batch_before, held_out, history, known_splits, record, release, releases
+from tasks.ledger import (
+    Entry,
+    HeldOut,
+    batch_before,
+    held_out,
+    history,
+    known_clusters,
+    known_splits,
+    record,
+    release,
+    releases,
+)
 from tasks.stores import Store
 
 WORDS = [f"word{i}" for i in range(20)]
 NOWHERE = FileRef(path="none", sha256="0")
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both parts are worked on here: a pool of processes costs each run seconds (test_data.py has it)."""
+    monkeypatch.setattr("tasks.parts.free_cores", lambda: 1)
 
 
 def facts(count: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -37,14 +54,21 @@ def facts(count: int, seed: int = 0) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def validated(store: Store, rows: Sequence[tuple[str, str]], quarantined: int = 0) -> ValidatedData:
+def validated(store: Store, rows: Sequence[tuple[str, ...]], quarantined: int = 0) -> ValidatedData:
+    """Rows are question, answer and, if they belong to one, a cluster."""
     folder = store.files / "validated" / content_id(tuple(Message("user", "\0".join(row)) for row in rows))
     folder.mkdir(parents=True, exist_ok=True)
     items = []
-    for line, (prompt, answer) in enumerate(rows, start=1):
+    for line, (prompt, answer, *cluster) in enumerate(rows, start=1):
         messages = (Message("user", prompt), Message("assistant", answer))
         place = {"row_id": content_id(messages), "source": "a.jsonl", "line": line, "messages": as_json(messages)}
-        quality = {"flags": 0, "repairs": 0, "slice": None, "completion_chars": len(answer)}
+        quality = {
+            "flags": 0,
+            "repairs": 0,
+            "slice": None,
+            "cluster": cluster[0] if cluster else None,
+            "completion_chars": len(answer),
+        }
         hashes = {"content_hash": content_hash(messages), "answer_hash": answer_hash(messages)}
         items.append({**place, **hashes, **quality})
     pq.write_table(pa.Table.from_pylist(items[: len(items) // 2]), folder / "kept-0.parquet")
@@ -69,7 +93,7 @@ def validated(store: Store, rows: Sequence[tuple[str, str]], quarantined: int = 
     )
 
 
-def run(store: Store, rows: Sequence[tuple[str, str]], quarantined: int = 0, **spec: Any) -> DatasetManifest:
+def run(store: Store, rows: Sequence[tuple[str, ...]], quarantined: int = 0, **spec: Any) -> DatasetManifest:
     return curate(store, validated(store, rows, quarantined), CurateSpec(**spec), "model")
 
 
@@ -267,7 +291,9 @@ def test_held_out_texts_batches_and_releases_are_remembered(tmp_path: Path) -> N
 
 def _in_a_process_of_its_own(root: str, first: int) -> dict[str, str]:
     store = Store(Path(root))
-    return splits(store, run(store, facts(120)[first : first + 80], test_fraction=0.4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tasks.parts.free_cores", lambda: 1)
+        return splits(store, run(store, facts(120)[first : first + 80], test_fraction=0.4))
 
 
 def test_two_processes_at_once_give_every_row_one_split(tmp_path: Path) -> None:
@@ -332,6 +358,115 @@ def test_in_any_order_of_appends_nothing_near_a_held_out_row_trains_and_no_split
         assert train
         assert held
         assert max(nearness(a, b) for a in train for b in held) < 0.7
+
+
+# --- clusters of the user's own ---------------------------------------------------------------------------------
+
+
+def of_patients(count: int, each: int, seed: int = 0, first: int = 0) -> list[tuple[str, str, str]]:
+    """Rows of patients, with nothing in common but the patient."""
+    return [
+        (question, answer, f"patient {first + i // each}")
+        for i, (question, answer) in enumerate(facts(count * each, seed))
+    ]
+
+
+def sides(store: Store, manifest: DatasetManifest) -> dict[str, set[str]]:
+    """Cluster -> the splits of its rows."""
+    found: dict[str, set[str]] = {}
+    for name in SPLITS:
+        for row in lines(store, getattr(manifest, name)):
+            if "cluster" in row:
+                found.setdefault(row["cluster"], set()).add(name)
+    return found
+
+
+def test_rows_of_a_cluster_are_split_as_one(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    manifest = run(store, [*of_patients(60, 5), *facts(50, seed=9)], test_fraction=0.3)
+    found = sides(store, manifest)
+    assert len(found) == 60
+    assert {len(places) for places in found.values()} == {1}
+    assert set.union(*found.values()) == set(SPLITS)
+    assert known_clusters(store, "model") == {cluster: min(places) for cluster, places in found.items()}
+
+
+def test_a_cluster_whose_rows_have_all_left_comes_back_to_its_split(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    before = sides(store, run(store, of_patients(60, 2), test_fraction=0.4))
+    after = sides(store, run(store, of_patients(60, 2, seed=1), test_fraction=0.1))
+    assert before == after
+
+
+def test_patients_whose_rows_are_copies_of_each_other_are_one_group(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    rows = of_patients(80, 3)
+    near = [(question, answer + " indeed", f"twin of {cluster}") for question, answer, cluster in rows[::3]]
+    twins = [(f"Another question {i}", f"{answer} {i} other", f"twin of {cluster}") for i, (_, answer, cluster) in
+             enumerate((q, " ".join(reversed(a.split())), c) for q, a, c in rows[::3])]  # fmt: skip
+    manifest = run(store, [*rows, *near, *twins], test_fraction=0.4)
+    assert manifest.near_duplicates == len(near)
+    found = sides(store, manifest)
+    assert len(found) == 160
+    assert all(found[f"patient {i}"] == found[f"twin of patient {i}"] for i in range(80))
+    assert set.union(*found.values()) == set(SPLITS)
+
+
+def test_a_row_that_ties_patients_of_two_splits_goes_to_quarantine(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    rows = of_patients(60, 2)
+    found = sides(store, run(store, rows, test_fraction=0.4))
+    held_out = next(row for row in rows if found[row[2]] == {"test"})
+    trained = next(row for row in rows if found[row[2]] == {"train"})
+    between = ("A third way of asking", held_out[1], trained[2])
+    for _ in range(2):
+        later = run(store, [*rows, between], test_fraction=0.4)
+        assert later.reasons == {"bridges_splits": 1}
+        assert sides(store, later) == found
+
+
+def test_naming_the_field_later_takes_training_rows_of_held_out_patients_out(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    rows = of_patients(30, 4)
+    before = splits(store, run(store, [row[:2] for row in rows], test_fraction=0.2))
+    parted = {cluster for question, _, cluster in rows if before[question] != "train"}
+    manifest = run(store, rows, test_fraction=0.2)
+    after = splits(store, manifest)
+    assert {len(places) for places in sides(store, manifest).values()} == {1}
+    assert {question: after[question] for question in after} == {question: before[question] for question in after}
+    gone = {question for question, _, cluster in rows if cluster in parted and before[question] == "train"}
+    assert manifest.reasons == {"bridges_splits": len(before.keys() - after.keys())}
+    assert gone
+    assert gone <= before.keys() - after.keys()
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("TUNEGATE_APPEND_SEEDS", "1"))))
+def test_in_any_order_of_appends_no_cluster_is_in_two_splits_and_no_split_changes(tmp_path: Path, seed: int) -> None:
+    draw, store = random.Random(seed), Store(tmp_path)
+    pool: list[tuple[str, ...]] = []
+    for base in range(70):
+        family = [(q, a, f"patient {draw.randrange(40)}") for q, a in _family(draw, base)]
+        again = (f"Asked again {base}", draw.choice(family)[1], f"patient {draw.randrange(40)}")
+        pool += [*family, *[again] * (draw.random() < 0.3)]
+    draw.shuffle(pool)
+    cuts = sorted(draw.sample(range(20, len(pool)), 3))
+    clusters: dict[str, set[str]] = {}
+    placed: dict[str, str] = {}
+    for end in [*cuts, len(pool)]:
+        batch = pool[draw.choice([0, 0, end // 3]) : end]
+        dials = {"test_fraction": 0.3, "max_near_duplicate_rate": 1.0}
+        manifest = run(store, draw.sample(batch, len(batch)), **dials)
+        assert manifest.rows_in == manifest.kept + manifest.quarantined + manifest.duplicates
+        for cluster, places in sides(store, manifest).items():
+            assert clusters.setdefault(cluster, places) == places
+            assert len(places) == 1
+        for name in SPLITS:
+            for row in lines(store, getattr(manifest, name)):
+                assert placed.setdefault(row["row_id"], name) == name
+    assert len(clusters) > 20
+
+
+# --- which copy stays -------------------------------------------------------------------------------------------
 
 
 def test_of_near_copies_the_longest_answer_stays(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A dirty file, row by row: what is repaired, masked, flagged, rejected, released, and how a row's story is told."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from flows.data_release import release as bring_back
 from tasks import ledger
 from tasks.core.drift import divergence, drift, ks_distance, profile
 from tasks.curate import curate
+from tasks.dataset_files import SPLITS
 from tasks.explain import explain, write_state
 from tasks.ingest import ingest
 from tasks.stores import Store
@@ -218,3 +220,35 @@ def test_a_field_of_the_rows_becomes_a_slice_wherever_it_is_nested(store: Store,
     without = prepared(store, ingest(store, data.model_copy(update={"slice_field": None})))
     assert without.snapshot_id != found.snapshot_id
     assert without.splits == found.splits
+
+
+def test_a_field_of_the_rows_ties_them_together_and_only_its_hash_is_kept(store: Store, tmp_path: Path) -> None:
+    rows = [good(i) | {"patient": {"id": ["P-17 ", "P-17", 17, "17"][i % 4]}} for i in range(40)]
+    rows += [good(i) for i in range(40, 60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataSpec(source=[str(tmp_path / "rows.jsonl")], cluster_field="patient.id")
+    found = prepared(store, ingest(store, data))
+    files = [store.path(getattr(found, name)).read_text(encoding="utf-8") for name in SPLITS]
+    tied = [{json.loads(line).get("cluster") for line in file.splitlines()} - {None} for file in files]
+    assert sum(map(len, tied)) == 2
+    assert all(re.fullmatch("[0-9a-f]{32}", name) for names in tied for name in names)
+    assert "P-17" not in "".join(files)
+
+
+def test_a_cluster_field_that_no_row_has_stops_the_run_and_one_that_some_lack_is_told(
+    store: Store, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [good(i) | ({"patient": i % 5} if i < 30 else {}) for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataSpec(source=[str(tmp_path / "rows.jsonl")], cluster_field="patinet")
+    with pytest.raises(DataError, match=r"data\.cluster_field.*none of 40 rows has a value in 'patinet'"):
+        ingest(store, data)
+    ingest(store, data.model_copy(update={"cluster_field": "patient"}))
+    assert "10 of 40 rows have no value in 'patient'" in capfd.readouterr().err
+
+
+def test_without_a_cluster_field_the_snapshot_has_the_name_it_always_had(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a", "patient": 1}) + "\n")
+    data = DataSpec(source=[str(tmp_path / "rows.jsonl")])
+    assert ingest(store, data).id.startswith("f615d965239c")
+    assert ingest(store, data.model_copy(update={"cluster_field": "patient"})).id[:12] != "f615d965239c"

@@ -14,7 +14,8 @@ import torch
 from data_contracts.errors import ConfigError
 from data_contracts.reports import AdapterRef, BaseModelRef, EvalTarget, Quantisation
 from data_contracts.run_spec import EvaluateSpec
-from tasks.core.items import cluster, slices
+from tasks import evaluate as evaluation
+from tasks.core.items import shared, slices
 from tasks.core.text_scores import exact_match, repetition, rouge_l
 from tasks.evaluate import evaluate_targets, serve_alone
 from tasks.processes import run_worker
@@ -59,9 +60,10 @@ def test_repetition_is_the_share_of_runs_of_four_words_seen_before():
 
 
 def test_items_with_the_same_long_answer_are_one_cluster():
-    assert cluster("1", "Ask your doctor about it.") == cluster("2", "ask your  doctor about it.")
-    assert cluster("1", "Ask your doctor about it.") != cluster("1", "Ask your doctor about that.")
-    assert cluster("1", "Yes.") == "1"
+    assert shared("1", "Ask your doctor about it.") == shared("2", "ask your  doctor about it.")
+    assert shared("1", "Ask your doctor about it.") != shared("1", "Ask your doctor about that.")
+    assert shared("1", "Yes.") == ["1"]
+    assert shared("1", "Yes.", "patient") == shared("2", "No.", "patient") != ["1"]
 
 
 @pytest.mark.parametrize(
@@ -310,6 +312,7 @@ def store(tiny_base, tmp_path_factory):
     store.files.mkdir(parents=True)
     rows = toy_rows(12)
     rows[3]["messages"][-1]["content"] = rows[2]["messages"][-1]["content"].upper()
+    rows[2]["cluster"] = rows[7]["cluster"] = "a patient"  # so rows 2, 3 and 7 hang together
     test = store.ref(write_rows(store.files / "test.jsonl", rows))
     (store.files / "base").symlink_to(tiny_base)
     base = BaseModelRef(name="tiny", digest="tiny", path="base", note="", revision=None, stops=[], chat_template=None)
@@ -325,6 +328,11 @@ def test_reports_say_what_was_measured_and_of_which_items(store, adapters):
     targets = [EvalTarget(name="base", method="lora"),
                EvalTarget(name="qlora", method="qlora", adapter=adapter, quantisation=quantisation),
                EvalTarget(name="merged", method="qlora", adapter=adapter, merged=True)]  # fmt: skip
+    elsewhere = evaluation._key(
+        targets[0], base, test, evaluation._dials(evaluate, 256, "fp32") | {"task_folder": None}
+    )
+    with place.publish("evaluations", elsewhere) as folder:
+        (folder / "result.json").write_text('{"scored_in": "bf16 on cuda"}')  # the same store on a machine with a GPU
     reports = evaluate_targets(place, base, test, targets, evaluate, None, 256, "fp32", 0.95, 1)
     assert len({report.nll_nats for report in reports}) == len(targets)
     for report in reports:
@@ -335,7 +343,7 @@ def test_reports_say_what_was_measured_and_of_which_items(store, adapters):
         }  # fmt: skip
         facts = [json.loads(line) for line in place.path(report.facts).read_text().splitlines()]
         samples = [json.loads(line) for line in place.path(report.samples).read_text().splitlines()]
-        assert len({fact["cluster"] for fact in facts}) == 11
+        assert len({fact["cluster"] for fact in facts}) == 10
         assert facts[0]["bytes"] == len("After 0 comes 1, of course.")
         lost = sum(sample["value"] for sample in samples if sample["task"] == "domain_nll")
         assert report.bits_per_byte == pytest.approx(lost / math.log(2) / sum(fact["bytes"] for fact in facts))
@@ -359,6 +367,21 @@ def test_what_an_earlier_start_has_scored_is_taken_over(tiny_base, tmp_path):
 
     test = write_rows(tmp_path / "test.jsonl", toy_rows(4))
     (tmp_path / "out" / "base").mkdir(parents=True)
-    (tmp_path / "out" / "base" / "result.json").write_text('{"scores": "of before"}')
+    (tmp_path / "out" / "base" / "result.json").write_text('{"scores": "of before", "scored_in": "fp32 on cpu"}')
     report = evaluate_models(spec_of(tiny_base, test, [target("base", None)], tasks=["domain_nll"]), tmp_path / "out")
-    assert report["results"] == {"base": {"scores": "of before"}}
+    assert report["results"] == {"base": {"scores": "of before", "scored_in": "fp32 on cpu"}}
+
+
+def test_only_what_was_scored_alike_is_not_scored_again(tiny_base, tmp_path):
+    from tasks.workers.evaluate_models import evaluate_models
+
+    test = write_rows(tmp_path / "test.jsonl", toy_rows(4))
+    (tmp_path / "out" / "other").mkdir(parents=True)
+    (tmp_path / "out" / "other" / "result.json").write_text('{"scored_in": "bf16 on cuda"}')
+    targets = [target(name, None) for name in ("alike", "unlike", "other", "new")]
+    before = {"alike": "fp32 on cpu", "unlike": "bf16 on cpu"}
+    spec = spec_of(tiny_base, test, targets, tasks=["domain_nll"], before=before)
+    found = evaluate_models(spec, tmp_path / "out")["results"]
+    assert {name: result["scored_in"] for name, result in found.items()} == dict.fromkeys(
+        ("unlike", "other", "new"), "fp32 on cpu"
+    )

@@ -29,8 +29,6 @@ from data_contracts.reports import (
 from data_contracts.run_spec import RunSpec, StoreSpec
 from data_contracts.verdict import (
     Claim,
-    Comparison,
-    Estimate,
     Flips,
     GateReport,
     GateResult,
@@ -46,6 +44,7 @@ from flows.verdict_tables import show_comparison
 from tasks.arm_facts import memory_parts
 from tasks.plots import memory
 from tasks.stores import Store
+from tests.planted import comparison, estimate
 
 
 def ref(path: str) -> FileRef:
@@ -145,30 +144,26 @@ def scores(target: str, nll: float) -> EvalReport:
     )
 
 
-def about(value: float, half: float) -> Estimate:
-    return Estimate(value=value, low=value - half, high=value + half, error=half / 1.645)
-
-
 def planted(root: Path, run_id: str = "20261124-abc", aliases: list[str] | None = None) -> RunReport:
     gates = [
         GateResult(
             name="retention", direction="at least", threshold=0.8, actual=0.9, interval=(0.85, 0.95), verdict="pass", why="kept"
         )
     ]  # fmt: skip
-    comparison = Comparison(
-        candidate="qlora", released="qlora", items=15, clusters=14, seeds=1,
-        nll_nats={"base": 4.0, "lora": 2.0, "qlora": 2.2}, bits_per_byte={"base": 1.0, "lora": 0.5, "qlora": 0.55}, seed_sd={},
-        gains={"lora": about(2.0, 0.1), "qlora": about(1.8, 0.1)}, gain=about(1.8, 0.1), champion_gain=None,
-        accuracy={"base": 0.5, "lora": 0.6, "qlora": 0.6}, accuracy_gains={}, retention=about(0.9, 0.05),
-        accuracy_drop=about(0.0, 0.02), flips=Flips(lost=1, won=2, rate=0.2, p=1.0), stop_rate=about(0.75, 0.1),
-        slices=[SliceGain(kind="source", name="a[0].jsonl", items=8, gain=about(1.5, 0.3))],
+    measured = comparison(
+        "qlora", 15, 14,
+        nll_nats={"base": 4.0, "lora": 2.0, "qlora": 2.2}, bits_per_byte={"base": 1.0, "lora": 0.5, "qlora": 0.55},
+        gains={"lora": estimate(2.0, 0.1), "qlora": estimate(1.8, 0.1)}, gain=estimate(1.8, 0.1),
+        accuracy={"base": 0.5, "lora": 0.6, "qlora": 0.6}, retention=estimate(0.9), accuracy_drop=estimate(0.0, 0.02),
+        flips=Flips(lost=1, won=2, rate=0.2, p=1.0), stop_rate=estimate(0.75, 0.1),
+        slices=[SliceGain(kind="source", name="a[0].jsonl", items=8, gain=estimate(1.5, 0.3))],
         general=[
             TaskChange(
-                task="general_piqa", metric="accuracy", items=200, base=0.6, candidate=0.58, change=about(-0.02, 0.03), p=0.4
+                task="general_piqa", metric="accuracy", items=200, base=0.6, candidate=0.58, change=estimate(-0.02, 0.03), p=0.4
             )
         ],
-        forms={"full": about(0.01, 0.005)}, memory_saving=about(0.2, 0.0), weights_saving=0.75, speed_ratio=about(float("nan"), 0.0),
-        detectable={"retention": 0.08},
+        forms={"full": estimate(0.01, 0.005)}, memory_saving=estimate(0.2, 0.0), weights_saving=0.75,
+        speed_ratio=estimate(float("nan"), 0.0), detectable={"retention": 0.08},
         claims=[Claim(claim="keeps 99 % of the quality", source="s", measured=None, verdict="does not hold", told="+90.0%")],
     )  # fmt: skip
     return RunReport(
@@ -186,7 +181,7 @@ def planted(root: Path, run_id: str = "20261124-abc", aliases: list[str] | None 
         ),
         arms=[arm("lora", 500_000_000), arm("qlora", 125_000_000)],
         evaluations=[scores("base", 4.0), scores("lora", 2.0), scores("qlora", 2.2)],
-        comparison=comparison,
+        comparison=measured,
         gate=GateReport(gates=gates, off=["max_ms_per_token is null"], verdict="pass"),
         recorded=RecordedRun(mlflow_run_id=f"mlflow-{run_id}", arm_run_ids={"lora": "child-l", "qlora": "child-q"}),
         model=ModelVersion(name="m", version="1", aliases=["champion"] if aliases is None else aliases, run_id="r"),
@@ -278,7 +273,7 @@ def test_each_bar_of_memory_is_the_peak_part_by_part():
 
 def test_a_champion_is_compared_with_the_candidate(tmp_path, capfd):
     found = planted(tmp_path).comparison
-    found = found.model_copy(update={"champion_gain": about(0.1, 0.05)})
+    found = found.model_copy(update={"champion_gain": estimate(0.1)})
     say(Outcome({}, lambda page: show_comparison(found, page)), sys.stdout, as_json=False)
     assert "QLoRA lowers held-out loss against champion by 0.100 [0.050, 0.150]" in capfd.readouterr().out
 

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from tasks.core.stats import Bootstrap, detectable, holm, mcnemar, proportion, ratio, seed_weights, times_needed
+from tasks.core.stats import (
+    Bootstrap,
+    _reach,
+    bca,
+    detectable,
+    holm,
+    mcnemar,
+    proportion,
+    ratio,
+    seed_weights,
+    times_needed,
+)
 
 rng = np.random.default_rng(1)
 
@@ -33,7 +44,7 @@ def test_the_interval_of_a_ratio_agrees_with_scipys_bca_and_is_no_narrower_than_
     tokens = rng.integers(5, 60, 150).astype(float)
     losses = tokens * rng.gamma(2.0, 1.0, 150)
     found = Bootstrap(each(150), 20_000, 0.95).estimate(ratio, losses, tokens)
-    student = scipy_stats.t.ppf(0.95, 149) * found.error
+    student = scipy_stats.t.ppf(0.95, tokens.sum() ** 2 / (tokens**2).sum() - 1) * found.error
     theirs = scipy_stats.bootstrap(
         (losses, tokens), lambda a, b, axis: a.sum(axis) / b.sum(axis), paired=True, confidence_level=0.9,
         n_resamples=20_000, method="BCa", vectorized=True, rng=np.random.default_rng(2),
@@ -46,6 +57,37 @@ def test_the_interval_of_a_ratio_agrees_with_scipys_bca_and_is_no_narrower_than_
     mirrored = Bootstrap(each(150), 20_000, 0.95).estimate(ratio, -losses, tokens)
     assert mirrored.low == pytest.approx(-theirs.high, abs=0.01)
     assert mirrored.high == pytest.approx(-found.value + student)
+
+
+def ends_of(values, confidence, draws=40_000):
+    """BCa's ends for a mean."""
+    drawn = np.random.default_rng(5).choice(values, (draws, len(values))).mean(axis=1)
+    left_out = (values.sum() - values) / (len(values) - 1)
+    return bca(values.mean(), left_out, drawn, _reach(confidence, len(values), seed_share=0.0))
+
+
+def test_draws_from_few_items_vary_less_than_the_items_do_and_the_ends_make_up_for_it():
+    values = scipy_stats.norm.ppf((np.arange(10) + 0.5) / 10)
+    student = scipy_stats.t.ppf(0.95, 9) * values.std(ddof=1) / math.sqrt(10)
+    assert ends_of(values, 0.95) == pytest.approx((-student, student), rel=0.05)
+
+
+def test_an_end_beyond_the_reach_of_the_correction_is_the_outermost_draw():
+    assert ends_of(np.array([0.0, 0.0, 10.0]), 0.999) == (0.0, 10.0)
+
+
+def test_items_outside_of_a_slice_tell_nothing_of_it():
+    values, inside = rng.normal(1, 1, 1000), np.arange(1000) < 6
+    found = Bootstrap(each(1000), 4000, 0.95).estimate(ratio, values * inside, inside.astype(float))
+    error = values[:6].std(ddof=1) / math.sqrt(6)
+    assert found.items == 6
+    assert found.low <= values[:6].mean() - 0.99 * scipy_stats.t.ppf(0.95, 5) * error
+
+
+def test_a_cluster_that_holds_nearly_all_items_tells_as_little_as_one():
+    values = rng.normal(1, 0.01, 100)
+    assert mean_of(values, ["large"] * 99 + ["small"]).low < 0
+    assert mean_of(values, [str(i % 20) for i in range(100)]).low > 0.9
 
 
 def test_one_cluster_tells_nothing():
@@ -126,11 +168,32 @@ def test_values_without_spread_have_an_interval_without_width():
 
 
 def test_wilsons_interval_agrees_with_its_formula():
-    found = proportion(60, 100, 0.95)
+    found = proportion(np.repeat([1.0, 0.0], [60, 40]), 0.95)
     z, p, n = 1.644854, 0.6, 100
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     assert found.interval == (pytest.approx(middle - half, abs=1e-5), pytest.approx(middle + half, abs=1e-5))
+
+
+def test_a_share_of_items_that_hang_together_counts_their_clusters():
+    right = np.repeat([1.0, 0.0], [60, 40])
+    assert proportion(right, 0.95, [str(i // 2) for i in range(100)]) == proportion(right[::2], 0.95)
+
+
+def test_paired_shares_agree_with_bonett_and_prices_published_example():
+    # statpsych's ci.prop.ps(.05, 12, 4, 26, 6): 0.44, error 0.09448809, 0.2548067 to 0.6251933
+    change = np.repeat([1.0, -1.0, 0.0], [26, 4, 18])
+    found = Bootstrap(each(48), 1000, 0.975).shares(change)
+    assert found.value == pytest.approx(22 / 48)
+    assert found.error == pytest.approx(0.09448809)
+    assert found.low == pytest.approx(0.2548067)
+    assert found.high > 0.6251933  # here the bootstrap reaches further
+
+
+def test_where_no_item_flips_few_items_leave_doubt_and_many_leave_little():
+    few, many = (Bootstrap(each(count), 200, 0.95).shares(np.zeros(count)) for count in (12, 3000))
+    assert few.high == -few.low == pytest.approx(1.644854 * math.sqrt(2) / 14, abs=1e-6)
+    assert many.high < 0.001
 
 
 def test_mcnemars_exact_test_agrees_with_the_binomial_sum():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from data_contracts.verdict import Comparison, Estimate, Served
 from tasks.core.comparison import compare
 from tasks.core.gates import decide, judge, more_needed, overall
 from tasks.core.samples import Fact, read_samples
+from tasks.core.stats import proportion
 from tasks.sentences import sentences
 
 ITEMS = 300
@@ -255,6 +257,42 @@ def test_a_slice_of_few_items_is_shown_and_not_judged():
     assert verdicts(compared(dials=dials, qlora=samples(hurt)), dials)["every_slice_gains"] == "pass"
 
 
+def test_a_slice_is_judged_however_many_there_are():
+    facts = {row: Fact(row, row, 9, f"source {int(row) // 12:02}", "en", "short") for row in FACTS}
+    hurt = lowered(2.0)
+    hurt[288:] = BASE[288:] + TOKENS[288:] * rng.normal(0.5, 0.1, 12)
+    dials = DIALS.model_copy(update={"min_slice_items": 12})
+    found = compare({"base": samples(BASE), "qlora": samples(hurt)}, facts, [trained("qlora")], "qlora", "qlora", dials)
+    assert len(found.slices) == 25
+    assert verdicts(found, dials)["every_slice_gains"] == "fail"
+
+
+def test_a_slice_whose_number_is_missing_fails():
+    broken = lowered(2.0)
+    broken[0] = math.nan
+    alone = DIALS.model_copy(update={"min_gain_nats": None, "max_champion_nll_increase_nats": None})
+    report = judge(compared(qlora=samples(broken)), alone, None, has_baseline=False)
+    assert [(gate.name, gate.verdict) for gate in report.gates] == [("every_slice_gains", "fail")]
+    assert "number is missing" in report.gates[0].why
+
+
+def test_accuracy_that_flips_nowhere_is_not_proven_by_a_few_items():
+    dials = DIALS.model_copy(update={"max_accuracy_drop": 0.02})
+    for items, verdict in ((20, "inconclusive"), (300, "pass")):
+        right = np.ones(items)
+        found = compared(lora=samples(lowered(1.5), right), qlora=samples(lowered(1.5), right))
+        assert verdicts(found, dials)["qlora_keeps_accuracy"] == verdict
+
+
+def test_answers_of_one_cluster_stop_as_one():
+    facts = {row: Fact(row, f"patient {int(row) % 5}", 9, "s", "en", "short") for row in FACTS}
+    models = {"base": samples(BASE), "qlora": samples(lowered(1.5), stopped=np.ones(60))}
+    found = compare(models, facts, [trained("qlora")], "qlora", "qlora", DIALS)
+    assert found.stop_rate.items == 5
+    assert found.stop_rate.low < 0.7
+    assert compared(qlora=models["qlora"]).stop_rate.low > 0.95
+
+
 def test_accuracy_stop_rate_and_forgetting_have_their_margins():
     right = (rng.random(ITEMS) < 0.6).astype(float)
     worse = right * (rng.random(ITEMS) < 0.7)
@@ -309,7 +347,24 @@ def at(value, low, high, **more):
 
 def test_a_missing_number_never_passes():
     assert decide("at least", 0.0, None)[0] == "fail"
-    assert decide("at most", 0.0, at(float("nan"), -1.0, -0.5))[0] == "fail"
+    for unknown in (math.nan, math.inf, -math.inf):
+        assert decide("at most", 0.0, at(unknown, -1.0, -0.5))[0] == "fail"
+        assert decide("at least", 0.0, at(unknown, 0.5, 1.0))[0] == "fail"
+
+
+@pytest.mark.parametrize("ends", [(math.nan, math.nan), (-math.inf, math.inf), (math.nan, 1.0)])
+@pytest.mark.parametrize("direction", ["at least", "more than", "at most"])
+def test_an_interval_that_is_not_known_never_decides(direction, ends):
+    assert decide(direction, 0.0, at(0.5, *ends))[0] == "inconclusive"
+
+
+@pytest.mark.parametrize("limit", [math.nan, math.inf, -0.1])
+def test_a_limit_that_everything_would_pass_is_refused(limit):
+    dials = [name for name, field in GateSpec.model_fields.items() if name.startswith(("max_", "min_")) and field]
+    assert len(dials) == 12
+    for dial in dials:
+        with pytest.raises(ValidationError):
+            GateSpec(**{dial: limit})
 
 
 @pytest.mark.parametrize(
@@ -326,9 +381,19 @@ def test_only_a_whole_interval_decides(direction, low, high, verdict):
 
 def test_what_would_decide_is_items_or_seeds_whichever_the_doubt_comes_from():
     # ((1.645 + 0.842) x 0.1 / 0.2) squared is 1.545.
-    assert "619 items decide it (now 400)" in more_needed(at(0.2, -1, 1, items=400), 0.0, 0.95)
-    assert "5 seeds decide it (now 3)" in more_needed(at(0.2, -1, 1, items=400, seeds=3, seed_share=0.9), 0.0, 0.95)
+    assert "619 items decide it (now 400)" in more_needed(at(0.2, -0.01, 0.4, items=400), 0.0, 0.95)
+    assert "5 seeds decide it (now 3)" in more_needed(
+        at(0.2, -0.01, 0.4, items=400, seeds=3, seed_share=0.9), 0.0, 0.95
+    )
     assert "no number of items" in more_needed(at(0.0, -1, 1, items=400), 0.0, 0.95)
+
+
+def test_what_would_decide_also_shrinks_an_interval_that_is_wider_than_its_error():
+    # All 8 of 8 answers stop: from 0.747 up. Eleven right ones would reach 0.8; nine would not.
+    found = proportion(np.ones(8), 0.95)
+    assert (found.low < 0.8, proportion(np.ones(9), 0.95).low < 0.8) == (True, True)
+    needed = int(re.search(r"about (\d+) items", more_needed(found, 0.8, 0.95))[1])
+    assert proportion(np.ones(needed), 0.95).low >= 0.8
 
 
 def test_no_gates_at_all_fail():

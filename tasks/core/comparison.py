@@ -10,7 +10,7 @@ from data_contracts.run_spec import GateSpec
 from data_contracts.verdict import Comparison, Estimate, Flips
 from tasks.core.costs import claims, measure_costs
 from tasks.core.released import NLL, judge_released
-from tasks.core.samples import Fact, Metric, Scored, gather
+from tasks.core.samples import Fact, Metric, Scored, clusters_of, gather
 from tasks.core.stats import Bootstrap, detectable, mcnemar, ratio
 
 ACCURACY = "domain_choice.accuracy"
@@ -62,9 +62,8 @@ def models_of(scored: Scored, arms: Sequence[TrainReport]) -> dict[str, list[str
 
 
 def bootstrap(metric: Metric, facts: Mapping[str, Fact], dials: GateSpec) -> Bootstrap:
-    """Draws over the clusters of a metric's items; an item without facts is a cluster of its own."""
-    clusters = [facts[row].cluster if row in facts else row for row in metric.row_ids]
-    return Bootstrap(clusters, dials.bootstrap_draws, dials.confidence)
+    """Draws over the clusters of a metric's items."""
+    return Bootstrap(clusters_of(metric.row_ids, facts), dials.bootstrap_draws, dials.confidence)
 
 
 def _beside_lora(metric: Metric, candidate: str) -> bool:
@@ -120,18 +119,14 @@ def _accuracy_gains(accuracy: Metric | None, draws: Bootstrap | None) -> dict[st
     if accuracy is None or draws is None or "base" not in accuracy.values:
         return {}
     base = accuracy.first("base")
-    ones = np.ones_like(base)
-    return {
-        name: draws.estimate(ratio, values - base, ones) for name, values in accuracy.values.items() if name != "base"
-    }
+    return {name: draws.shares(values - base) for name, values in accuracy.values.items() if name != "base"}
 
 
 def _drop(accuracy: Metric | None, draws: Bootstrap | None, candidate: str) -> Estimate | None:
     """LoRA's accuracy minus the candidate's."""
     if accuracy is None or draws is None or not _beside_lora(accuracy, candidate):
         return None
-    lost = accuracy.values["lora"] - accuracy.values[candidate]
-    return draws.estimate(ratio, lost, np.ones(lost.shape[1]))
+    return draws.shares(accuracy.values["lora"] - accuracy.values[candidate])
 
 
 def _flips(accuracy: Metric | None, candidate: str) -> Flips | None:

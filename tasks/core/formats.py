@@ -3,6 +3,7 @@
 Shapes: alpaca, sharegpt, messages, prompt/completion, or the user's own column names.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -30,6 +31,7 @@ _ROLES: Final[dict[str, Role]] = {
 
 
 _SLICE_CHARS: Final = 80
+_CLUSTER_DIGITS: Final = 32
 
 
 class _Rejected(Exception):
@@ -157,6 +159,13 @@ def slice_of(item: Object, field: str | None) -> str | None:
     """The value of a field as the name of a slice; None where it has none or is no plain value."""
     value = None if field is None else _at(item, field)
     return str(value)[:_SLICE_CHARS] if isinstance(value, str | int | float) else None
+
+
+def cluster_of(item: Object, field: str | None) -> str | None:
+    """A hash of a field's value, as a name for the rows that share it; None where it has none or is no plain value."""
+    value = None if field is None else _at(item, field)
+    text = str(value).strip() if isinstance(value, str | int | float) else ""
+    return hashlib.sha256(text.encode()).hexdigest()[:_CLUSTER_DIGITS] if text else None
 
 
 def _at(item: Object, path: str) -> Any:

@@ -60,7 +60,7 @@ class _Case(NamedTuple):
 
 def decide(direction: Direction, threshold: float, actual: Estimate | None) -> tuple[Verdict, str]:
     """pass or fail if the whole interval says so, else inconclusive; and why."""
-    if actual is None or math.isnan(actual.value):
+    if actual is None or not math.isfinite(actual.value):
         return "fail", "the number is missing, and a missing number never passes"
     low, high = actual.interval
     sides = {
@@ -79,7 +79,11 @@ def decide(direction: Direction, threshold: float, actual: Estimate | None) -> t
 def more_needed(actual: Estimate, threshold: float, confidence: float) -> str:
     """How much larger the sample must be to decide, with 80 % power, if the truth is what was measured."""
     items, seeds = actual.items, actual.seeds
-    times = times_needed(actual.error, abs(actual.value - threshold), confidence)
+    distance = abs(actual.value - threshold)
+    times = times_needed(actual.error, distance, confidence)
+    if distance > 0:  # an interval may be wider than its error says, and must shrink until it clears the threshold
+        reach = actual.value - actual.low if actual.value > threshold else actual.high - actual.value
+        times = max(times, (reach / distance) ** 2)
     if not math.isfinite(times) or times * items > 1e7:
         return "; the value lies on the threshold, and no number of items would decide"
     # More items leave what seeds differ by as it is, and the other way round.
@@ -149,15 +153,17 @@ def _slices(case: _Case, threshold: float) -> Iterator[GateResult]:
     name, claim = "every_slice_gains", "loss of the base minus the candidate's in the worst slice"
     large = [item for item in case.found.slices if item.items >= case.dials.min_slice_items]
     if not large:
-        # Nothing divides the items, so the slice is the whole.
-        yield case.result(name, "more than", threshold, case.found.gain, "one slice holds all items")
+        claim = f"no slice has {case.dials.min_slice_items} items or more, so all items are judged as one"
+        yield case.result(name, "more than", threshold, case.found.gain, claim)
         return
     below = holm({_label(item): _p_below(item.gain, threshold) for item in large})
     worst = min(large, key=lambda item: (item.gain.low, _label(item)))
     claim = f"{claim}, {_label(worst)} ({worst.items} items)"
     alpha = 1 - case.dials.confidence
     verdict: Verdict = "inconclusive"
-    if all(item.gain.low > threshold for item in large):
+    if missing := [_label(item) for item in large if not math.isfinite(item.gain.value)]:
+        verdict, why = "fail", f"the number is missing in {', '.join(missing)}, and a missing number never passes"
+    elif all(item.gain.low > threshold for item in large):
         verdict, why = "pass", f"the whole interval is more than {threshold:g}, as in all {len(large)} slices judged"
     elif harmed := [label for label, p in below.items() if p < alpha]:
         verdict, why = "fail", f"below {threshold:g} in {', '.join(sorted(harmed))}, beyond chance"

@@ -2,6 +2,7 @@
 
 import hashlib
 
+from tasks.core.groups import cluster_key
 from tasks.core.languages import language
 from tasks.core.shingles import words
 
@@ -9,14 +10,15 @@ _SAME_ANSWER_WORDS = 4
 _LENGTHS = ((64, "up to 64 tokens"), (256, "65 to 256 tokens"), (1024, "257 to 1,024 tokens"))
 
 
-def cluster(row_id: str, answer: str) -> str:
-    """A name that items with the same answer share, but for case and white space: their scores depend on each other.
+def shared(row_id: str, answer: str, cluster: str | None = None) -> list[str]:
+    """What an item's score depends on beside itself: its answer, but for case and white space, and its cluster.
 
-    A shorter answer, such as yes or a class, says nothing of the kind: such an item is a cluster of its own.
+    A shorter answer, such as yes or a class, says nothing of the kind. An item that shares nothing has its own name.
     """
-    if len(words(answer)) < _SAME_ANSWER_WORDS:
-        return row_id
-    return hashlib.sha256(" ".join(answer.casefold().split()).encode()).hexdigest()
+    found = [cluster_key(cluster)] if cluster else []
+    if len(words(answer)) >= _SAME_ANSWER_WORDS:
+        found.append(hashlib.sha256(" ".join(answer.casefold().split()).encode()).hexdigest())
+    return found or [row_id]
 
 
 def slices(source: str, question: str, answer: str, tokens: int, field: str | None = None) -> dict[str, str]:

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from data_contracts.run_spec import GateSpec
-from data_contracts.verdict import Estimate, SliceGain, TaskChange
-from tasks.core.samples import SLICES, Fact, Metric, Samples, Scored, gather
+from data_contracts.verdict import SliceGain, TaskChange
+from tasks.core.samples import SLICES, Fact, Metric, Samples, Scored, clusters_of, gather
 from tasks.core.stats import Bootstrap, holm, mcnemar, proportion, ratio
 
 NLL, STOPPED = "domain_nll.nll_nats", "domain_generate.stopped"
 # Of a further task's metrics the first of these is compared.
 _COMPARED = ("nll_nats", "accuracy", "acc_norm", "acc", "exact_match")
-_MOST_SLICES = 20  # of a kind, the largest first: nobody reads a thousand files as slices
+_MOST_SLICES = 20  # of a kind, of those too small to be judged: nobody reads a thousand files as slices
 
 
 def judge_released(
@@ -30,19 +30,20 @@ def judge_released(
         if "base" in nll.values:
             lost = nll.first("base") - own
             found |= {"gain": draws.estimate(ratio, lost, nll.tokens_I)}
-            found |= {"slices": list(_slices(lost, nll, facts, draws))}
+            found |= {"slices": list(_slices(lost, nll, facts, draws, dials.min_slice_items))}
         if "champion" in nll.values:
             found["champion_gain"] = draws.estimate(ratio, nll.first("champion") - own, nll.tokens_I)
         found["forms"] = {
             form: draws.estimate(ratio, nll.first(form) - own, nll.tokens_I) for form in forms if form in nll.values
         }
     stopped = scored.get(released, {}).get(STOPPED)
-    rate = proportion(int(stopped.values_I.sum()), len(stopped.row_ids), dials.confidence) if stopped else None
+    rate = proportion(stopped.values_I, dials.confidence, clusters_of(stopped.row_ids, facts)) if stopped else None
     return found | {"stop_rate": rate, "general": _general(scored, released, dials)}
 
 
-def _slices(gain_I: Any, nll: Metric, facts: Mapping[str, Fact], draws: Bootstrap) -> Iterator[SliceGain]:
-    """Items outside a slice count nothing, so that every slice is seen through the same draws."""
+def _slices(gain_I: Any, nll: Metric, facts: Mapping[str, Fact], draws: Bootstrap, judged: int) -> Iterator[SliceGain]:
+    """Every slice of as many items as are judged, and the largest others. Items outside a slice count nothing, so that every
+    slice is seen through the same draws."""
     if not all(row in facts for row in nll.row_ids):
         return
     for kind in SLICES:
@@ -50,7 +51,8 @@ def _slices(gain_I: Any, nll: Metric, facts: Mapping[str, Fact], draws: Bootstra
         counts = Counter(names)
         if len(counts) < 2:
             continue  # it is the whole
-        for name, items in sorted(counts.most_common(_MOST_SLICES)):
+        large = [item for item in counts.items() if item[1] >= judged]
+        for name, items in sorted({*large, *counts.most_common(_MOST_SLICES)}):
             inside = np.array([other == name for other in names], dtype=float)
             gain = draws.estimate(ratio, gain_I * inside, nll.tokens_I * inside)
             yield SliceGain(kind=kind, name=name, items=items, gain=gain)
@@ -83,7 +85,7 @@ def _change(task: str, metric: str, base: Samples, own: Samples, dials: GateSpec
     weights = base.tokens_I if is_loss else np.ones_like(base.values_I)
     better = base.values_I - own.values_I if is_loss else own.values_I - base.values_I
     means = [float((samples.values_I).sum() / weights.sum()) for samples in (base, own)]
-    change: Estimate = draws.estimate(ratio, better, weights)
+    change = draws.estimate(ratio, better, weights) if is_loss else draws.shares(better)
     p = None if is_loss else mcnemar(int((better < 0).sum()), int((better > 0).sum()))
     return TaskChange(
         task=task, metric=metric, items=len(base.row_ids), base=means[0], candidate=means[1], change=change, p=p

@@ -23,7 +23,8 @@ class Samples:
 
 @dataclass(frozen=True)
 class Fact:
-    """What is known of a domain item whatever model answers it. cluster: items that share an answer have the same."""
+    """What is known of a domain item whatever model answers it. cluster: items that share an answer, or a value
+    of data.cluster_field, have the same."""
 
     row_id: str
     cluster: str
@@ -54,6 +55,11 @@ def read_facts(lines: Iterable[str]) -> dict[str, Fact]:
     """Facts by row id, from the lines of a facts file."""
     facts = (Fact(**json.loads(line)) for line in lines)
     return {fact.row_id: fact for fact in facts}
+
+
+def clusters_of(row_ids: Sequence[str], facts: Mapping[str, Fact]) -> list[str]:
+    """The cluster of each item; one without facts is a cluster of its own."""
+    return [facts[row].cluster if row in facts else row for row in row_ids]
 
 
 @dataclass(frozen=True)

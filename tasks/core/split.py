@@ -44,8 +44,8 @@ def assign_splits(
     """The split of every row; `groups` names what each teaches, and rows that teach the same stay together.
 
     Known rows keep their split and new rows of their group follow them, even past a cap. Any other group that does not
-    fit under the cap goes to training as a whole; caps count the known rows of this data set, and not those that are
-    `gone` from it. Raises DataError if no row would be left to test or to train on.
+    fit under the cap goes to training as a whole; caps count the rows of this data set, and not names that are `gone`
+    from it or stand for something else. Raises DataError if no row would be left to test or to train on.
     """
     splits = {row: known[row].split for row in groups if row in known}
     held_out = [split for row, split in splits.items() if row not in gone]
@@ -57,15 +57,18 @@ def assign_splits(
     members: dict[str, list[str]] = {}
     for row, group in groups.items():
         members.setdefault(group, []).append(row)
+    largest = 0
     for place, group in sorted((position(group), group) for group in members):
         new = [row for row in members[group] if row not in known]
         before = {splits[row] for row in members[group] if row in known}
         split = min(before, key=PRECEDENCE.index) if before else _drawn(place, fractions)
-        if not before and room[split] < len(new):
+        counted = sum(row not in gone for row in new)
+        if not before and room[split] < counted:
             split = "train"
-        room[split] -= len(new)
+        largest = max(largest, 0 if before else counted)
+        room[split] -= counted
         splits.update((row, split) for row in new)
-    _check([split for row, split in splits.items() if row not in gone], fractions)
+    _check([split for row, split in splits.items() if row not in gone], fractions, largest)
     return splits
 
 
@@ -75,14 +78,14 @@ def _drawn(place: float, fractions: Fractions) -> Split:
     return "validation" if place < fractions.test + fractions.validation else "train"
 
 
-def _check(splits: list[Split], fractions: Fractions) -> None:
+def _check(splits: list[Split], fractions: Fractions, largest: int) -> None:
     for split in ("test", "train"):
         if split not in splits:
             raise DataError(
                 Problem(
                     f"no row falls into the {split} split ({len(splits)} distinct rows, "
                     f"test_fraction {fractions.test}, max_test_rows {fractions.max_test}, "
-                    f"validation_fraction {fractions.validation})",
+                    f"validation_fraction {fractions.validation}, {largest} new rows in the largest group)",
                     "curate",
                     "at least one row to test and one to train on",
                     "add rows, or change the share with --set curate.test_fraction=0.2",

@@ -13,7 +13,8 @@ from lm_eval.api.task import ConfigurableTask
 
 from data_contracts.errors import DataError, Problem
 from tasks.core.choice import CHOICES, TestRow, choose_distractors, true_place, word_overlap_guess
-from tasks.core.items import cluster, slices
+from tasks.core.groups import join
+from tasks.core.items import shared, slices
 from tasks.core.text_scores import exact_match, repetition, rouge_l
 from tasks.workers.chat import Chat
 from tasks.workers.generation import Written
@@ -49,7 +50,7 @@ def _item(row: Row, chat: Chat) -> Item:
     tokens = len(chat.encode(completion))
     stop = max((stop for stop in chat.stops if completion.endswith(stop)), key=len)
     return {
-        "row_id": row["row_id"], "source": row["source"], "slice": row.get("slice"),
+        "row_id": row["row_id"], "source": row["source"], "slice": row.get("slice"), "cluster": row.get("cluster"),
         "question": row["messages"][-2]["content"], "prompt": prompt, "completion": completion,
         "answer": completion.removesuffix(stop), "tokens": tokens, "total_tokens": len(chat.encode(prompt)) + tokens,
         "choices": [], "choice_tokens": [], "label": 0, "overlap_guess": 0,
@@ -74,13 +75,17 @@ def _choices(item: Item, question: list[dict[str, str]], choices: Sequence[str],
     }  # fmt: skip
 
 
-def facts(item: Item) -> dict[str, Any]:
-    """What is known of an item besides its scores: row_id, cluster, bytes of the answer, and its slices."""
-    return {
-        "row_id": item["row_id"], "cluster": cluster(item["row_id"], item["answer"]),
-        "bytes": len(item["answer"].encode()),
-        **slices(item["source"], item["question"], item["answer"], item["total_tokens"], item["slice"]),
-    }  # fmt: skip
+def facts(items: list[Item]) -> list[dict[str, Any]]:
+    """What is known of each item besides its scores: row_id, cluster, bytes of the answer, and its slices."""
+    keys = {item["row_id"]: shared(item["row_id"], item["answer"], item["cluster"]) for item in items}
+    clusters = join(keys).groups
+    return [
+        {
+            "row_id": item["row_id"], "cluster": clusters[item["row_id"]], "bytes": len(item["answer"].encode()),
+            **slices(item["source"], item["question"], item["answer"], item["total_tokens"], item["slice"]),
+        }
+        for item in items
+    ]  # fmt: skip
 
 
 class TextTask(ConfigurableTask):

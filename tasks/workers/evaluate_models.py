@@ -1,7 +1,8 @@
 """Score models with lm-eval: `python -m tasks.workers.evaluate_models spec.json out/`.
 
 spec: base, test, targets [{name, method, adapter or null, quantisation or null, merged}], precision, threads, max_tokens
-and the dials of data_contracts.run_spec.EvaluateSpec; without tasks the targets only answer the sample questions. Each form
+and the dials of data_contracts.run_spec.EvaluateSpec; without tasks the targets only answer the sample questions. before: in
+what precision and on what device a target has been scored, by name; those that would be scored alike are left out. Each form
 of the base is loaded once (tasks/workers/forms.py). Writes out/NAME/samples.jsonl (task, metric, row_id, value, tokens),
 out/NAME/facts.jsonl (a line for each domain item) and out/NAME/result.json for every target; killed and started again with
 the same out/, it does not score again what was finished.
@@ -40,19 +41,21 @@ class Exam:
     items: list[Item]
     tasks: dict[str, Any]
     spec: dict[str, Any]
-    precision: str
+    scored_in: str  # what must be the same for numbers that are compared
 
 
 def evaluate_models(spec: dict[str, Any], out: Path) -> dict[str, Any]:
-    """results by target, items, overlap_accuracy, and peak_bytes of this process."""
+    """results by target that was scored, items, overlap_accuracy, and peak_bytes of this process."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     device = choose_device(spec["precision"], spec["threads"])
     chat = load_chat(Path(spec["base"]))
     with_choices = "domain_choice" in spec["tasks"]
     items = build_items(Path(spec["test"]), chat, spec["max_items"], spec["max_tokens"], with_choices)
-    exam = Exam(chat, items, all_tasks(spec, items, chat), spec, device.precision)
-    results = {target["name"]: finished(out / target["name"]) for target in spec["targets"]}
-    waiting = [target for target in spec["targets"] if results[target["name"]] is None]
+    own = f"{device.precision} on {device.device}"
+    exam = Exam(chat, items, all_tasks(spec, items, chat), spec, own)
+    wanted = [target for target in spec["targets"] if spec.get("before", {}).get(target["name"]) != own]
+    results = {target["name"]: finished(out / target["name"], own) for target in wanted}
+    waiting = [target for target in wanted if results[target["name"]] is None]
     for form, targets in groupby(sorted(waiting, key=form_of), key=form_of):
         results |= score_form(form, list(targets), exam, device, out)
         gc.collect()
@@ -60,10 +63,11 @@ def evaluate_models(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     return {"results": results, **summary}
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
-    """What an earlier start has left of a target, if it was complete."""
+def finished(folder: Path, scored_in: str) -> dict[str, Any] | None:
+    """What an earlier start has left of a target, if it was complete and scored alike."""
     file = folder / "result.json"
-    return dict(json.loads(file.read_text())) if file.exists() else None
+    found = dict(json.loads(file.read_text())) if file.exists() else {}
+    return found if found.get("scored_in") == scored_in else None
 
 
 def score_form(form: Form, targets: list[Target], exam: Exam, device: Device, out: Path) -> dict[str, Any]:
@@ -94,14 +98,14 @@ def score(target: Target, model: Any, way: Way, exam: Exam, folder: Path) -> dic
     detach(tuned, target)
     folder.mkdir(parents=True, exist_ok=True)
     write_lines(folder / "samples.jsonl", samples)
-    write_lines(folder / "facts.jsonl", map(facts, exam.items))
+    write_lines(folder / "facts.jsonl", facts(exam.items))
     result = {
         "scores": scores,
+        "scored_in": exam.scored_in,
         "answers": [
             {"question": item["question"], "reference": reference, "answer": written.text, **after}
             for item, (reference, written), after in zip(asked, answers, samples_next, strict=True)
         ],
-        "precision": exam.precision,
         "ms_per_token": statistics.median(written.ms_per_token for _, written in answers) if answers else None,
         "seconds": time.monotonic() - started,
     }
