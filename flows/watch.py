@@ -13,8 +13,8 @@ from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed
 
-from data_contracts.reports import Look, Watched
 from data_contracts.run_spec import RunSpec
+from data_contracts.watch_reports import Look, Watched
 from flows.console import tell
 from flows.retrain import in_store, ingested, retrain
 from flows.runs_left import hold, reap_beside_a_worker

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from data_contracts.data_reports import Snapshot
 from data_contracts.data_spec import ContractSpec, DataSpec
 from data_contracts.records import Row, from_json
-from data_contracts.reports import Look
 from data_contracts.run_spec import RunSpec
+from data_contracts.watch_reports import Look
 from tasks import watermark
 from tasks.check_part import kept_row
 from tasks.core.drift import drift

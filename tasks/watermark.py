@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from data_contracts.data_reports import FileRef
-from data_contracts.reports import Look
+from data_contracts.watch_reports import Look
 from tasks.ledger import connection
 from tasks.stores import Store
 

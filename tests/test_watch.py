@@ -12,9 +12,9 @@ import pytest
 
 from data_contracts.data_spec import DataSpec
 from data_contracts.errors import GateError
-from data_contracts.reports import Look
 from data_contracts.run_spec import RunSpec
 from data_contracts.schedule_spec import ScheduleSpec
+from data_contracts.watch_reports import Look
 from tasks import watermark
 from tasks.core.freshness import drifted, reason_to_retrain
 from tasks.curate import curate

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from data_contracts.reports import Look
 from data_contracts.schedule_spec import ScheduleSpec
+from data_contracts.watch_reports import Look
 
 _ROWS_TO_JUDGE: Final = 30
 """Distances of fewer rows are mostly chance: of 30 rows from the very same distribution, one in a hundred samples lies

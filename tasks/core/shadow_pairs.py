@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from statistics import fmean, median
 
+import numpy as np
+
 from data_contracts.shadow_reports import Difference, Given, Pair, ShadowReport, Side
 from tasks.core.stats import proportion
 from tasks.core.text_scores import exact_match, rouge_l
@@ -24,7 +26,7 @@ def compare_pairs(pairs: Sequence[Pair]) -> ShadowReport:
         until_unix_seconds=mine[-1].unix_seconds,
         champion=_side([pair.champion for pair in mine]),
         challenger=_side([pair.challenger for pair in mine]),
-        same=proportion(sum(same), len(mine), _CONFIDENCE),
+        same=proportion(np.array(same, float), _CONFIDENCE),
         # Two empty answers are alike, though ROUGE gives 0 where there is no word.
         rouge_l=fmean(1.0 if alike else score for alike, score in zip(same, near, strict=True)),
         most_different=[_difference(mine[place], near[place]) for place in apart[:_SHOWN]],
@@ -41,7 +43,7 @@ def _side(answers: Sequence[Given]) -> Side:
         version=answers[0].version,
         tokens=fmean(one.tokens for one in answers),
         ms_per_token=median(one.seconds * 1000 / max(1, one.tokens) for one in answers),
-        stopped=proportion(sum(one.stopped for one in answers), len(answers), _CONFIDENCE),
+        stopped=proportion(np.array([one.stopped for one in answers], float), _CONFIDENCE),
     )
 
 
