@@ -26,6 +26,7 @@ from data_contracts.reports import BaseModelRef, EvalReport, RecordedRun, TrainR
 from data_contracts.run_spec import RunSpec
 from data_contracts.verdict import Comparison, GateReport
 from tasks.arms import arms_of
+from tasks.ledger import fates_sha256
 from tasks.licences import data_licence
 from tasks.stores import Store, digest, without_place
 
@@ -91,6 +92,7 @@ def _data(made: Made, trained_rows_sha256: str) -> DataLineage:
         snapshot_id=data.snapshot_id,
         sources={source.name: source.sha256 for source in data.sources},
         source_rows={source.name: source.rows for source in data.sources},
+        ledger_sha256=fates_sha256(made.store, made.spec.model.name, data.snapshot_id),
         train_sha256=data.train.sha256,
         validation_sha256=data.validation.sha256,
         test_sha256=data.test.sha256,

@@ -177,7 +177,8 @@ def _reasons(compared: list[Compared]) -> list[str]:
         for item in compared
         if item.explains and not item.same
     ]
-    return found or ["nothing that was recorded differs: this training is not the same twice on this machine"]
+    unknown = "nothing that was recorded differs: it is not the same twice here, or the environment steers its kernels"
+    return found or [unknown]
 
 
 def _code(then: Code, now: Code) -> Iterator[Compared]:
