@@ -14,8 +14,8 @@ from tasks.processes import run_worker
 from tasks.registry import EXAMPLE
 from tasks.stores import Store
 
-# How far the log-probability of a next token may lie from the evaluation's, in nats: measured in docs/release.md.
-TOLERANCE_NATS = {"fp32": 1e-3, "bf16": 0.25}
+# How far log-probabilities may lie from the evaluation's, in nats: measured in docs/release.md. bf16: on either side.
+TOLERANCE_NATS = {"fp32": 1e-3, "bf16": 0.3}
 _EXAMPLE = SampleAnswer(question=EXAMPLE, reference="", answer="")
 
 
