@@ -15,14 +15,20 @@ Format = Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion"]
 _Named = Annotated[Reason, BeforeValidator(Reason)]
 
 
-# user:password@ or a query such as ?sig=, ?X-Amz-Signature= or &access_token=.
+# user:password@ (a port is none), token@ of a web address, or a query such as ?sig=, ?X-Amz-Signature= or &access_token=.
 _SECRET = re.compile(
-    r"://[^/@]*:[^/@]*@|[?&][^=&]*(sig|token|key|secret|password|credential|auth)[^=&]*=", re.IGNORECASE
+    r"://[^/@:]*:(?!\d+(/|$))[^@]*@|^https?://[^/@]+@|[?&][^=&]*(sig|token|key|secret|pass|pwd|credential|auth)[^=&]*=",
+    re.IGNORECASE,
 )
 
 
+def holds_secret(address: str) -> bool:
+    """Whether an address comes with what should be in the environment: a spec is shown in Prefect and MLflow."""
+    return _SECRET.search(address) is not None
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
 
 
 class DataSpec(Section):
@@ -60,8 +66,8 @@ class DataSpec(Section):
 
     @model_validator(mode="after")
     def _no_source_holds_a_secret(self) -> "DataSpec":
-        # A spec is shown in Prefect and MLflow, so neither is the entry repeated here.
-        wrong = [number for number, entry in enumerate(self.source, start=1) if _SECRET.search(entry)]
+        # The entry is not repeated here.
+        wrong = [number for number, entry in enumerate(self.source, start=1) if holds_secret(entry)]
         if wrong:
             told = ", ".join(map(str, wrong))
             raise ValueError(f"source: entry {told} holds a password, key or signature; put it in the environment")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, Fraction, RulesSpec, Section
+from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, Fraction, RulesSpec, Section, holds_secret
 from data_contracts.method_rules import refusals, unread_by
 from data_contracts.schedule_spec import ScheduleSpec
 
@@ -20,7 +20,7 @@ class ModelSpec(Section):
     """Name in the MLflow registry, and the scope of the row ledger."""
     base: str = "builtin:smollm2-135m"
     """Base model: `builtin:smollm2-135m`, `builtin:tiny-llama` (random, for tests), a folder, or a hub id."""
-    revision: str | None = None
+    revision: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+([./][A-Za-z0-9_-]+)*$")] | None = None
     """Hub revision (commit) of the base; null takes the newest and records which it was."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of weights and arithmetic; `auto` takes bf16 only where the device has it in hardware."""
@@ -234,7 +234,14 @@ class StoreSpec(Section):
     root: str = "mlruns"
     """Folder of everything a run keeps: MLflow's database, artifacts, snapshots, checkpoints, Prefect's state."""
     mlflow_uri: str | None = None
-    """MLflow tracking server; null uses the database in `root`."""
+    """MLflow tracking server; null uses the database in `root`. Its password comes from the environment."""
+
+    @model_validator(mode="after")
+    def _no_address_holds_a_secret(self) -> "StoreSpec":
+        if self.mlflow_uri and holds_secret(self.mlflow_uri):
+            act = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server, PGPASSWORD for Postgres"
+            raise ValueError(f"mlflow_uri holds a password; put it in the environment: {act}")
+        return self
 
 
 class RunSpec(Section):

@@ -7,6 +7,7 @@ from typing import Any
 
 from data_contracts.reports import AdapterRef, BaseModelRef
 from data_contracts.run_spec import Method, ModelSpec, TrainSpec
+from tasks.integrity import checked_base
 from tasks.processes import run_worker
 from tasks.stores import Store, digest
 
@@ -76,7 +77,7 @@ def init_adapter(store: Store, base: BaseModelRef, dials: dict[str, Any], afresh
     """The step-0 adapter, in a folder named by what it is made from. dials: see `start_dials`."""
     name = hashlib.sha256(f"{base.digest} {sorted(dials.items())}".encode()).hexdigest()
     out = store.files / "step0" / name[:16]
-    run_worker("tasks.workers.init_adapter", {**dials, "base": str(store.path(base.path))}, out, afresh=afresh)
+    run_worker("tasks.workers.init_adapter", {**dials, "base": str(checked_base(store, base))}, out, afresh=afresh)
     return adapter_ref(store, out / "adapter")
 
 

@@ -1,6 +1,7 @@
 """Files at URLs become files of the store: each version is fetched once, and complete or absent."""
 
 import hashlib
+import re
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,6 +14,8 @@ from tasks.stores import Store
 
 _QUIET_SECONDS = 2.0
 _MEGABYTE = 1_000_000
+_UNUSUAL = re.compile(r"[^\w. -]")  # in a file's name: another machine chose it
+_MOST_CHARS = 60
 
 
 def local_copies(store: Store, sources: list[Source]) -> list[Source]:
@@ -25,7 +28,7 @@ def _local_copy(store: Store, source: Source, display: Display) -> Source:
     # The entry's pattern is no part of it: the same file by another pattern is the same file.
     named = f"{source.entry.partition('://')[0]} {source.place} {source.version}"
     key = hashlib.sha256(named.encode()).hexdigest()
-    name = PurePosixPath(source.place).name
+    name = _UNUSUAL.sub("_", PurePosixPath(source.place).name)[-_MOST_CHARS:]
     file = store.files / "downloads" / key / name
     if not file.exists():
         with store.publish("downloads", key) as folder:

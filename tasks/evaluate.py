@@ -17,6 +17,7 @@ from tasks.core.samples import read_facts, read_samples
 from tasks.core.stats import proportion
 from tasks.drafts import content_key
 from tasks.fingerprint import code_digest
+from tasks.integrity import checked_adapter, checked_base
 from tasks.processes import run_worker
 from tasks.stores import Store, digest
 
@@ -85,17 +86,14 @@ def _score(
 
 def _inputs(store: Store, base: BaseModelRef, test: FileRef, targets: list[EvalTarget]) -> dict[str, Any]:
     return {
-        "base": str(store.path(base.path)),
+        "base": str(checked_base(store, base)),
         "test": str(store.path(test)),
         "targets": [t.model_dump(exclude={"adapter"}) | {"adapter": _folder(store, t)} for t in targets],
     }
 
 
 def _folder(store: Store, target: EvalTarget) -> str | None:
-    if target.adapter is None:
-        return None
-    folder = target.adapter.folder
-    return folder if Path(folder).is_absolute() else str(store.path(folder))
+    return str(checked_adapter(store, target.adapter)) if target.adapter else None
 
 
 def _report(store: Store, target: EvalTarget, test: FileRef, key: str, confidence: float) -> EvalReport:

@@ -10,8 +10,18 @@ from data_contracts.data_reports import FileRef
 from data_contracts.lineage import EVIDENCE, LINEAGE_FILE, LINEAGE_TAG, Lineage
 from data_contracts.reports import ModelVersion
 from tasks.evidence import write_evidence
+from tasks.integrity import CODE_FILE, spec_digest
 from tasks.lineage import Made
-from tasks.registry import CHALLENGER, EXAMPLE, QUANTISATION_TAG, SCRATCH, STARTED_TAG, TRAINED_TAG, version_now
+from tasks.registry import (
+    CHALLENGER,
+    EXAMPLE,
+    QUANTISATION_TAG,
+    SCRATCH,
+    SPEC_TAG,
+    STARTED_TAG,
+    TRAINED_TAG,
+    version_now,
+)
 from tasks.row_ids import ids_of, publish_ids
 from tasks.stores import digest, without_place
 from tasks.tracking import KEY_TAG, attach, connect, open_experiment, resumed
@@ -20,7 +30,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.models import Model
 
-_CODE = Path(__file__).parent / "workers" / "served_model.py"
+_CODE = Path(__file__).parent / "workers" / CODE_FILE
 
 
 def register_version(made: Made) -> ModelVersion:
@@ -66,9 +76,11 @@ def _trained_rows(made: Made) -> FileRef:
 
 
 def _meta(made: Made) -> dict[str, Any]:
-    """What served_model.py needs to know to load the version as it was evaluated."""
+    """What served_model.py needs to know to load the version as it was evaluated, and to refuse anything else."""
     base, arm = made.base, made.arm
     return {
+        "code_sha256": digest(_CODE),
+        "adapter_files": {file.name: digest(file) for file in sorted(made.store.path(arm.adapter.folder).iterdir())},
         "base": without_place(base.name),
         "base_digest": base.digest,
         "base_path": base.path,
@@ -87,6 +99,7 @@ def _tags(made: Made, lineage: Lineage, trained: FileRef) -> dict[str, str]:
     arm, code = made.arm, lineage.code
     tags = {
         KEY_TAG: made.key,
+        SPEC_TAG: spec_digest(made.spec.model_dump(mode="json", exclude={"store"})),
         "tunegate.method": arm.method,
         "tunegate.seed": f"{arm.seed}",
         "tunegate.adapter_sha256": arm.adapter.sha256,

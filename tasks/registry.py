@@ -1,5 +1,6 @@
 """Model versions, found by name or alias and asked in a fresh process. How one is made: tasks/register.py."""
 
+import re
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from data_contracts.lineage import Lineage
 from data_contracts.releases import OVERRIDE_TAG
 from data_contracts.reports import ModelVersion, Quantisation
 from data_contracts.run_spec import Method, StoreSpec
+from tasks.integrity import checked_spec, verify_version
 from tasks.lineage import read_lineage
 from tasks.processes import run_worker
 from tasks.row_ids import NAME
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 EXAMPLE = "What do you know?"
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it stands in filters, where a quote would end it
 QUANTISATION_TAG = "tunegate.quantisation"
+SPEC_TAG = "tunegate.spec_sha256"
 STARTED_TAG, TRAINED_TAG = "tunegate.started_from", "tunegate.trained_rows"
 SCRATCH = "scratch"
 _NF4 = Quantisation(quant_type="nf4", double_quant=True)  # of versions from before there was a choice
@@ -44,6 +48,7 @@ class Registered:
     verdict: str
     run_id: str
     started_from: str | None = None  # the version whose adapter its training went on from; None: from scratch
+    spec_sha256: str | None = None  # None: registered before it was kept
     trained: FileRef | None = None  # ids of the rows it was trained on, at an absolute path; None: not recorded
     override: str = ""  # why it became champion although something said no
 
@@ -51,13 +56,19 @@ class Registered:
     def label(self) -> str:
         return f"{self.name} version {self.version}"
 
+    @property
+    def folder(self) -> Path:
+        """The version's files as MLflow keeps them, or has downloaded them."""
+        return Path(self.adapter).parent.parent
+
 
 def ask_version(store: StoreSpec, uri: str, questions: list[str], max_new_tokens: int) -> list[str]:
-    """Load a version in a fresh process and put questions to it."""
-    place = Store(Path(store.root))
+    """Load a version in a fresh process and put questions to it. The files that were verified are the ones it loads."""
+    place, version = Store(Path(store.root)), resolve(store, uri)
     spec = {
         "tracking_uri": store.mlflow_uri or place.database_uri,
-        "model": uri,
+        "model": str(version.folder),
+        "label": version.label,
         "store": str(place.root.resolve()),
         "questions": questions,
         "max_new_tokens": max_new_tokens,
@@ -75,7 +86,7 @@ def resolve(store: StoreSpec, uri: str, option: str = "--model") -> Registered:
     client = connect(store)
     rest = uri.removeprefix("models:/")
     name, at, label = rest.partition("@") if "@" in rest else rest.partition("/")
-    if rest == uri or not at or not name or not label:
+    if rest == uri or not at or not label or not _MODEL_NAME.fullmatch(name):
         raise ConfigError(
             Problem(f"not a model URI: {uri!r}", option, act="models:/NAME/VERSION or models:/NAME@champion")
         )
@@ -89,8 +100,9 @@ def resolve(store: StoreSpec, uri: str, option: str = "--model") -> Registered:
 
 
 def recorded_spec(store: StoreSpec, version: Registered) -> str:
-    """Path of the spec file of the run that made a version."""
-    return str(connect(store).download_artifacts(version.run_id, SPEC_FILE))
+    """Path of the spec file of the run that made a version. Raises StoreError if it was changed since."""
+    file = Path(connect(store).download_artifacts(version.run_id, SPEC_FILE))
+    return str(checked_spec(file, version.spec_sha256, version.label) if version.spec_sha256 else file)
 
 
 def recorded_lineage(store: StoreSpec, version: Registered) -> Lineage:
@@ -107,7 +119,10 @@ def champion(store: StoreSpec, name: str) -> Registered | None:
 
 
 def alias_version(client: "MlflowClient", name: str, alias: str) -> str | None:
-    """The version an alias points at, or None."""
+    """The version an alias points at, or None. Raises ConfigError for what can be no name."""
+    if not _MODEL_NAME.fullmatch(name):
+        act = "give the model.name of the run that registered it"
+        raise ConfigError(Problem(f"no name of a model: {name!r}", "", "letters, digits, dots, _ and -", act))
     models = client.search_registered_models(f"name = '{name}'")
     return str(models[0].aliases[alias]) if models and alias in models[0].aliases else None
 
@@ -118,7 +133,9 @@ def _registered(client: "MlflowClient", found: "MlflowVersion") -> Registered:
     tags = found.tags
     if "tunegate.adapter_sha256" not in tags:
         raise ConfigError(Problem(f"{found.name} version {found.version} was not registered by Tunegate", "--model"))
-    files = Path(mlflow.artifacts.download_artifacts(f"models:/{found.name}/{found.version}")) / "artifacts"
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{found.name}/{found.version}"))
+    verify_version(folder, tags, f"{found.name} version {found.version}")
+    files = folder / "artifacts"
     return Registered(
         name=found.name,
         version=str(found.version),
@@ -129,6 +146,7 @@ def _registered(client: "MlflowClient", found: "MlflowVersion") -> Registered:
         base_digest=tags["tunegate.base_digest"],
         verdict=tags["tunegate.verdict"],
         run_id=tags["tunegate.run"],
+        spec_sha256=tags.get(SPEC_TAG),
         started_from=None if tags.get(STARTED_TAG, SCRATCH) == SCRATCH else tags[STARTED_TAG],
         trained=FileRef(path=str(files / NAME), sha256=tags[TRAINED_TAG]) if TRAINED_TAG in tags else None,
         override=tags.get(OVERRIDE_TAG, ""),

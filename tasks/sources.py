@@ -4,6 +4,7 @@ import difflib
 import glob
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from tasks.text_files import data_suffix
 
 SUFFIXES: Final = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 BUILTINS: Final = ("python-docs",)
+# ORG/NAME@REVISION: anything else could be a path, which the library would read instead.
+_HUB_NAME: Final = re.compile(r"[\w-]+(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)?(@[\w-]+([./][\w-]+)*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ def find_sources(data: DataSpec) -> tuple[list[Source], list[Problem]]:
             problems += [] if rest in BUILTINS else [_unknown_builtin(entry)]
         elif scheme == "hub":
             name, _, version = rest.partition("@")
-            found.append(Source(rest, "hub", name, version))
+            found += [Source(rest, "hub", name, version)] if _HUB_NAME.fullmatch(rest) else []
+            problems += [] if _HUB_NAME.fullmatch(rest) else [_no_hub_name(entry)]
         elif urls.is_url(entry):
             matched, wrong = _at_url(entry)
             remote.update((f"{scheme}://{source.place}", source) for source in matched)
@@ -161,6 +165,12 @@ def _listing(folder: Path, most: int = 8) -> str:
 
 def _unknown_builtin(entry: str) -> Problem:
     return Problem("no such built-in data set", entry, ", ".join(f"builtin:{name}" for name in BUILTINS))
+
+
+def _no_hub_name(entry: str) -> Problem:
+    return Problem(
+        "no name of a data set on the hub", entry, "hub:ORG/NAME or hub:ORG/NAME@REVISION", "correct the name"
+    )
 
 
 def _named(sources: list[Source]) -> list[Source]:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_contracts.data_reports import FileRef
@@ -49,9 +49,13 @@ class Store:
         return FileRef(path=path.resolve().relative_to(self.files.resolve()).as_posix(), sha256=digest(path))
 
     def path(self, ref: FileRef | str) -> Path:
-        """Where a manifest's file lies now. Raises StoreError if it is gone."""
+        """Where a manifest's file lies now. Raises StoreError if it is gone, or its name leads out of the store."""
         relative = ref if isinstance(ref, str) else ref.path
         path = self.files / relative
+        if PurePosixPath(relative).is_absolute() or ".." in PurePosixPath(relative).parts or "\0" in relative:
+            raise StoreError(
+                Problem(f"{relative!r} leads out of the store", str(self.files), act="run again with --force")
+            )
         if not path.exists():
             raise StoreError(
                 Problem(f"{relative} is recorded but gone", str(self.files), act="run again with --force to rebuild it")

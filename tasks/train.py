@@ -7,6 +7,7 @@ from data_contracts.data_reports import FileRef
 from data_contracts.reports import AdapterRef, BaseModelRef, LossPoint, Slot, TrainReport
 from data_contracts.run_spec import Method, TrainSpec
 from tasks.base import adapter_ref
+from tasks.integrity import checked_adapter, checked_base
 from tasks.processes import Watch, run_worker
 from tasks.stores import Store, without_place
 
@@ -28,9 +29,9 @@ def train_arm(
         "method": method,
         "seed": seed,
         "learning_rate": train.learning_rates.get(method, train.learning_rate),
-        "base": str(store.path(base.path)),
+        "base": str(checked_base(store, base)),
         "base_name": without_place(base.name),
-        "step0": str(store.path(step0.folder)) if step0 else None,
+        "step0": str(checked_adapter(store, step0)) if step0 else None,
         "train": str(store.path(rows)),
         "validation": str(store.path(validation)),
         "precision": precision,

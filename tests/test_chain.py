@@ -29,6 +29,13 @@ from tests.told import save_block, shown, webhook
 pytestmark = pytest.mark.timeout(900)  # the first test of each fixture waits for a whole run
 CHANGED = ["--set", "train.learning_rate=0.004", "--set", "train.max_steps=60", "--set", "train.epochs=10"]
 
+SECRETS = {
+    name: f"planted-{name.lower().replace('_', '-')}-7b1f"
+    for name in (
+        "HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "PGPASSWORD", "GITHUB_TOKEN",
+        "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "TUNEGATE_SERVE_TOKEN",
+    )
+}  # fmt: skip
 NOTIFY = ["--set", "schedule.notify=[custom-webhook/team]"]
 
 
@@ -41,7 +48,7 @@ def place(tmp_path_factory) -> Path:
 def environment(place) -> Iterator[dict[str, str]]:
     """An empty HOME and one Prefect server for all commands: each would start one of its own otherwise."""
     with prefect_server(place) as found:
-        yield found
+        yield found | SECRETS
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +127,14 @@ def test_the_version_is_champion_and_answers_as_it_was_evaluated(first):
     assert first["loaded_back"]["as_evaluated"] is True
     check = first["loaded_back"]["check"]
     assert check["refusals"] == [] and check["difference_nats"] < check["tolerance_nats"]
+
+
+def test_no_secret_of_the_environment_is_left_anywhere(first, place):
+    """Not in the store's files, its databases and logs, nor in Prefect's."""
+    files = [path for path in place.rglob("*") if path.is_file()]
+    assert {"mlflow.db", "prefect.db", "prefect.log", "report.html", "MLmodel"} <= {path.name for path in files}
+    held = {path: name for path in files for name, value in SECRETS.items() if value.encode() in path.read_bytes()}
+    assert held == {}
 
 
 def test_mlflow_holds_a_parent_with_comparable_children(first, place):

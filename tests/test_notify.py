@@ -321,9 +321,8 @@ def test_pages_are_linked_where_a_server_is_known_and_never_with_a_password(monk
     local = StoreSpec()
     assert links.mlflow_page(local, "7f") is None
     assert links.mlflow_page(StoreSpec(mlflow_uri="sqlite:///x.db"), "7f") is None
-    assert links.mlflow_page(StoreSpec(mlflow_uri="https://u:p@mlflow.example.org/a/"), "7f") == (
-        "https://mlflow.example.org/a/#/runs/7f"
-    )
+    monkeypatch.setenv(links.MLFLOW_PAGE, "https://u:p@mlflow.example.org/a/")
+    assert links.mlflow_page(StoreSpec(), "7f") == ("https://mlflow.example.org/a/#/runs/7f")
     monkeypatch.setenv(links.MLFLOW_PAGE, "http://127.0.0.1:5000")
     assert links.mlflow_page(local, "7f") == "http://127.0.0.1:5000/#/runs/7f"
     with temporary_settings({PREFECT_API_URL: "http://u:p@127.0.0.1:4200/api"}):

@@ -466,7 +466,9 @@ def check_here(registry, monkeypatch):
 
     def check(version: str, sample: SampleAnswer, **limits: float) -> ReleaseCheck:
         dials = release_check.Limits(8, **limits)
-        return release_check.check_release(registry.store, f"models:/{NAME}/{version}", [sample], "fp32", dials).check
+        return release_check.check_release(
+            registry.store, resolve(registry.store, f"models:/{NAME}/{version}"), [sample], "fp32", dials
+        ).check
 
     return check
 

@@ -6,6 +6,7 @@ The whole chain with a warm start, killed and forced: `pytest -m slow tests/test
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import pytest
 
 from data_contracts.data_reports import DatasetManifest
 from data_contracts.errors import ConfigError, GateError, StoreError
+from data_contracts.lineage import LINEAGE_TAG
 from data_contracts.reports import AdapterRef, BaseModelRef, Origin, RecordedRun, Start, TrainReport
 from data_contracts.run_spec import ModelSpec, RunSpec, StoreSpec, TrainSpec
 from data_contracts.verdict import GateReport
@@ -388,21 +390,35 @@ def test_an_adapter_that_is_gone_stops_the_run(place, more, champion_files):
         place.start(more)
 
 
-def test_rows_that_nobody_knows_any_more_are_no_start(place, more, champion_files):
+def test_rows_that_are_gone_stop_the_run(place, more, champion_files):
     champion_files[1].unlink()
-    start = place.start(more)
+    with pytest.raises(StoreError, match=r"trained_rows\.txt of grows version 3 is not the file .*no file instead of"):
+        place.start(more)
+
+
+def test_of_a_version_from_before_lineage_rows_that_are_gone_are_no_start(place, more, champion_files):
+    champion_files[1].unlink()
+    with without_tag(place, LINEAGE_TAG):
+        start = place.start(more)
     assert start.told == "trained_rows.txt, the training rows of grows version 3, is gone from the registry"
     assert start.version is None
 
 
 def test_a_version_from_before_rows_were_kept_is_no_start(place, more):
-    client = connect(place.model)
-    kept = client.get_model_version(NAME, "3").tags[registry.TRAINED_TAG]
-    client.delete_model_version_tag(NAME, "3", registry.TRAINED_TAG)
-    try:
+    with without_tag(place, registry.TRAINED_TAG):
         assert "registered before its training rows were kept" in place.start(more).told
+
+
+@contextmanager
+def without_tag(place: Place, tag: str) -> Iterator[None]:
+    """Version 3 as it was registered before there was such a tag."""
+    client = connect(place.model)
+    kept = client.get_model_version(NAME, "3").tags[tag]
+    client.delete_model_version_tag(NAME, "3", tag)
+    try:
+        yield
     finally:
-        client.set_model_version_tag(NAME, "3", registry.TRAINED_TAG, kept)
+        client.set_model_version_tag(NAME, "3", tag, kept)
 
 
 def test_an_ancestor_that_is_no_longer_registered_is_told(place, generations, monkeypatch):

@@ -1,6 +1,6 @@
 """Ask a registered model in a fresh process: `python -m tasks.workers.ask_model spec.json out/`.
 
-spec: tracking_uri, model (a models:/ URI), store (its folder, where the base lies), questions, max_new_tokens.
+spec: tracking_uri, model (its verified folder), label, store (its folder, where the base lies), questions, max_new_tokens.
 report: answers.
 """
 
@@ -26,7 +26,7 @@ def load(spec: dict[str, Any]) -> Any:
     os.environ.setdefault("TUNEGATE_STORE_DIR", spec["store"])
     mlflow.set_tracking_uri(spec["tracking_uri"])
     mlflow.set_registry_uri(spec["tracking_uri"])
-    say("note", text=f"loading {spec['model']} from the registry")
+    say("note", text=f"loading {spec['label']} from the registry")
     return mlflow.pyfunc.load_model(spec["model"])
 
 

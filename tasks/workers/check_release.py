@@ -1,7 +1,7 @@
 """Is a registered version what was evaluated? In a fresh process: `python -m tasks.workers.check_release spec.json out/`.
 
-spec: tracking_uri, model (a models:/ URI), store (its folder, where the base lies), samples [{question, prompt or null,
-next_tokens or null}], max_new_tokens. report: answers; differences (for each sample, in nats; null where no tokens were
+spec: tracking_uri, model (its verified folder), label, store (its folder, where the base lies), samples [{question, prompt or
+null, next_tokens or null}], max_new_tokens. report: answers; differences (for each sample, in nats; null where no tokens were
 kept), ms_per_token, peak_bytes, precision.
 """
 

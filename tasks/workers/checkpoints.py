@@ -58,8 +58,8 @@ def step_of(folder: Path | None) -> int:
 
 
 def state_of(folder: Path | None) -> dict[str, Any]:
-    """Trainer's state in a checkpoint: log_history, best_global_step, stateful_callbacks and more."""
-    return dict(json.loads((folder / _STATE).read_text())) if folder else {}
+    """Trainer's state in a checkpoint: log_history, best_global_step, stateful_callbacks and more. Raises ValueError."""
+    return _json_object(folder / _STATE) if folder else {}
 
 
 def last_good(out: Path) -> str:
@@ -70,7 +70,8 @@ def last_good(out: Path) -> str:
 
 def _folders(out: Path) -> list[Path]:
     """Newest first."""
-    return sorted(out.glob("checkpoint-*"), key=step_of, reverse=True)
+    found = (folder for folder in out.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdecimal())
+    return sorted(found, key=step_of, reverse=True)
 
 
 def _best(folder: Path) -> list[Path]:
@@ -79,7 +80,7 @@ def _best(folder: Path) -> list[Path]:
         step = state_of(folder).get("best_global_step")
     except ValueError:  # damaged since it was written: it is found out when it is read
         return []
-    return [folder.parent / f"checkpoint-{step}"] if step else []
+    return [folder.parent / f"checkpoint-{step}"] if type(step) is int and step > 0 else []
 
 
 def _let_go_of_old_ones(out: Path) -> None:
@@ -111,7 +112,7 @@ def _fault(folder: Path) -> str | None:
     if not (folder / _MANIFEST).exists():
         return "it was never finished"
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = {name: str(identity) for name, identity in _json_object(folder / _MANIFEST).items()}
     except ValueError:
         return f"{_MANIFEST} is damaged"
     if strange := set(manifest) ^ set(_files(folder)):
@@ -132,6 +133,14 @@ def _fault(folder: Path) -> str | None:
 def _random_states() -> set[str]:
     """The files in which Trainer keeps each rank's random states."""
     return {f"rng_state_{number}.pth" for number in range(ranks())} if ranks() > 1 else {"rng_state.pth"}
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    """Raises ValueError for everything else, however deep."""
+    try:
+        return dict(json.loads(file.read_bytes()).items())
+    except (AttributeError, RecursionError) as error:
+        raise ValueError(f"{file.name} is no JSON object") from error
 
 
 def _files(folder: Path) -> list[str]:

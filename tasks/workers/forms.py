@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig
 
 from data_contracts.method_rules import LORA_ARMS
+from tasks.workers.adapters import checked_adapter, checked_weights
 from tasks.workers.bases import load_base
 from tasks.workers.device import Device
 
@@ -48,14 +49,14 @@ def load(form: Form, base: Path, device: Device) -> Any:
         return rounded(merge(load_base(base, "lora", _as_stored(base, device)), form.merged), device)
     method = "qlora" if form.quant_type else "lora"
     quantisation = {"quant_type": form.quant_type, "double_quant": form.double_quant}
-    return load_base(Path(form.own) if form.own else base, method, device, quantisation)
+    return load_base(Path(checked_weights(form.own)) if form.own else base, method, device, quantisation)
 
 
 def attach(model: Any, target: Target) -> Any:
     """The model with the target's adapter on it; itself where that is part of its weights, or there is none."""
     if not target["adapter"] or target["method"] == "full" or target["merged"]:
         return model
-    return PeftModel.from_pretrained(model, target["adapter"]).eval()
+    return PeftModel.from_pretrained(model, checked_adapter(target["adapter"], model)).eval()
 
 
 def detach(tuned: Any, target: Target) -> None:
@@ -66,7 +67,7 @@ def detach(tuned: Any, target: Target) -> None:
 
 def merge(model: Any, adapter: str) -> Any:
     """The model with a LoRA adapter added to its weights: summed in fp32, layer by layer, kept as they are stored."""
-    tuned = PeftModel.from_pretrained(model, adapter).eval()
+    tuned = PeftModel.from_pretrained(model, checked_adapter(adapter, model)).eval()
     for layer in tuned.modules():
         if isinstance(layer, LoraLayer):
             weight: Any = layer.get_base_layer().weight

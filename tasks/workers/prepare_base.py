@@ -4,6 +4,7 @@ spec: base, revision. report: path, note, licence, revision, stops, chat_templat
 hub ids are downloaded to the hub cache (or found there).
 """
 
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,12 +16,14 @@ import yaml
 from huggingface_hub import HfApi, metadata_load, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -30,13 +33,14 @@ from transformers import (
 
 from data_contracts.errors import ConfigError, Problem, TransientError, TunegateError
 from data_contracts.failures import may_pass
+from tasks.core.adapter_files import CONFIG, read_json, weight_faults
 from tasks.workers.chat import PLAIN_TEMPLATE, load_chat
 from tasks.workers.harness import main, say
 
 _SMOLLM2_MAX_TOKENS = 8192
 _LICENCES = {"builtin:smollm2-135m": "Apache-2.0", "builtin:tiny-llama": "none: random weights"}
 _UNKNOWN = "unknown"
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.tiktoken", "*.model", "*.txt"]
 
 
 def prepare(spec: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -117,6 +121,8 @@ def _download(base: str, revision: str | None) -> dict[str, Any]:
     say("note", text=f"fetching {base} from the hub, or finding it in the local cache")
     try:
         folder = Path(snapshot_download(base, revision=revision, allow_patterns=_HUB_FILES))
+    except HFValidationError as error:
+        raise _no_base(base, "no name of a model on the hub", "give a folder, or a hub id such as ORG/NAME") from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         act = "check the id; if it is private or gated, log in with `hf auth login` or set HF_TOKEN"
         raise _no_base(base, f"the hub does not give it (revision {revision or 'newest'})", act) from error
@@ -142,11 +148,28 @@ def _licence(folder: Path, base: str, revision: str | None) -> str:
 
 
 def _check_files(folder: Path) -> Path:
+    """The folder, made absolute. Raises ConfigError with everything in it that would not load, or not as it is meant."""
     if not (folder / "config.json").exists():
         raise _no_base(str(folder), "it holds no config.json", "give the folder of a transformers model")
     if not list(folder.glob("*.safetensors")):
         raise _no_base(str(folder), "it holds no .safetensors weights", "convert the weights: pickled ones are refused")
+    if faults := [*_config_faults(folder), *weight_faults(folder)]:
+        act = "fetch the model again, or give another folder"
+        raise ConfigError(*(Problem(f"{folder}: {fault}", "model.base", act=act) for fault in faults))
     return folder.resolve()
+
+
+def _config_faults(folder: Path) -> Iterator[str]:
+    try:
+        config = read_json(folder / "config.json")
+        kind = config.get("model_type")
+    except (ValueError, AttributeError) as error:
+        yield f"config.json is no configuration: {error}"
+        return
+    if config.get("auto_map") and str(kind) not in CONFIG_MAPPING:
+        yield f"its model_type {kind!r} needs code of its own, and no code from a model is run"
+    if (folder / CONFIG).exists():
+        yield f"{CONFIG} would put an adapter on it, or another base in its place: merge it first"
 
 
 def _no_base(base: str, what: str, act: str, kind: type[TunegateError] = ConfigError) -> TunegateError:

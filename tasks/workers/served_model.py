@@ -1,9 +1,10 @@
 """The registered model: an adapter on its base, or all weights, answered through mlflow.pyfunc (models-from-code).
 
 MLflow copies this file into every model version and runs it on its own, so it imports nothing of Tunegate. `meta.json`
-beside the adapter names the base, the form it is loaded in (full precision or 4 bits, as evaluated), and the digest of
-its files. The base itself is found, in this order: in $TUNEGATE_BASE_DIR; in a store above this model or above the
-working directory; on the hub, if it came from there. torch is imported when a model is loaded, not when it is logged.
+beside the adapter names the base, the form it is loaded in (full precision or 4 bits, as evaluated), and the sha256 of
+the adapter's files and of the base: with others nothing is loaded. The base itself is found, in this order: in
+$TUNEGATE_BASE_DIR; in a store above this model or above the working directory; on the hub, if it came from there. torch is
+imported when a model is loaded, not when it is logged.
 """
 
 import hashlib
@@ -15,6 +16,9 @@ from typing import Any
 
 import mlflow
 
+# What is asked of the hub: never a pickle, never code. As in tasks/workers/prepare_base.py.
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.tiktoken", "*.model", "*.txt"]
+
 
 class ServedModel(mlflow.pyfunc.PythonModel):
     """predict(questions, params={"max_new_tokens": 64}) -> greedy answers."""
@@ -24,7 +28,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.meta = json.loads(Path(context.artifacts["meta"]).read_text())
-        adapter = Path(context.artifacts["adapter"])
+        adapter = checked_adapter(Path(context.artifacts["adapter"]), self.meta["adapter_files"])
         base = find_base(self.meta, [adapter, Path.cwd()])
         self.tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         if self.tokenizer.chat_template is None:
@@ -70,22 +74,41 @@ class ServedModel(mlflow.pyfunc.PythonModel):
         return str(answer).strip()
 
 
+def checked_adapter(folder: Path, files: dict[str, str]) -> Path:
+    """The adapter's folder. Raises ValueError unless it holds the named files, as they were registered, and nothing else:
+    a pickle, code or a link beside them could run or be read in their place."""
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    wrong = sorted(found.keys() ^ files.keys())
+    wrong += [
+        name for name in found.keys() & files.keys() if found[name].is_symlink() or _sha256(found[name]) != files[name]
+    ]
+    if wrong:
+        raise ValueError(f"{folder} is not the adapter that was registered: {', '.join(map(ascii, wrong[:8]))}")
+    return folder
+
+
 def find_base(meta: dict[str, Any], starts: list[Path]) -> str:
     """The folder or hub id of the base. Raises FileNotFoundError, or ValueError if its files are not the trained ones."""
     for folder in _candidates(meta, starts):
         if (folder / "config.json").exists():
-            if digest(folder) != meta["base_digest"]:
-                raise ValueError(
-                    f"{folder} is not the base this adapter was trained on (expected {meta['base_digest']})"
-                )
-            return str(folder)
+            return str(_checked_base(folder, meta))
     if meta["base_revision"]:
         from huggingface_hub import snapshot_download
 
-        return str(snapshot_download(meta["base"], revision=meta["base_revision"]))
+        found = snapshot_download(meta["base"], revision=meta["base_revision"], allow_patterns=_HUB_FILES)
+        return str(_checked_base(Path(found), meta))
     raise FileNotFoundError(
         f"base {meta['base']} is not found: set TUNEGATE_BASE_DIR to its folder, or TUNEGATE_STORE_DIR to the store's"
     )
+
+
+def _checked_base(folder: Path, meta: dict[str, Any]) -> Path:
+    if digest(folder) != meta["base_digest"]:
+        act = "every file in it counts; TUNEGATE_BASE_DIR names another folder"
+        raise ValueError(
+            f"{folder} is not the base this adapter was trained on (expected {meta['base_digest']}); {act}"
+        )
+    return folder
 
 
 def _candidates(meta: dict[str, Any], starts: list[Path]) -> Iterator[Path]:
@@ -100,11 +123,14 @@ def _candidates(meta: dict[str, Any], starts: list[Path]) -> Iterator[Path]:
 
 def digest(folder: Path) -> str:
     """Hex sha256 of a folder's sorted (relative path, file digest) pairs, as the store computes it."""
-    lines = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            lines.append(f"{path.relative_to(folder).as_posix()} {hashlib.file_digest(file, 'sha256').hexdigest()}\n")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{path.relative_to(folder).as_posix()} {_sha256(path)}\n" for path in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if not __name__.startswith("tasks."):  # MLflow runs this file to find the model; an import of it must not

@@ -20,6 +20,7 @@ from transformers.trainer_callback import TrainerState
 from data_contracts.errors import ConfigError, DataError, Problem
 from data_contracts.method_rules import LORA_ARMS
 from tasks.core.packing import Scored, plan_batches
+from tasks.workers.adapters import checked_adapter
 from tasks.workers.bases import load_base, weights_bytes
 from tasks.workers.chat import Chat, load_chat
 from tasks.workers.checkpoints import last_checkpoint, state_of, step_of
@@ -132,7 +133,7 @@ def trainable(spec: dict[str, Any], device: Device) -> Any:
 
 def with_adapter(base: Any, folder: str) -> Any:
     """The adapter in `folder`, trainable. PeftModel.from_pretrained does the same, but for a prefix it refuses to."""
-    config = PeftConfig.from_pretrained(folder)
+    config = PeftConfig.from_pretrained(checked_adapter(folder, base))
     config.inference_mode = False
     model = get_peft_model(base, config)
     model.load_adapter(folder, "default", is_trainable=True)
