@@ -229,7 +229,8 @@ class ModelVersion(Report):
 class ReleaseCheck(Report):
     """A registered version, loaded in a fresh process, held against what was evaluated of it.
 
-    difference_nats: the largest between the log-probabilities of next tokens then and now; None if none were compared.
+    difference_nats: between the log-probabilities of next tokens then and now, of the question where they differ most; None
+    if none were compared.
     """
 
     questions: int

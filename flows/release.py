@@ -51,8 +51,7 @@ def _checked(store: StoreSpec, plan: Plan, override: bool) -> tuple[ReleaseCheck
     judged, to = plan.judged, plan.to
     answers, precision = (judged.answers, judged.precision) if judged else ([], None)
     try:
-        uri = f"models:/{to.name}/{to.version}"
-        check, _ = check_release(store, uri, answers, precision, _limits(store, to))
+        check, _ = check_release(store, to, answers, precision, _limits(store, to))
     except TunegateError as error:
         what = f"could not be checked: {error.problems[0].what.splitlines()[0]}"
         problem = Problem(what, to.label, act=promotion.overrule(plan))

@@ -55,13 +55,15 @@ def registry_moves(client: "MlflowClient", name: str) -> list[Move]:
 
 
 def entries_of(client: "MlflowClient", ledger: Ledger, name: str) -> list[Entry]:
-    """The ledger's moves with those that only the registry has, oldest first."""
-    own = ledger.of(name)
-    ids = {entry.move.id for entry in own}
-    others = [
-        Entry(move=move, step="done", elsewhere=True) for move in registry_moves(client, name) if move.id not in ids
-    ]
-    return sorted([*own, *others], key=lambda entry: entry.move.unix_seconds)
+    """Every move, oldest first: as the registry has it, and if it has not, because it was never made, as the ledger has."""
+    own = {entry.move.id: entry for entry in ledger.of(name)}
+    done = {
+        move.id: Entry(
+            move=move, step="done", told=own[move.id].told if move.id in own else "", elsewhere=move.id not in own
+        )
+        for move in registry_moves(client, name)
+    }
+    return sorted((own | done).values(), key=lambda entry: entry.move.unix_seconds)
 
 
 # --- what follows from them ---------------------------------------------------------------------------------
@@ -149,11 +151,8 @@ def history(store: StoreSpec, name: str) -> History:
     if not entries and not client.search_registered_models(f"name = '{name}'"):
         raise ConfigError(Problem(f"the registry has no {name}", "history", act=offer(client, name)))
     problems = [str(ledgers.broken(ledger))] if ledger.problem else []
-    lost = [entry.move for entry in entries if entry.elsewhere]
-    if lost and not store.mlflow_uri and not ledger.problem:  # on a server they are another machine's
-        what = f"the promotion ledger lacks {len(lost)} moves that the registry has"
-        act = "restore the file from a backup, or write it anew from the registry: tunegate history NAME --rebuild"
-        problems.append(str(Problem(what, str(ledger.file), act=act)))
+    if not ledger.problem:
+        problems += [str(ledgers.broken(ledger, what)) for what in _differences(store, ledger, entries)]
     done = [entry.move for entry in entries if entry.step == "done"]
     if done and done[-1].to != champion:
         what = (
@@ -161,6 +160,15 @@ def history(store: StoreSpec, name: str) -> History:
         )
         problems.append(str(Problem(what, name, act="somebody set the alias past Tunegate: promote or roll back")))
     return History(name=name, champion=champion, entries=entries, reconciled=reconciled, problems=problems)
+
+
+def _differences(store: StoreSpec, ledger: Ledger, entries: list[Entry]) -> list[str]:
+    """Where the ledger is not what the registry has; moves that only the registry has are another machine's, on a server."""
+    lost = sum(entry.elsewhere for entry in entries)
+    own = ledger.entries
+    changed = [entry.move for entry in entries if entry.move.id in own and own[entry.move.id].move != entry.move]
+    told = [f"the registry has another story of the {move.act} to version {move.to}" for move in changed]
+    return told if store.mlflow_uri or not lost else [*told, f"it lacks {lost} moves that the registry has"]
 
 
 def rebuild(store: StoreSpec) -> str:

@@ -70,7 +70,7 @@ def read(store: Store) -> Ledger:
         try:
             _add(ledger, raw, number)
         except ValueError as error:
-            ledger.problem = f"line {number} of {ledger.file}: {error}"
+            ledger.problem = f"line {number}: {error}"
             break
         ledger.last = _digest(raw)
     return ledger
@@ -129,9 +129,9 @@ def locked(store: Store, wait_seconds: float = _WAIT_SECONDS) -> Iterator[None]:
         yield
 
 
-def broken(ledger: Ledger) -> Problem:
+def broken(ledger: Ledger, what: str | None = None) -> Problem:
     act = "restore the file from a backup, or write it anew from the registry: tunegate history NAME --rebuild"
-    return Problem(f"the promotion ledger was changed: {ledger.problem}", "promotions", act=act)
+    return Problem(f"the promotion ledger was changed: {what or ledger.problem}", str(ledger.file), act=act)
 
 
 def _mend(file: Path) -> None:

@@ -5,6 +5,7 @@
 The registry, its versions, the processes and their deaths are real; adapters are random on a tiny base.
 """
 
+import hashlib
 import json
 import multiprocessing
 import signal
@@ -72,7 +73,7 @@ def test_a_line_that_was_changed_is_found(written, number):
     if number == 5:  # nothing follows it in the file: the registry's tags are what tells
         assert problem is None
     else:
-        assert f"line {number + 2} of" in problem and "the line before it was changed or taken out" in problem
+        assert f"line {number + 2}:" in problem and "the line before it was changed or taken out" in problem
         with pytest.raises(StoreError, match="--rebuild"), ledgers.opened(written):
             pass
 
@@ -81,7 +82,7 @@ def test_a_line_that_was_changed_is_found(written, number):
 def test_a_line_that_was_taken_out_is_found(written, number):
     lines = file_of(written).read_text().splitlines(keepends=True)
     file_of(written).write_text("".join(lines[:number] + lines[number + 1 :]))
-    assert f"line {number + 1} of" in ledgers.read(written).problem
+    assert f"line {number + 1}:" in ledgers.read(written).problem
 
 
 def test_what_is_no_line_of_a_ledger_is_found(written):
@@ -318,16 +319,32 @@ def test_an_alias_set_past_tunegate_is_told_and_rolled_back(fresh):
     assert now(fresh) == "1" and moves.history(fresh.store, NAME).problems == []
 
 
+def test_the_last_line_changed_is_told_by_the_registry(fresh):
+    promote_version(fresh.store, NAME, "1")
+    lines = file_of(fresh.place).read_text().splitlines()
+    intended = json.loads(lines[0])
+    intended["move"]["who"] = "nobody"
+    first = json.dumps(intended)
+    done = json.loads(lines[1]) | {"after": hashlib.sha256(first.encode()).hexdigest()}  # chained anew, and well
+    file_of(fresh.place).write_text(f"{first}\n{json.dumps(done)}\n")
+    assert ledgers.read(fresh.place).problem is None
+    (problem,) = moves.history(fresh.store, NAME).problems
+    assert "the registry has another story of the promote to version 1" in problem
+
+
 def test_moves_that_the_file_lost_are_told_and_written_anew_from_the_registry(fresh):
     promote_version(fresh.store, NAME, "1")
     promote_version(fresh.store, NAME, "3")
     whole = file_of(fresh.place).read_text().splitlines(keepends=True)
     file_of(fresh.place).write_text("".join(whole[:2]))  # a shorter chain is one too
     (problem,) = moves.history(fresh.store, NAME).problems
-    assert "lacks 1 moves that the registry has" in problem and "--rebuild" in problem
+    assert "it lacks 1 moves that the registry has" in problem and "--rebuild" in problem
     moves.rebuild(fresh.store)
     assert moves.history(fresh.store, NAME).problems == []
     assert steps(fresh) == [("promote", None, "1", "done"), ("promote", "1", "3", "done")]
+    file_of(fresh.place).write_text(file_of(fresh.place).read_text().replace("gates: pass", "as we like"))
+    moves.rebuild(fresh.store)
+    assert [entry.move.why for entry in moves.history(fresh.store, NAME).entries] == ["gates: pass"] * 2
     file_of(fresh.place).write_text("nonsense\n")
     with pytest.raises(StoreError, match="the promotion ledger was changed"):
         rollback_version(fresh.store, NAME)
@@ -335,7 +352,7 @@ def test_moves_that_the_file_lost_are_told_and_written_anew_from_the_registry(fr
     assert "restore the file" in moves.history(fresh.store, NAME).problems[0]
     moves.rebuild(fresh.store)
     rollback_version(fresh.store, NAME)
-    assert now(fresh) == "1" and len(list(fresh.place.files.glob("promotions.jsonl.1*"))) == 2
+    assert now(fresh) == "1" and len(list(fresh.place.files.glob("promotions.jsonl.1*"))) >= 3
 
 
 # --- several at once, and killed ----------------------------------------------------------------------------
@@ -466,7 +483,9 @@ def check_here(registry, monkeypatch):
 
     def check(version: str, sample: SampleAnswer, **limits: float) -> ReleaseCheck:
         dials = release_check.Limits(8, **limits)
-        return release_check.check_release(registry.store, f"models:/{NAME}/{version}", [sample], "fp32", dials).check
+        return release_check.check_release(
+            registry.store, resolve(registry.store, f"models:/{NAME}/{version}"), [sample], "fp32", dials
+        ).check
 
     return check
 

@@ -1,8 +1,14 @@
 """Is a registered version what was evaluated? In a fresh process: `python -m tasks.workers.check_release spec.json out/`.
 
+<<<<<<< HEAD
 spec: tracking_uri, model (its verified folder), label, store (its folder, where the base lies), samples [{question, prompt or null,
 next_tokens or null}], max_new_tokens. report: answers; differences (for each sample the largest between the log-probabilities
 of its next tokens then and now, in nats; null where none were kept), ms_per_token, peak_bytes, precision.
+=======
+spec: tracking_uri, model (its verified folder), label, store (its folder, where the base lies), samples [{question, prompt or
+null, next_tokens or null}], max_new_tokens. report: answers; differences (for each sample, in nats; null where no tokens were
+kept), ms_per_token, peak_bytes, precision.
+>>>>>>> promotion
 """
 
 import math
@@ -45,16 +51,18 @@ def ask(model: Any, served: Any, question: str, most_tokens: int) -> tuple[str, 
 
 
 def difference(served: Any, sample: Sample) -> float | None:
-    """How far the log-probabilities lie from those that were kept; infinite if one is not a number now."""
+    """How far the log-probabilities of its next tokens lie from those that were kept, on average, each token by its
+    probability then: of unlikely ones rounding shifts the logarithm furthest. Infinite if one is not a number now."""
     if sample["next_tokens"] is None:
         return None
     prompt = served.tokenizer(sample["prompt"], add_special_tokens=False)["input_ids"]
     nats_V = next_log_probabilities(served.model, prompt, served.stops[0])
-    ids, then = zip(*sample["next_tokens"], strict=True)
+    ids, kept = zip(*sample["next_tokens"], strict=True)
     if max(ids) >= len(nats_V):
         return math.inf  # another vocabulary
-    furthest = (nats_V[list(ids)] - torch.tensor(then)).abs().max().item()
-    return furthest if math.isfinite(furthest) else math.inf
+    then = torch.tensor(kept)
+    mean = ((nats_V[list(ids)] - then).abs() * then.softmax(-1)).sum().item()
+    return mean if math.isfinite(mean) else math.inf
 
 
 def precision(model: Any) -> str:
