@@ -43,6 +43,8 @@ def draft_of(to: Path) -> Iterator[Path]:
     try:
         yield draft
         draft.chmod(0o755)
+        for file in draft.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes for its own user only
         draft.replace(to.absolute())
     finally:
         shutil.rmtree(draft, ignore_errors=True)

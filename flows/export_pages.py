@@ -17,7 +17,7 @@ def show_export(found: Exported, to: Path, console: "Console") -> None:
     title = f"{found.model}: {found.items} held-out rows, {found.tokens} answer tokens, all forms computed in fp32"
     table = Table(title=title, title_justify="left", title_style="bold")
     for place, name in enumerate(TITLES):
-        table.add_column(name, justify="right" if place else "left")
+        table.add_column(name, justify="right" if place else "left", no_wrap=not place)
     for row in rows_of(found):
         table.add_row(*map(Text, row))
     console.print(table)

@@ -1,6 +1,7 @@
 """The steps of an export: every form measured beside the live model, one written, its files read back and measured."""
 
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from tasks.processes import run_worker
 from tasks.stores import digest
 
 _MAX_TOKENS = 1024
+_CLEAR_NATS = 0.01  # of loss
 _FORMS = "forms"  # folder of a work folder
 _DTYPES: dict[str, list[Dtype]] = {"merged": ["fp32", "fp16", "bf16"], "gguf": ["fp32", "fp16", "bf16", "q8_0"]}
 
@@ -109,9 +111,26 @@ def check_files(
         base_digest=subject.version.base_digest, lineage_sha256=subject.lineage_sha256,
         adapter_sha256=subject.version.adapter_sha256, tolerance_nats=wish.tolerance_nats, items=measured.items,
         tokens=measured.tokens, live=measured.live, forms=measured.forms, chosen=measured.chosen, written=written,
-        runtime=runtime, notes=[*notes, *_unmeasured(subject, wish, written, runtime)],
+        runtime=runtime, notes=[*notes, *_better_elsewhere(measured), *_unmeasured(subject, wish, written, runtime)],
         files={path.relative_to(draft).as_posix(): digest(path) for path in sorted(draft.rglob("*")) if path.is_file()},
     )  # fmt: skip
+
+
+def _better_elsewhere(measured: Measured) -> list[str]:
+    """A form farther from the live model may have the lower loss: the choice is then the user's."""
+    best = min(measured.forms, key=lambda form: form.distance.nll_nats, default=None)
+    chosen = measured.chosen
+    if best is None or chosen is None or chosen.distance.nll_nats - best.distance.nll_nats <= _CLEAR_NATS:
+        return []
+    kl_nats = best.distance.kl_nats
+    found = f"another model, but a lower loss: {best.label}, {best.distance.nll_nats:.4f} at KL {kl_nats:.3g}"
+    return [f"{found}; to take it: --base {best.base} --dtype {best.dtype} --tolerance-nats {_above(kl_nats):g}"]
+
+
+def _above(kl_nats: float) -> float:
+    """A tolerance that lets it through: one digit, rounded up."""
+    step = 10.0 ** math.floor(math.log10(kl_nats)) if kl_nats > 0 else 1.0
+    return math.ceil(kl_nats / step) * step
 
 
 def _unmeasured(subject: Subject, wish: Wish, written: Distance, runtime: Runtime | None) -> list[str]:

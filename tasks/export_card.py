@@ -64,9 +64,7 @@ def rows_of(found: Exported) -> list[list[str]]:
         rows.append(_row(form.label + mark, form.distance, form))
     rows.append(_row("the written files", found.written))
     if found.runtime:
-        rows.append(
-            [f"  in {found.runtime.name}", f"{found.runtime.kl_nats:.2e} or more", *[_NONE] * (len(TITLES) - 2)]
-        )
+        rows.append(["  in llama.cpp", f"{found.runtime.kl_nats:.2e} or more", *[_NONE] * (len(TITLES) - 2)])
     return rows
 
 

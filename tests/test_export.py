@@ -165,7 +165,9 @@ def test_an_export_is_complete_or_absent(tmp_path):
     to.mkdir()
     with draft_of(to) as draft:
         (draft / "model.safetensors").write_text("whole")
+        (draft / "model.safetensors").chmod(0o600)
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")] == ["out/model.safetensors"]
+    assert (to / "model.safetensors").stat().st_mode & 0o777 == 0o644
     with pytest.raises(ConfigError, match="not an empty folder"):
         check_place(to)
 
