@@ -63,13 +63,13 @@ def planted(folder: Path, base: Path, version: int, method: str = "lora") -> dic
     from tasks.workers.chat import load_chat
     from tests.test_workers import CPU
 
-    torch.manual_seed(version)
+    torch.manual_seed(version + 1)
     model = get_peft_model(
         load_base(base, "lora", CPU), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, std=1.0)
     model.save_pretrained(folder / "adapter")
     quantisation = {"quant_type": "nf4", "double_quant": True} if method == "qlora" else None
     meta = {
@@ -209,6 +209,7 @@ def test_max_tokens_and_stop_end_an_answer_and_say_so(served):
     assert (whole.choices[0].finish_reason, whole.usage.completion_tokens) == ("length", 24)
     text = whole.choices[0].message.content
     stop = text[10:13]
+    assert text.index(stop) == 10
     cut = served.ask(stop=["never said", stop])
     assert cut.choices[0].message.content == text[: text.index(stop)]
     assert cut.choices[0].finish_reason == "stop"
@@ -218,6 +219,7 @@ def test_max_tokens_and_stop_end_an_answer_and_say_so(served):
 
 def test_stop_tokens_are_the_versions_own(served, versions, tmp_path):
     text = served.text()
+    assert text.index(text[10]) == 10
     meta = json.loads(Path(versions[1]["meta"]).read_text())
     (tmp_path / "meta.json").write_text(json.dumps(meta | {"stops": [text[10]]}))
     served.serve(versions[1] | {"version": "4", "meta": str(tmp_path / "meta.json")})
@@ -226,7 +228,7 @@ def test_stop_tokens_are_the_versions_own(served, versions, tmp_path):
         "a stop token that is a letter is read"
     )
     assert answer.choices[0].finish_reason == "stop"
-    assert answer.usage.completion_tokens == text.index(text[10]) + 1
+    assert answer.usage.completion_tokens == 11
     served.serve(versions[1])
 
 
@@ -273,7 +275,7 @@ def test_in_a_chat_each_model_remembers_its_own_answers(served):
     talk.reset()
     assert talk.ask(QUESTION["content"], lambda answers: None) == first
     too_long = talk.ask("x" * 500, lambda answers: None)
-    assert "the prompt has 5" in too_long.error
+    assert "the prompt has" in too_long.error
     assert talk.ask(QUESTION["content"], lambda answers: None).error is None, "the conversation goes on"
 
 
@@ -304,7 +306,8 @@ def test_what_cannot_be_done_is_told_in_openais_form(served, change, status, tol
 
 
 def test_what_is_no_request_is_told_too(served):
-    asked = json.dumps({"model": "demo/1", "messages": [QUESTION], "tools": None, "logprobs": False, "n": 1}).encode()
+    nothing = {"tools": None, "logprobs": False, "n": 1}
+    asked = json.dumps({"model": "demo/1", "messages": [QUESTION], "max_tokens": 1} | nothing).encode()
     assert served.post(asked)[0] == 200, "a field that asks for nothing is taken"
     assert served.post(b"{")[0] == 400
     assert served.post(asked, "text/plain")[0] == 415, "a page of another site can send no JSON"
