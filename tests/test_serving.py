@@ -564,12 +564,11 @@ def pair(champion: str, challenger: str, versions: tuple[str, str] = ("demo/1", 
 
 def test_the_newest_pair_of_versions_is_compared():
     old = pair("a b", "c d", ("demo/0", "demo/1"))
-    found = compare_pairs([old, pair("a b", "a  b"), pair("a b c d", "a b x y", at=3), pair("", "", at=9)])
-    assert (found.prompts, found.other_pairs) == (3, 1)
+    found = compare_pairs([old, pair("a b", "a  b"), *[pair("a b c d", "a b x y", at=3)] * 2, pair("", "", at=9)])
+    assert (found.prompts, found.other_pairs) == (4, 1)
     assert (found.since_unix_seconds, found.until_unix_seconds) == (1, 9)
-    assert found.same.value == pytest.approx(2 / 3)
-    assert found.same.low < 2 / 3 < found.same.high
-    assert found.rouge_l == pytest.approx((1 + 0.5 + 1) / 3)
-    assert [one.challenger for one in found.most_different] == ["a b x y"]
+    assert found.same.low < found.same.value == 0.5 < found.same.high
+    assert found.rouge_l == pytest.approx((1 + 0.5 + 0.5 + 1) / 4)
+    assert [one.challenger for one in found.most_different] == ["a b x y"], "each difference once"
     assert (found.champion.tokens, found.champion.ms_per_token) == (4, 50)
-    assert found.challenger.stopped.value == pytest.approx(2 / 3)
+    assert found.challenger.stopped.value == 0.75
