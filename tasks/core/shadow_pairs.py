@@ -19,7 +19,7 @@ def compare_pairs(pairs: Sequence[Pair]) -> ShadowReport:
     mine = [pair for pair in pairs if _versions(pair) == versions]
     near = [rouge_l(pair.champion.answer, pair.challenger.answer) for pair in mine]
     same = [exact_match(pair.champion.answer, pair.challenger.answer) == 1 for pair in mine]
-    apart = sorted((place for place in range(len(mine)) if not same[place]), key=lambda place: near[place])
+    apart = {_texts(pair): score for pair, alike, score in zip(mine, same, near, strict=True) if not alike}
     return ShadowReport(
         prompts=len(mine),
         since_unix_seconds=mine[0].unix_seconds,
@@ -29,7 +29,10 @@ def compare_pairs(pairs: Sequence[Pair]) -> ShadowReport:
         same=proportion(np.array(same, float), _CONFIDENCE),
         # Two empty answers are alike, though ROUGE gives 0 where there is no word.
         rouge_l=fmean(1.0 if alike else score for alike, score in zip(same, near, strict=True)),
-        most_different=[_difference(mine[place], near[place]) for place in apart[:_SHOWN]],
+        most_different=[
+            Difference(question=texts[0], champion=texts[1], challenger=texts[2], rouge_l=apart[texts])
+            for texts in sorted(apart, key=lambda texts: apart[texts])[:_SHOWN]
+        ],
         other_pairs=len({_versions(pair) for pair in pairs}) - 1,
     )
 
@@ -47,6 +50,5 @@ def _side(answers: Sequence[Given]) -> Side:
     )
 
 
-def _difference(pair: Pair, near: float) -> Difference:
-    question = pair.messages[-1]["content"]
-    return Difference(question=question, champion=pair.champion.answer, challenger=pair.challenger.answer, rouge_l=near)
+def _texts(pair: Pair) -> tuple[str, str, str]:
+    return pair.messages[-1]["content"], pair.champion.answer, pair.challenger.answer

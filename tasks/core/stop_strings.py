@@ -17,10 +17,11 @@ class Cutter:
         if self.found:
             return ""
         text = self._held + piece
-        ends = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if ends:
+        # The stop string that is complete first ends the text, however it was cut into pieces.
+        found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:
             self.found, self._held = True, ""
-            return text[: min(ends)]
+            return text[: min(found)[1]]
         begun = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
         keep = len(text) - max(begun, default=0)
         self._held = text[keep:]

@@ -76,7 +76,7 @@ def _quantised(
     )
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    _keep_the_weights(model)
+    keep_the_weights(model)
     return model
 
 
@@ -98,7 +98,7 @@ def _names(file: Path) -> list[str]:
         return list(stored.keys())
 
 
-def _keep_the_weights(model: torch.nn.Module) -> None:
+def keep_the_weights(model: torch.nn.Module) -> None:
     """Stop bitsandbytes from repacking weights for its bf16 kernel, which it does on CPUs with AVX512_BF16.
 
     The first forward without gradients would change them in place: fp32 arithmetic would become bf16, and training
