@@ -140,12 +140,24 @@ def test_a_window_shorter_than_a_path_is_padded():
     gradients(with_lora(model), "padded")
 
 
-def test_a_forward_that_differs_is_noticed(monkeypatch):
-    model = tiny("llama")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_that_differs_is_noticed(monkeypatch, dtype):
+    model = tiny("llama", initializer_range=0.1).to(dtype)
+    assert choose_way(model, some_sequences(), 32).way == "packed"
     monkeypatch.setattr("tasks.workers.tree_attention._attend", lambda query, *_: query)
     scoring = choose_way(model, some_sequences(), 32)
     assert scoring == Scoring("padded", scoring.reason)
     assert "differ" in scoring.reason
+
+
+@pytest.mark.parametrize(("dtype", "way"), [(torch.bfloat16, "packed"), (torch.float32, "padded")])
+def test_one_token_that_rounding_moves_by_0_3_nats_is_no_other_forward_in_bf16(monkeypatch, dtype, way):
+    def moved(model, batch):
+        losses = scored_losses(model, batch)
+        return losses + 0.3 * (torch.arange(len(losses)) == 2) if "tree" in batch else losses
+
+    monkeypatch.setattr("tasks.workers.scoring.scored_losses", moved)
+    assert choose_way(tiny("llama").to(dtype), some_sequences(), 32).way == way
 
 
 def test_a_model_that_changes_its_logits_is_scored_from_its_logits():

@@ -21,8 +21,9 @@ LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 Batch = dict[str, Any]
 Way = Literal["packed", "padded"]
-# Largest difference of a token's loss, in nats, at which the two ways are the same arithmetic in another order.
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+# Root mean square of the differences of tokens' losses, in nats, up to which the two ways are the same arithmetic in another
+# order. A single token says little in 16 bits: with other kernels for another shape it moves by 0.3 (docs/log.md).
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 COMPARED = 4  # sequences scored both ways before a model is used
 
@@ -123,11 +124,11 @@ def choose_way(model: Any, sequences: Sequence[Scored], longest: int) -> Scoring
             _causal(model).set_attn_implementation("eager")
             return Scoring("padded", f"this architecture cannot be packed: {error}")
         expected = scored_losses(model, to_device(to_tensors(sequences, "padded"), device))
-    difference = float((found - expected).abs().max())
+    difference = float((found - expected).square().mean().sqrt())
     if difference <= _TOLERANCE[_causal(model).dtype]:
-        return Scoring("packed", f"losses equal the padded forward's (largest difference {difference:.1e} nats)")
+        return Scoring("packed", f"losses equal the padded forward's ({difference:.1e} nats apart, root mean square)")
     _causal(model).set_attn_implementation("sdpa")
-    return Scoring("padded", f"packed losses differ from the padded forward's by {difference:.1e} nats")
+    return Scoring("padded", f"packed losses differ from the padded forward's by {difference:.1e} nats, root mean square")
 
 
 def to_device(batch: Batch, device: Any) -> Batch:
