@@ -62,9 +62,9 @@ class Registered:
         return Path(self.adapter).parent.parent
 
 
-def to_load(store: StoreSpec, uri: str) -> dict[str, str]:
+def to_load(store: StoreSpec, version: Registered) -> dict[str, str]:
     """What a worker needs to load a version as anybody does. The files that were verified are the ones it loads."""
-    place, version = Store(Path(store.root)), resolve(store, uri)
+    place = Store(Path(store.root))
     return {
         "tracking_uri": store.mlflow_uri or place.database_uri,
         "model": str(version.folder),
@@ -75,7 +75,7 @@ def to_load(store: StoreSpec, uri: str) -> dict[str, str]:
 
 def ask_version(store: StoreSpec, uri: str, questions: list[str], max_new_tokens: int) -> list[str]:
     """Load a version in a fresh process and put questions to it."""
-    spec = to_load(store, uri) | {"questions": questions, "max_new_tokens": max_new_tokens}
+    spec = to_load(store, resolve(store, uri)) | {"questions": questions, "max_new_tokens": max_new_tokens}
     out = Store(Path(store.root)).files / "asks" / uuid.uuid4().hex
     answers = run_worker("tasks.workers.ask_model", spec, out)["answers"]
     shutil.rmtree(out)  # only a failed one is kept, with its log

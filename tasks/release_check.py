@@ -11,11 +11,7 @@ from data_contracts.errors import Problem, StoreError
 from data_contracts.reports import EvalReport, LoadedBack, ModelVersion, ReleaseCheck, SampleAnswer
 from data_contracts.run_spec import StoreSpec
 from tasks.processes import run_worker
-<<<<<<< HEAD
-from tasks.registry import EXAMPLE, to_load
-=======
-from tasks.registry import EXAMPLE, Registered, resolve
->>>>>>> promotion
+from tasks.registry import EXAMPLE, Registered, resolve, to_load
 from tasks.stores import Store
 
 # How far log-probabilities may lie from the evaluation's, in nats: measured in docs/release.md. bf16: on either side.
@@ -40,31 +36,14 @@ def check_release(
     store: StoreSpec, version: Registered, evaluated: list[SampleAnswer], precision: str | None, limits: Limits
 ) -> Checked:
     """Load the version, answer the sample questions, compare what may follow each prompt with what was evaluated."""
-<<<<<<< HEAD
     kept = {"question", "prompt", "next_tokens"}
     spec: dict[str, Any] = {
-        **to_load(store, uri),
+        **to_load(store, version),
         "samples": [sample.model_dump(mode="json", include=kept) for sample in evaluated or [_EXAMPLE]],
         "max_new_tokens": limits.sample_tokens,
     }
     out, started = Store(Path(store.root)).files / "checks" / uuid.uuid4().hex, time.monotonic()
-    found = run_worker("tasks.workers.check_release", spec, out, f"check {uri}")
-=======
-    place = Store(Path(store.root))
-    samples = evaluated or [_EXAMPLE]
-    spec = {
-        "tracking_uri": store.mlflow_uri or place.database_uri,
-        "model": str(version.folder),  # the very files that were verified
-        "label": version.label,
-        "store": str(place.root.resolve()),
-        "samples": [
-            sample.model_dump(mode="json", include={"question", "prompt", "next_tokens"}) for sample in samples
-        ],
-        "max_new_tokens": limits.sample_tokens,
-    }
-    out, started = place.files / "checks" / uuid.uuid4().hex, time.monotonic()
     found = run_worker("tasks.workers.check_release", spec, out, f"check {version.label}")
->>>>>>> promotion
     shutil.rmtree(out)  # only a failed one is kept, with its log
     return Checked(_judged(found, evaluated, precision, limits, time.monotonic() - started), found["answers"])
 

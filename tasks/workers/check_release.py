@@ -1,14 +1,8 @@
 """Is a registered version what was evaluated? In a fresh process: `python -m tasks.workers.check_release spec.json out/`.
 
-<<<<<<< HEAD
-spec: tracking_uri, model (its verified folder), label, store (its folder, where the base lies), samples [{question, prompt or null,
-next_tokens or null}], max_new_tokens. report: answers; differences (for each sample the largest between the log-probabilities
-of its next tokens then and now, in nats; null where none were kept), ms_per_token, peak_bytes, precision.
-=======
 spec: tracking_uri, model (its verified folder), label, store (its folder, where the base lies), samples [{question, prompt or
 null, next_tokens or null}], max_new_tokens. report: answers; differences (for each sample, in nats; null where no tokens were
 kept), ms_per_token, peak_bytes, precision.
->>>>>>> promotion
 """
 
 import math
