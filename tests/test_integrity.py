@@ -163,6 +163,7 @@ LINEAGE = f"artifacts/{EVIDENCE}/{LINEAGE_FILE}"
         (in_model("code: null", "code: artifacts"), "would run something else"),
         (in_model("    loader_module:", "    data: artifacts\n    loader_module:"), "would run something else"),
         (in_model("path: artifacts/adapter", "path: artifacts/../../adapter"), "names other files than its own"),
+        (in_model("path: artifacts/trained_rows.txt", "path: artifacts/../../x"), "names other files than its own"),
         (in_model("flavors:", "flavors:\n  keras: {}"), "MLmodel or meta.json of grows version 1 cannot be read"),
         (cut("MLmodel"), "MLmodel"),
         (lambda folder: (folder / "MLmodel").write_text("[" * 2000), "MLmodel or meta.json of grows version 1 cannot be read"),
