@@ -65,7 +65,7 @@ def verify_version(version: Path, tags: Mapping[str, str], label: str) -> None:
     files = version / "artifacts"
     expected, faults = _vouched_for(files, tags)
     faults += [*_changed(files, expected), *_strange(version, {name for name, _ in expected}, LINEAGE_TAG in tags)]
-    faults = faults or list(_code_faults(version, tags))
+    faults += _code_faults(version, tags)
     if not faults:
         adapter = files / "adapter"
         scanned = scan_weights(adapter) if tags.get("tunegate.method") == "full" else scan_adapter(adapter)

@@ -241,6 +241,30 @@ def test_what_fits_itself_but_not_the_base_is_refused_where_the_base_is_known(tm
     assert any(told in fault for fault in scan_adapter(folder, LAYERS)), scan_adapter(folder, LAYERS)
 
 
+@pytest.mark.parametrize(
+    ("weights", "told"),
+    [
+        ({"prompt_embeddings": np.ones((8, 255), np.float32)}, "prompt_embeddings is [8, 255], not [8, 256]"),
+        ({"prompt_embeddings": np.ones((9, 256), np.float32)}, "prompt_embeddings is [9, 256], not [8, 256]"),
+        ({"other": np.ones((8, 256), np.float32)}, "other is no part of a prefix"),
+        ({}, "prompt_embeddings is missing"),
+    ],
+)
+def test_a_prefix_is_one_tensor_of_its_configurations_size(tmp_path, weights, told):
+    faults = scan_adapter(write(tmp_path / "prefix", PREFIX, weights))
+    assert f"{WEIGHTS}: {told}" in faults
+
+
+def test_an_embeddings_own_weights_have_the_size_of_the_embedding(tmp_path):
+    head = {
+        "base_model.model.lm_head.lora_A.weight": np.ones((RANK, 128), np.float32),
+        "base_model.model.lm_head.lora_B.weight": np.ones((258, RANK), np.float32),
+        "base_model.model.lm_head.base_layer.weight": np.ones((259, 128), np.float32),
+    }
+    folder = write(tmp_path / "head", LORA | {"target_modules": [*TARGETS, "lm_head"]}, lora_weights() | head)
+    assert scan_adapter(folder, LAYERS) == [f"{WEIGHTS}: lm_head.base_layer.weight is [259, 128], not [258, 128]"]
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_a_number_that_is_none_is_found_wherever_it_stands(tmp_path, value, dtype):
@@ -340,6 +364,9 @@ def test_a_huge_file_is_refused_by_its_header_and_never_read(adapter):
     (fault,) = scan_adapter(adapter)
     assert "is no whole safetensors file" in fault
     assert time.monotonic() - started < 2
+    with (adapter / WEIGHTS).open("r+b") as file:
+        file.write(struct.pack("<Q", 2**39))  # a header that would fit into the file
+    assert "its header would have 549,755,813,888 bytes" in scan_adapter(adapter)[0]
     (adapter / CONFIG).write_bytes(b"")
     with (adapter / CONFIG).open("r+b") as file:
         file.truncate(2**40)
@@ -478,6 +505,7 @@ def mutate(folder: Path, draw: random.Random) -> None:
         (folder / draw.choice([WEIGHTS, CONFIG])).replace(folder / name)
 
 
+@pytest.mark.timeout(280 + CASES)
 def test_whatever_is_in_the_files_the_scan_answers_and_what_it_lets_through_has_the_adapters_form(tmp_path):
     draw = random.Random(SEED)
     sound = write(tmp_path / "sound")
