@@ -106,7 +106,11 @@ def _is_network(error: BaseException) -> bool:
 AGAIN: Final = True
 STOP: Final = False
 _ROOM: Final = either(
-    number(errno.ENOSPC, errno.EDQUOT), text("disk is full|no space left on device|disk quota exceeded", _DATABASE)
+    number(errno.ENOSPC, errno.EDQUOT),
+    text("disk is full|no space left on device|disk quota exceeded", _DATABASE),
+    text(
+        rf"\[Errno ({errno.ENOSPC}|{errno.EDQUOT})\]|\(os error ({errno.ENOSPC}|{errno.EDQUOT})\)"
+    ),  # shutil's, Rust's
 )
 _MEMORY: Final = either(
     is_a("MemoryError", "torch.OutOfMemoryError"),
@@ -136,7 +140,7 @@ KINDS: Final = (
          "`TaskRunTimeoutError`, `FlowRunTimeoutError` of Prefect",
          "the same command goes on from there; the limit lies in tasks/policies.py"),
     Kind("the disk is full", STOP, StoreError, _ROOM,
-         "ENOSPC, EDQUOT; a database that says so",
+         "ENOSPC, EDQUOT, or their text in another error; a database that says so",
          "make room, or move the store with --set store.root=DIR; the same command then goes on"),
     Kind("out of memory", STOP, ConfigError, _MEMORY,
          "`MemoryError`, `torch.OutOfMemoryError`, ENOMEM; training first computes its step in 2, 4, ... parts",

@@ -58,7 +58,7 @@ def _impossible(train: Any) -> Iterator[str]:
         yield "init=loftq makes up for what quantisation lost, and no arm is quantised: add qlora to methods"
     if train.lora_plus_ratio is not None and train.optimizer.startswith(_SORTING):
         yield f"{train.optimizer} sorts the weights itself, so LoRA's B cannot get a rate of its own: drop lora_plus_ratio"
-    if train.parallel > 1 and train.workers > 1:
+    if train.parallel > 1 and train.workers > 1 and train.engine == "local":
         yield "parallel gives each arm one GPU or one share of the cores, and workers takes several: set one of them to 1"
     if train.sharding != "none":
         yield from _undivided(train)

@@ -114,13 +114,15 @@ class TrainSpec(Section):
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of a worker; null takes the cores that are free."""
     parallel: Annotated[int, Field(ge=1)] = 1
-    """Arms that train at the same time, each on a GPU of its own or on an equal share of the free cores. What each is and
-    how much memory it takes stay the same; speeds are then those of arms side by side, see docs/devices.md."""
+    """Arms that train at the same time, each on a GPU of its own or on an equal share of the free cores, or where `engine:
+    ray` finds room. What each is and how much memory it takes stay the same; speeds are then those of arms side by side,
+    see docs/devices.md."""
     workers: Annotated[int, Field(ge=1)] = 1
     """Processes that train one arm together, each on a GPU of its own or a share of the cores, see docs/devices.md. A step
     has the same rows, and its gradient is the same but for rounding."""
     engine: Literal["local", "ray"] = "local"
-    """Where several workers run: on this machine, or on a Ray cluster that sees the store (`[ray]`)."""
+    """Where arms train: on this machine, or on a Ray cluster that sees the store (`[ray]`), which finds a place for every
+    worker of every arm."""
     sharding: Literal["none", "fsdp"] = "none"
     """What each of several workers holds: `none` all weights; `fsdp` a part of every layer, which lets a base train that no
     single GPU holds, and costs traffic between them."""

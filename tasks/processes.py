@@ -84,10 +84,10 @@ def worker_environment() -> dict[str, str]:
 
 
 def _launcher(spec: dict[str, Any]) -> list[str]:
-    """What starts the worker's ranks, if it has several."""
-    if spec.get("workers", 1) == 1:
-        return []
-    return ["tasks.workers.launch_ray" if spec.get("engine") == "ray" else "tasks.workers.launch"]
+    """What starts the worker's ranks, if it has several, or if Ray finds their places."""
+    if spec.get("engine") == "ray":
+        return ["tasks.workers.launch_ray"]
+    return ["tasks.workers.launch"] if spec.get("workers", 1) > 1 else []
 
 
 def _follow(child: "subprocess.Popen[str]", *watching: Watch) -> None:

@@ -1,4 +1,4 @@
-"""Places for arms that train at the same time: a GPU each, or an equal share of the free cores."""
+"""Places for arms that train at the same time: a GPU each, an equal share of the free cores, or wherever Ray puts them."""
 
 import json
 import os
@@ -17,10 +17,12 @@ _SECONDS = 120
 def slots_of(train: TrainSpec) -> list[Slot]:
     """One for each arm of a group, all with the same threads; none if arms train one after the other.
 
-    Raises ConfigError if there are too few GPUs, or cores.
+    Raises ConfigError if there are too few GPUs, or cores, or no cluster.
     """
     if train.parallel == 1:
         return []
+    if train.engine == "ray":
+        return on_cluster(train, os.environ.get("RAY_ADDRESS"))
     found = _device()
     gpus = visible_gpus(found["gpus"], os.environ.get("CUDA_VISIBLE_DEVICES"))
     return share_out(train, gpus, found["threads"], free_cores())
@@ -39,6 +41,16 @@ def share_out(train: TrainSpec, gpus: list[str], free: int, cores: int) -> list[
     share = f"the share of each of {arms} arms in {free} free cores"
     why = "set by train.threads" if train.threads else share
     return [Slot(gpu=gpus[n] if gpus else None, threads=threads, why=why, beside=arms) for n in range(arms)]
+
+
+def on_cluster(train: TrainSpec, address: str | None) -> list[Slot]:
+    """Ray gives each arm's workers their GPU or cores as they become free, so only their number is known here."""
+    if not address:
+        what = "without RAY_ADDRESS each arm would start a cluster of its own, on the same cores"
+        act = "ray start --head on one machine, then set RAY_ADDRESS to what it prints; or set train.parallel to 1"
+        raise ConfigError(Problem(what, "train.parallel", act=act))
+    why = "set by train.threads" if train.threads else "the cores that an arm asks Ray for where train.threads is null"
+    return [Slot(gpu=None, threads=train.threads or 1, why=why, beside=train.parallel)] * train.parallel
 
 
 def visible_gpus(count: int, named: str | None) -> list[str]:

@@ -4,6 +4,7 @@ Run: pytest tests/test_failures.py
 """
 
 import errno
+import shutil
 import sqlite3
 import ssl
 from pathlib import Path
@@ -82,6 +83,8 @@ EXAMPLES = {
     "the time for this stage is over": [TaskRunTimeoutError("3 s")],
     "the disk is full": [
         OSError(errno.ENOSPC, "No space left on device"),
+        shutil.Error([("a", "b", "[Errno 28] No space left on device: 'a' -> 'b'")]),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
         OSError(errno.EDQUOT, "Quota exceeded"),
         of_mlflow_database("database or disk is full"),
     ],

@@ -1,6 +1,7 @@
 """Kill everything in every stage: the chain ends as if nothing had happened, and nothing is done or recorded twice.
 
-One chain for each victim: it is killed in one stage, started again, killed in the next, and so on to the end.
+One chain for each victim: it is killed in one stage, started again, killed in the next, and so on to the end. The disk is
+not killed but filled, which ends the chain by itself, and emptied again: the store lies on a small file system in memory.
 
 Run the matrix: TUNEGATE_KILL_STAGES=all pytest tests/test_kill_chain.py -m slow -s --timeout=0
 Without the variable a few stages of the flow.
@@ -15,7 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 ALL = os.environ.get("TUNEGATE_KILL_STAGES") == "all"
 FEW = ("curate", "train lora", "evaluate", "register")
 DIALS = ["train.max_steps=24", "evaluate.generate_items=2", "evaluate.sample_tokens=4", "gates.bootstrap_draws=200"]
+DISK_BYTES = 5 * 1024**3 // 2
 _STAGE = re.compile(r"^ *(ran|cached|skipped|failed)  (\S+(?: \S+)?) +[\d.]+ s")
 
 
@@ -50,6 +52,20 @@ class Place:
     def command(self) -> list[str]:
         dials = [*DIALS, f"store.root={self.store}", f"store.mlflow_uri={self.mlflow_uri}"]
         return [*COMMAND, "run", "smoke", "--json", *(text for dial in dials for text in ("--set", dial))]
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A file system in memory at a folder, hardly larger than what a run wants to find free."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a full disk needs the right to mount one: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @contextmanager
@@ -147,6 +163,26 @@ def kill_worker(place: Place, chain: Chain) -> bool:
     return bool(workers)
 
 
+def fill_disk(place: Place, chain: Chain) -> bool:
+    """Not a byte is free until the chain has ended, which must say so and what to do."""
+    ballast = place.store / "ballast"
+    with ballast.open("wb") as file:
+        size, more = 0, DISK_BYTES
+        while more >= 4096:  # the chain takes its own share meanwhile
+            try:
+                os.posix_fallocate(file.fileno(), size, more)
+                size += more
+            except OSError:
+                more //= 2
+    code, told = chain.result()
+    ballast.unlink()
+    problem = told["error"]["problems"][0] if code else {}
+    assert code == 4 and re.search("disk is full|free", problem["what"]) and "room" in problem["act"], chain.said[
+        -2000:
+    ]
+    return True
+
+
 def restart(server: Server) -> bool:
     """Killed, gone for two seconds, and back, as what keeps services alive would do it."""
     server.kill()
@@ -155,11 +191,13 @@ def restart(server: Server) -> bool:
     return True
 
 
+DISK = "the disk"
 VICTIMS: dict[str, Callable[[Place, Chain], bool]] = {
     "flow": kill_flow,
     "worker": kill_worker,
     "Prefect's server": lambda place, chain: restart(place.prefect),
     "MLflow's server": lambda place, chain: restart(place.mlflow),
+    DISK: fill_disk,
 }
 
 
@@ -211,7 +249,8 @@ def test_killed_in_every_stage_the_chain_ends_as_if_nothing_had_happened(victim,
     for number in range(6 if ALL else 1):
         place_root = tmp_path / str(number)
         place_root.mkdir()
-        with place_at(place_root) as place:
+        disk = small_disk(place_root / "store") if victim == DISK else nullcontext()
+        with disk, place_at(place_root) as place:
             matrix = Matrix(victim, place, expected)
             struck = [stage for stage in wanted if matrix.strike(stage)]
             result = matrix.finish()

@@ -17,7 +17,7 @@ from tasks.base import adapter_ref
 from tasks.core.costs import claims, measure_costs
 from tasks.policies import stage_key
 from tasks.processes import Display
-from tasks.slots import share_out, slots_of, visible_gpus
+from tasks.slots import on_cluster, share_out, slots_of, visible_gpus
 from tasks.stores import Store, digest
 from tests.conftest import LORA, toy_rows, write_rows
 from tests.test_pages import dataset
@@ -71,13 +71,20 @@ def test_one_arm_at_a_time_asks_for_no_place_and_two_ask_this_machine(monkeypatc
 @pytest.mark.parametrize(
     ("dials", "why"),
     [
-        ({"parallel": 2, "workers": 2}, "set one of them to 1"),
+        ({"parallel": 2, "workers": 2}, "set one of them to 1"),  # on Ray they go together
         ({"variants": [{"name": "v", "method": "lora", "dials": {"parallel": 2}}]}, "cannot have its own parallel"),
     ],
 )
 def test_what_does_not_go_with_parallel_is_refused(dials, why):
     with pytest.raises(ValueError, match=why):
         TrainSpec(**dials)
+
+
+def test_ray_needs_one_cluster_for_all_arms_and_gives_each_what_it_asks_for():
+    with pytest.raises(ConfigError, match="RAY_ADDRESS"):
+        on_cluster(TrainSpec(parallel=2, engine="ray"), None)
+    asked = on_cluster(TrainSpec(parallel=2, workers=2, engine="ray", threads=4), "10.0.0.1:6379")
+    assert [(slot.gpu, slot.threads, slot.beside) for slot in asked] == [(None, 4, 2)] * 2
 
 
 def test_how_many_train_at_a_time_is_no_part_of_what_is_trained():
@@ -191,12 +198,14 @@ def test_two_arms_overlap_in_time_and_are_what_they_are_alone(tiny_base, tmp_pat
     assert [(arm.side_by_side, arm.threads) for arm in (*beside.arms, *alone.arms)] == [(2, 1)] * 2 + [(1, 1)] * 2
 
 
+@pytest.mark.slow
 def test_an_arm_that_fails_lets_the_other_finish(place):
     with pytest.raises(StoreError, match=r"gone\.jsonl"):
         place.train(TWO, lost="lora")
     assert [file.parent.name[:5] for file in place.store.files.glob("training/*/report.json")] == ["qlora"]
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_every_arm_is_told_at_once(place):
     with pytest.raises(DataError) as failed:
         place.train(TWO, max_tokens=16)

@@ -1,4 +1,4 @@
-"""Ray works as this machine's own processes do: Ray Data on the parts of the data, Ray Train on an arm; the same bytes.
+"""Ray works as this machine's own processes do: Ray Data on the parts of the data, Ray Train on arms; the same bytes.
 
 Needs `pip install 'tunegate[ray]'`; skipped with this reason where it is not installed.
 """
@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
+from data_contracts.run_spec import TrainSpec
 from tasks.curate import curate
 from tasks.ingest import ingest
 from tasks.processes import run_worker
+from tasks.slots import slots_of
 from tasks.stores import Store
 from tasks.validate import validate
 from tests.faults import adapter, run_together, training_spec
+from tests.test_parallel import Place
 
 ray = pytest.importorskip("ray", reason="tunegate[ray] is not installed")
 pytest.importorskip("ray.data", reason="tunegate[ray] is not installed")
@@ -55,3 +58,17 @@ def test_two_ray_workers_train_the_adapter_of_two_local_ones(tiny_base, tmp_path
     report = run_worker("tasks.workers.train_adapter", spec, tmp_path / "ray")
     assert report["workers"] == 2
     assert adapter(tmp_path / "ray") == adapter(tmp_path / "local")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_arms_at_a_time_on_a_cluster_are_what_they_are_alone(tiny_base, tmp_path, prefect, cluster, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    places = {name: tmp_path / name for name in ("ray", "local")}
+    for folder in places.values():
+        folder.mkdir()
+    together = Place(places["ray"], tiny_base).train(slots_of(TrainSpec(parallel=2, engine="ray")), engine="ray")
+    alone = Place(places["local"], tiny_base).train([])
+    assert max(start for start, _ in together.times) < min(end for _, end in together.times)
+    assert [arm.adapter.sha256 for arm in together.arms] == [arm.adapter.sha256 for arm in alone.arms]
+    assert [(arm.side_by_side, arm.threads) for arm in together.arms] == [(2, 1)] * 2
