@@ -505,6 +505,7 @@ def mutate(folder: Path, draw: random.Random) -> None:
         (folder / draw.choice([WEIGHTS, CONFIG])).replace(folder / name)
 
 
+@pytest.mark.timeout(280 + CASES)
 def test_whatever_is_in_the_files_the_scan_answers_and_what_it_lets_through_has_the_adapters_form(tmp_path):
     draw = random.Random(SEED)
     sound = write(tmp_path / "sound")

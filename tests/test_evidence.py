@@ -162,6 +162,13 @@ def test_its_tag_names_the_lineage_and_the_run_has_the_same(place, tmp_path):
     assert [version.version for version in found] == [1]
 
 
+def test_its_scores_name_the_split_they_were_measured_on(place):
+    client = connect(place.spec.store)
+    model = client.get_logged_model(client.get_model_version(NAME, "1").source.removeprefix("models:/"))
+    found = {(item.dataset_name, item.dataset_digest) for item in model.metrics if item.key == "nll_nats"}
+    assert found == {("test", place.data.test.sha256[:32])}
+
+
 def test_the_lineage_says_what_it_was_made_from(place):
     found = place.lineage
     assert (found.base.name, found.base_licence, found.data.licence) == ("tiny", "MIT", "CC-BY-4.0")
@@ -307,7 +314,7 @@ def test_a_ledger_that_has_moved_on_changes_nothing(place):
     snapshot = ingest(place.store, data)
     curate(place.store, validate(place.store, snapshot, place.spec.rules, place.spec.contract), place.spec.curate, NAME)
     found = place.again()
-    assert found.result == "identical" and named(found)["test split"]
+    assert found.result == "identical" and named(found)["test split"] and named(found)["fate of every row"]
 
 
 def test_without_snapshot_and_sources_it_says_what_to_restore(whole):

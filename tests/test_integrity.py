@@ -163,6 +163,7 @@ LINEAGE = f"artifacts/{EVIDENCE}/{LINEAGE_FILE}"
         (in_model("code: null", "code: artifacts"), "would run something else"),
         (in_model("    loader_module:", "    data: artifacts\n    loader_module:"), "would run something else"),
         (in_model("path: artifacts/adapter", "path: artifacts/../../adapter"), "names other files than its own"),
+        (in_model("path: artifacts/trained_rows.txt", "path: artifacts/../../x"), "names other files than its own"),
         (in_model("flavors:", "flavors:\n  keras: {}"), "MLmodel or meta.json of grows version 1 cannot be read"),
         (cut("MLmodel"), "MLmodel"),
         (lambda folder: (folder / "MLmodel").write_text("[" * 2000), "MLmodel or meta.json of grows version 1 cannot be read"),
@@ -429,6 +430,7 @@ def test_folders_that_are_no_checkpoints_are_left_alone(tmp_path):
     assert (tmp_path / "checkpoint-x").exists()
 
 
+@pytest.mark.timeout(280 + CASES)
 def test_whatever_is_in_a_checkpoint_it_is_the_one_that_was_written_or_none(tmp_path):
     draw = random.Random(SEED)
     whole, found = checkpoint(tmp_path / "whole"), 0
@@ -465,7 +467,7 @@ def damage(version: Version, draw: random.Random) -> None:
     files = [path for path in sorted(version.artifacts.rglob("*")) if path.is_file()]
     files += [version.folder / "MLmodel", version.folder / "served_model.py"]
     file = draw.choice(files)
-    if file.suffix == ".json" and draw.random() < 0.5:
+    if file.suffix == ".json" and file.stat().st_size and draw.random() < 0.5:
         file.write_text(json.dumps(mutate_json(json.loads(file.read_bytes()), draw)))
     elif (kind := draw.randrange(10)) == 0:
         file.unlink()
@@ -476,16 +478,25 @@ def damage(version: Version, draw: random.Random) -> None:
 
 
 def content(version: Version) -> dict[str, bytes]:
-    acted_on = [*version.artifacts.rglob("*"), version.folder / "served_model.py"]
+    acted_on = [*version.artifacts.rglob("*"), version.folder / "MLmodel", version.folder / "served_model.py"]
     return {str(path.relative_to(version.folder)): path.read_bytes() for path in acted_on if path.is_file()}
 
 
-def test_whatever_happens_to_a_version_it_is_byte_for_byte_the_registered_one_or_refused(whole, tmp_path):
+def restore(version: Version, files: dict[str, bytes]) -> None:
+    for name, found in content(version).items():
+        if name not in files:
+            (version.folder / name).unlink()
+        elif found != files[name]:
+            (version.folder / name).write_bytes(files[name])
+    for name in files.keys() - content(version).keys():
+        (version.folder / name).write_bytes(files[name])
+
+
+@pytest.mark.timeout(280 + CASES)
+def test_whatever_happens_to_a_version_it_is_byte_for_byte_the_registered_one_or_refused(version):
     draw = random.Random(SEED)
-    expected, refused = content(whole), 0
+    expected, refused = content(version), 0
     for case in range(CASES):
-        version = Version(tmp_path / "case", whole.tags)
-        shutil.copytree(whole.folder, version.folder)
         damage(version, draw)
         try:
             version.verify()
@@ -493,6 +504,7 @@ def test_whatever_happens_to_a_version_it_is_byte_for_byte_the_registered_one_or
             refused += 1
             assert len(error.problems) <= 13, case
         else:
-            assert content(version) == expected, case
-        shutil.rmtree(version.folder)
+            same = content(version).items() ^ expected.items()
+            assert {name for name, _ in same} <= {"MLmodel"}, case  # it may be written otherwise, and say the same
+        restore(version, expected)
     assert CASES * 0.8 < refused < CASES
