@@ -46,6 +46,7 @@ class DataLineage(Report):
     snapshot_id: str
     sources: dict[str, str]  # name of a source file -> sha256
     source_rows: dict[str, int] = Field(default_factory=dict)  # name -> rows; with them the snapshot can be checked
+    ledger_sha256: str = ""  # what the row ledger had recorded of this snapshot for this model: the fate of every row
     train_sha256: str
     validation_sha256: str
     test_sha256: str

@@ -5,6 +5,8 @@ batches in their order; and the rows a person has released from quarantine.
 """
 
 import getpass
+import hashlib
+import json
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
@@ -186,6 +188,16 @@ def releases(store: Store, scope: str) -> list[Release]:
     query = "SELECT row_id, reason, why, who, at FROM releases WHERE scope = ? ORDER BY row_id, reason"
     with connection(store) as database:
         return [Release(*row) for row in database.execute(query, (scope,))]
+
+
+def fates_sha256(store: Store, scope: str, snapshot_id: str) -> str:
+    """Hex sha256 of what became of rows in a batch, whenever in it: what did not change then is not in it."""
+    query = "SELECT row_id, fate, reason, split FROM rows WHERE scope = ? AND snapshot_id = ? ORDER BY row_id, rowid"
+    found = hashlib.sha256()
+    with connection(store) as database:
+        for entry in database.execute(query, (scope, snapshot_id)):
+            found.update(f"{json.dumps(entry)}\n".encode())
+    return found.hexdigest()
 
 
 def copy_before(store: Store, other: Store, scope: str, snapshot_id: str, released_before: float) -> None:

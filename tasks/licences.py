@@ -1,6 +1,8 @@
 """Under which licence the data come, as far as anybody said."""
 
 import sys
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, metadata, packages_distributions
 
 from data_contracts.data_spec import DataSpec
@@ -23,9 +25,14 @@ def package_licence(package: str) -> str:
     name = package.partition(".")[0]
     if name == "stdlib" or name in sys.stdlib_module_names:
         return _STDLIB
-    for distribution in packages_distributions().get(name, []):
-        return distribution_licence(distribution)
-    return UNKNOWN
+    found = _distributions().get(name)
+    return distribution_licence(found[0]) if found else UNKNOWN
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """By importable name; a second to find out."""
+    return packages_distributions()
 
 
 def distribution_licence(name: str) -> str:

@@ -26,10 +26,12 @@ from data_contracts.reports import BaseModelRef, EvalReport, RecordedRun, TrainR
 from data_contracts.run_spec import RunSpec
 from data_contracts.verdict import Comparison, GateReport
 from tasks.arms import arms_of
+from tasks.ledger import fates_sha256
 from tasks.licences import data_licence
 from tasks.stores import Store, digest, without_place
 
 _ROOT = Path(__file__).parent.parent
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 _PACKAGES = ("flows", "tasks", "data_contracts")
 
 
@@ -90,6 +92,7 @@ def _data(made: Made, trained_rows_sha256: str) -> DataLineage:
         snapshot_id=data.snapshot_id,
         sources={source.name: source.sha256 for source in data.sources},
         source_rows={source.name: source.rows for source in data.sources},
+        ledger_sha256=fates_sha256(made.store, made.spec.model.name, data.snapshot_id),
         train_sha256=data.train.sha256,
         validation_sha256=data.validation.sha256,
         test_sha256=data.test.sha256,
@@ -175,11 +178,13 @@ def packages() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The name of the processor, as Linux or Python tells it."""
+    """The name of the processor, and which of the instructions it has that arithmetic is done by."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return named or platform.processor() or platform.machine()
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = told.get("model name") or platform.processor() or platform.machine()
+    known = [flag for flag in _INSTRUCTIONS if flag in told.get("flags", "").split()]
+    return f"{name} ({', '.join(known)})" if known else name
 
 
 def accelerator() -> str:

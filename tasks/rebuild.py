@@ -48,10 +48,7 @@ def rebuild(store: Store, place: Store, spec: RunSpec, lineage: Lineage, recorde
     try:
         made = _split_again(store, place, spec, lineage, snapshot)
         found: dict[str, FileRef] = {split: getattr(made, split) for split in SPLITS}
-        contract = made.contract_result.sha256
-        compared.append(
-            Compared(what="result of the contract", then=lineage.data.contract_sha256, now=contract, explains=False)
-        )
+        compared += _beside_the_splits(place, lineage, made)
     except TunegateError as error:
         found, told = {}, f"{told}; they could not be split again: {error.problems[0].what}"
     compared += [Compared(what=f"{name} split", then=wanted[name], now=ref.sha256) for name, ref in found.items()]
@@ -59,6 +56,18 @@ def rebuild(store: Store, place: Store, spec: RunSpec, lineage: Lineage, recorde
         absolute = {name: ref.model_copy(update={"path": str(place.path(ref))}) for name, ref in found.items()}
         return Rows(**absolute, told=f"{told}, split again with the ledger of then", compared=compared)
     return _recorded(store, recorded, wanted, f"{told}; the splits come from the store's own data set", compared)
+
+
+def _beside_the_splits(place: Store, lineage: Lineage, made: DatasetManifest) -> list[Compared]:
+    then = lineage.data
+    fates = ledger.fates_sha256(place, lineage.name, then.snapshot_id)
+    return [
+        Compared(what=what, then=before, now=now, explains=False)
+        for what, before, now in (
+            ("result of the contract", then.contract_sha256, made.contract_result.sha256),
+            ("fate of every row", then.ledger_sha256, fates),
+        )
+    ]
 
 
 def _recorded(

@@ -24,7 +24,7 @@ from tasks.registry import (
 )
 from tasks.row_ids import ids_of, publish_ids
 from tasks.stores import digest, without_place
-from tasks.tracking import KEY_TAG, attach, connect, open_experiment, resumed
+from tasks.tracking import KEY_TAG, attach, connect, log_model_scores, open_experiment, resumed
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -54,7 +54,9 @@ def _make_version(client: "MlflowClient", made: Made) -> str:
         artifacts["meta"] = folder / "meta.json"
         artifacts["meta"].write_text(json.dumps(_meta(made), indent=1))
         artifacts[EVIDENCE] = write_evidence(made, folder, artifacts, trained.sha256)
-        model_id = _log_model(run_id, artifacts)
+        with resumed(run_id):
+            model_id = _log_model(artifacts)
+            log_model_scores(made.store, model_id, made.scores, made.dataset.test)
         lineage_file = artifacts[EVIDENCE] / LINEAGE_FILE
         attach(made.spec.store, made.recorded.mlflow_run_id, lineage_file)
         lineage, sha256 = Lineage.model_validate_json(lineage_file.read_bytes()), digest(lineage_file)
@@ -119,12 +121,12 @@ def _tags(made: Made, lineage: Lineage, trained: FileRef) -> dict[str, str]:
     return tags | ({QUANTISATION_TAG: arm.quantisation.model_dump_json()} if arm.quantisation else {})
 
 
-def _log_model(run_id: str, artifacts: dict[str, Path]) -> str:
-    """MLflow's id of the logged model; it takes over the run's metrics with the data they were measured on. A crash after this leaves one that no version points at."""
+def _log_model(artifacts: dict[str, Path]) -> str:
+    """MLflow's id of the logged model. A crash after this leaves one that no version points at."""
     from mlflow.models import Model, infer_signature
 
     # MLflow turns its own hints on again in there, whatever is filtered: recorded, they do not reach the terminal.
-    with resumed(run_id), warnings.catch_warnings(record=True):
+    with warnings.catch_warnings(record=True):
         info = Model.log(
             artifact_path=None,
             name="model",

@@ -103,7 +103,8 @@ def begin_again(spec: RunSpec, place: Store, base: BaseModelRef, then: Lineage, 
         start = choose_start(place, origin_at(parent), base, adapter, rows.train, held_out, train.replay_share)
         adapter, used = start.adapter or adapter, start.rows
     compared = [
-        Compared(what="step-0 adapter", then=training.step0_sha256 or _NONE, now=adapter.sha256 if adapter else _NONE)
+        Compared(what="base", then=then.base.digest, now=base.digest),
+        Compared(what="step-0 adapter", then=training.step0_sha256 or _NONE, now=adapter.sha256 if adapter else _NONE),
     ]
     if training.start:
         compared.append(Compared(what="rows of the warm start", then=training.start.rows.sha256, now=used.sha256))
@@ -176,7 +177,8 @@ def _reasons(compared: list[Compared]) -> list[str]:
         for item in compared
         if item.explains and not item.same
     ]
-    return found or ["nothing that was recorded differs: this training is not the same twice on this machine"]
+    unknown = "nothing that was recorded differs: it is not the same twice here, or the environment steers its kernels"
+    return found or [unknown]
 
 
 def _code(then: Code, now: Code) -> Iterator[Compared]:

@@ -113,8 +113,7 @@ def _record_arm(
         facts = arm.model_dump(mode="json", exclude={"loss", "validation", "adapter"})
         mlflow.log_params({name: value for name, value in facts.items() if isinstance(value, str) or name == "seed"})
         numbers: dict[str, float | None] = {k: float(v) for k, v in facts.items() if isinstance(v, int | float)}
-        mlflow.log_metrics(_finite(numbers))
-        mlflow.log_metrics(_finite(_scores(scores)), dataset=_as_dataset(store, dataset.test, "test"))
+        mlflow.log_metrics(_finite(numbers | _scores(scores)))
         mlflow.set_tag("tunegate.adapter_sha256", arm.adapter.sha256)
         if arm.start:
             begun = {"tunegate.started_from": arm.start.version or "scratch", "tunegate.start": arm.start.told}
@@ -206,6 +205,13 @@ def _scores(report: EvalReport | None) -> dict[str, float | None]:
         name: getattr(report, name) for name in ("nll_nats", "bits_per_byte", "perplexity", "accuracy", "ms_per_token")
     }
     return own | {f"{score.task}.{score.metric}": score.value for score in report.scores}
+
+
+def log_model_scores(store: Store, model_id: str, scores: EvalReport, test: FileRef) -> None:
+    """A logged model's scores with the split they were measured on; what MLflow takes over from the run names no data."""
+    import mlflow
+
+    mlflow.log_metrics(_finite(_scores(scores)), model_id=model_id, dataset=_as_dataset(store, test, "test"))
 
 
 def _finite(values: dict[str, float | None]) -> dict[str, float]:

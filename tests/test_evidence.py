@@ -7,6 +7,7 @@ The whole chain and the command: `pytest -m slow tests/test_evidence.py`.
 import json
 import shutil
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +115,14 @@ class Place:
 
 @pytest.fixture(scope="module", autouse=True)
 def workers_here() -> Iterator[None]:
-    from tasks.workers import compare_adapters, evaluate_models, init_adapter, prepare_base, train_adapter
-
-    works = {
-        "train_adapter": train_adapter.train, "evaluate_models": evaluate_models.evaluate_models,
-        "compare_adapters": compare_adapters.compare, "init_adapter": init_adapter.init_adapter,
-        "prepare_base": prepare_base.prepare,
+    functions = {
+        "train_adapter": "train", "evaluate_models": "evaluate_models", "compare_adapters": "compare",
+        "init_adapter": "init_adapter", "prepare_base": "prepare",
     }  # fmt: skip
 
     def here(module: str, spec: dict, out: Path, *_: Any, **__: Any) -> Any:
         out.mkdir(parents=True, exist_ok=True)
-        return works[module.rpartition(".")[2]](spec, out)
+        return getattr(import_module(module), functions[module.rpartition(".")[2]])(spec, out)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tasks.parts.free_cores", lambda: 1)
@@ -162,6 +160,13 @@ def test_its_tag_names_the_lineage_and_the_run_has_the_same(place, tmp_path):
     assert digest(Path(logged)) == tags[LINEAGE_TAG]
     found = client.search_model_versions("tags.`tunegate.seed` = '17' and tags.`tunegate.data_licence` = 'CC-BY-4.0'")
     assert [version.version for version in found] == [1]
+
+
+def test_its_scores_name_the_split_they_were_measured_on(place):
+    client = connect(place.spec.store)
+    model = client.get_logged_model(client.get_model_version(NAME, "1").source.removeprefix("models:/"))
+    found = {(item.dataset_name, item.dataset_digest) for item in model.metrics if item.key == "nll_nats"}
+    assert found == {("test", place.data.test.sha256[:32])}
 
 
 def test_the_lineage_says_what_it_was_made_from(place):
@@ -301,6 +306,7 @@ def store_folders(place: Place) -> list[Path]:
     return [place.store.files / name for name in ("snapshots", "datasets")]
 
 
+@pytest.mark.slow
 def test_a_ledger_that_has_moved_on_changes_nothing(place):
     more = place.root / "more.jsonl"
     more.write_text("".join(json.dumps({"prompt": q, "completion": a}) + "\n" for q, a in facts(160)))
@@ -308,20 +314,27 @@ def test_a_ledger_that_has_moved_on_changes_nothing(place):
     snapshot = ingest(place.store, data)
     curate(place.store, validate(place.store, snapshot, place.spec.rules, place.spec.contract), place.spec.curate, NAME)
     found = place.again()
-    assert found.result == "identical" and named(found)["test split"]
+    assert found.result == "identical" and named(found)["test split"] and named(found)["fate of every row"]
 
 
-def test_a_snapshot_that_is_gone_is_made_from_its_sources(whole):
+def test_without_snapshot_and_sources_it_says_what_to_restore(whole):
     shutil.rmtree(whole.store.files / "snapshots")
     with pytest.raises(DataError) as error:
         whole.again()
     assert "the rows of the version are gone: the store's snapshot is not there" in str(error.value)
     assert "--set data.source=PATH" in str(error.value) and "rows.jsonl: no such file or folder" in str(error.value)
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.slow
+def test_a_snapshot_that_is_gone_is_made_from_its_sources(whole):
+    shutil.rmtree(whole.store.files / "snapshots")
     found = whole.again(f"data.source={whole.rows}")
     assert found.result == "identical"
     assert found.data.startswith("the sources read again (the store's snapshot is not there)")
 
 
+@pytest.mark.slow
 def test_a_changed_source_is_named_and_is_not_trained_on(whole):
     whole.rows.write_text(whole.rows.read_text().replace("What is item 0-3?", "What was item 0-3?"))
     found = whole.again(f"data.source={whole.rows}")
@@ -332,6 +345,7 @@ def test_a_changed_source_is_named_and_is_not_trained_on(whole):
     assert error.value.exit_code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "why"), [("rows", "changed"), ("bytes", "damaged")])
 def test_a_snapshot_that_was_tampered_with_is_not_used(whole, change, why):
     import pyarrow as pa
@@ -347,6 +361,7 @@ def test_a_snapshot_that_was_tampered_with_is_not_used(whole, change, why):
     assert found.data.startswith(f"the sources read again (the store's snapshot is {why})")
 
 
+@pytest.mark.slow
 def test_where_splits_cannot_be_made_again_the_recorded_ones_serve_if_they_are_whole(whole):
     found = whole.again("contract.suite=gone.json")
     assert found.result == "identical" and "train split" not in named(found)
@@ -357,6 +372,7 @@ def test_where_splits_cannot_be_made_again_the_recorded_ones_serve_if_they_are_w
         whole.again("contract.suite=gone.json")
 
 
+@pytest.mark.slow
 def test_a_base_that_has_changed_is_refused(place, tmp_path, tiny_base):
     link = place.store.files / "bases" / "tiny"
     other = shutil.copytree(tiny_base, tmp_path / "other")
@@ -376,6 +392,7 @@ def test_only_places_and_threads_may_be_changed(place):
         place.again("train.rank=8")
 
 
+@pytest.mark.slow
 def test_an_adapter_that_differs_is_measured_and_the_likely_reasons_are_named(place, monkeypatch):
     """The version says that it was trained with another seed than it was."""
     arm = place.arm.model_copy(update={"seed": 18})
