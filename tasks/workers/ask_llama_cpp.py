@@ -6,6 +6,7 @@ The engine is the wheel xllamacpp, which serves on a free port of the loopback i
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def start(file: str) -> Any:
     parameters.n_parallel = 1
     parameters.verbosity = -1
     parameters.warmup = False
+    if "OMP_NUM_THREADS" in os.environ:  # as for torch: llama.cpp reads it not
+        parameters.cpuparams.n_threads = int(os.environ["OMP_NUM_THREADS"])
     return xllamacpp.Server(parameters)
 
 
