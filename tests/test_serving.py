@@ -458,32 +458,30 @@ def test_the_command_follows_the_champion_and_ends_in_order(registered, tunegate
     from openai import OpenAI
 
     asked = command(place, "serve", registered, "--port", "0", "--shadow", f"{registered}@challenger")
-    with (place / "serve.log").open("w") as log:
-        serving = subprocess.Popen(
-            asked, env=tunegate.environment, cwd=place, stdout=subprocess.PIPE, stderr=log, text=True
-        )
+    piped = {"stdout": subprocess.PIPE, "text": True, "env": tunegate.environment, "cwd": place}
+    with (place / "serve.log").open("w") as log, subprocess.Popen(asked, stderr=log, **piped) as serving:
         try:
             told = json.loads(serving.stdout.readline())
-            assert (told["version"], told["shadow"]) == ("tunegate-smoke/1", "tunegate-smoke/2")
+            first, second = told["version"], told["shadow"]
+            assert first == f"{registered}/1" != second
             client = OpenAI(base_url=told["url"], api_key="none", max_retries=0)
-            answer = lambda: client.chat.completions.create(model=told["model"], messages=[QUESTION], max_tokens=12)
-            assert answer().model == "tunegate-smoke/1"
+            asked = {"model": told["model"], "messages": [QUESTION], "max_tokens": 12}
+            assert client.chat.completions.create(**asked).model == first
             wait_for(Path(told["shadow_file"]).exists)
             code, report, errors = tunegate("shadow", registered)
-            assert (code, report["prompts"]) == (0, 1), errors
-            code, _, errors = tunegate(
-                "promote", registered, "--version", "2", "--override", "--reason", "a test goes on"
-            )
+            assert (code, report["prompts"], report["challenger"]["version"]) == (0, 1, second), errors
+            promoted = ["--version", second.rpartition("/")[2], "--override", "--reason", "a test goes on"]
+            code, _, errors = tunegate("promote", registered, *promoted)
             assert code == 0, errors
-            wait_for(lambda: answer().model == "tunegate-smoke/2")
+            wait_for(lambda: client.chat.completions.create(**asked).model == second)
         finally:
             serving.send_signal(signal.SIGTERM)
             code = serving.wait(60)
     said = (place / "serve.log").read_text()
     assert code == 0, said
     assert "for you alone, personal data masked" in said
-    assert "now tunegate-smoke/2 answers" in said
-    assert "by tunegate-smoke/1" in said
+    assert f"now {second} answers" in said
+    assert f"1 by {first}" in said
     assert not list((place / "store" / "store" / "serving").iterdir()), "what a server leaves is only kept if it failed"
 
 
