@@ -55,7 +55,9 @@ def test_the_page_tells_how_far_off_published_peaks_are(published, capfd):
     worst = max(row.published / row.planned for row in counted)
     assert main(["plan", "llama-2-7b", "--method", "lora"]) == 0
     told = capfd.readouterr().out
-    assert f"{median:.0%} off such plans at the median; the worst is {worst:.2f} times its plan".replace("%", " %") in told
+    assert (
+        f"{median:.0%} off such plans at the median; the worst is {worst:.2f} times its plan".replace("%", " %") in told
+    )
 
 
 def test_what_one_would_use_instead_is_further_off(published):

@@ -128,7 +128,9 @@ def choose_way(model: Any, sequences: Sequence[Scored], longest: int) -> Scoring
     if difference <= _TOLERANCE[_causal(model).dtype]:
         return Scoring("packed", f"losses equal the padded forward's ({difference:.1e} nats apart, root mean square)")
     _causal(model).set_attn_implementation("sdpa")
-    return Scoring("padded", f"packed losses differ from the padded forward's by {difference:.1e} nats, root mean square")
+    return Scoring(
+        "padded", f"packed losses differ from the padded forward's by {difference:.1e} nats, root mean square"
+    )
 
 
 def to_device(batch: Batch, device: Any) -> Batch:
