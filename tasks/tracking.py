@@ -114,12 +114,7 @@ def _record_arm(
         facts = arm.model_dump(mode="json", exclude={"loss", "validation", "adapter"})
         mlflow.log_params({name: value for name, value in facts.items() if isinstance(value, str) or name == "seed"})
         numbers: dict[str, float | None] = {k: float(v) for k, v in facts.items() if isinstance(v, int | float)}
-<<<<<<< HEAD
-        mlflow.log_metrics(_finite(numbers | _memory(arm)))
-        mlflow.log_metrics(_finite(_scores(scores)), dataset=_as_dataset(store, dataset.test, "test"))
-=======
-        mlflow.log_metrics(_finite(numbers | _scores(scores)))
->>>>>>> promotion
+        mlflow.log_metrics(_finite(numbers | _memory(arm) | _scores(scores)))
         mlflow.set_tag("tunegate.adapter_sha256", arm.adapter.sha256)
         if arm.start:
             begun = {"tunegate.started_from": arm.start.version or "scratch", "tunegate.start": arm.start.told}

@@ -76,12 +76,8 @@ def adapters(tmp_path_factory) -> dict[str, Path]:
         "champion": champion,
         "better": trained(base, place / "better", seed=1, steps=90),
         "equal": trained(base, place / "equal", seed=2, steps=30),
-<<<<<<< HEAD
-        "worse": scaled(champion, place / "worse", lambda b: 0.7 * b),
-=======
         # To scale B down is no sure fault: on some processors it makes this model better.
         "worse": scaled(champion, place / "worse", lambda b: b + 0.2 * b[torch.randperm(len(b), generator=draw)]),
->>>>>>> finish5
         "much_worse": scaled(champion, place / "much_worse", lambda b: 0.3 * b),
         "scrambled": scaled(champion, place / "scrambled", lambda b: b[torch.randperm(len(b), generator=draw)]),
         "not_a_number": scaled(champion, place / "not_a_number", lambda b: b * float("nan")),
@@ -146,11 +142,7 @@ def test_the_same_training_with_another_seed_passes(judged):
 
 
 def test_a_slightly_worse_adapter_passes_within_the_margin_and_not_without_one(judged):
-<<<<<<< HEAD
-    assert 0.002 < increase(judged["worse"]) < 0.09, increase(judged["worse"])
-=======
     assert 0 < increase(judged["worse"]) < 0.09  # how much depends on the processor's rounding
->>>>>>> finish5
     assert verdicts(judged["worse"])["all"] == "pass"
     strict = judge(judged["worse"][0], DIALS.model_copy(update={"max_champion_nll_increase_nats": 0.0}), "v1", False)
     assert strict.verdict == "fail"
