@@ -261,6 +261,25 @@ def test_the_licence_of_data_is_what_somebody_said_or_known_of_built_in_data(dat
     assert data_licence(RunSpec.model_validate({"data": data}).data) == licence
 
 
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlicense: mit\n---\n# A model", "mit"),
+        ("---\nlicense: [\n---\n", "unknown"),
+        ("---\n- a list\n---\n", "unknown"),
+        ("# A model", "unknown"),
+        (None, "unknown"),
+    ],
+)
+def test_the_licence_of_a_base_is_what_its_card_says(tmp_path, card, licence):
+    from tasks.workers.prepare_base import _licence
+
+    if card:
+        (tmp_path / "README.md").write_text(card)
+    assert _licence(tmp_path, str(tmp_path), None) == licence
+    assert _licence(tmp_path, "org/name", "abc" if card is None else None) == licence  # the hub is out of reach here
+
+
 def test_a_path_is_told_by_its_last_part_and_a_hub_id_as_it_is():
     told = [
         "/data/rows.jsonl",
