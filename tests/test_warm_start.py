@@ -192,7 +192,8 @@ class Place:
             gate=GateReport(gates=[], off=[], verdict="pass"), rival=None, recorded=recorded,
         )  # fmt: skip
         version = register_version(made).version
-        promote_version(self.model, NAME, version, judged=judged)
+        now = registry.alias_version(client, NAME, registry.CHAMPION)
+        promote_version(self.model, NAME, version, judged=judged or now or "none")
         return version
 
 
