@@ -18,7 +18,7 @@ from tasks.core.items import cluster, slices
 from tasks.core.text_scores import exact_match, repetition, rouge_l
 from tasks.evaluate import evaluate_targets, serve_alone
 from tasks.processes import run_worker
-from tasks.stores import Store
+from tasks.stores import Store, digest
 from tasks.workers.bases import load_base
 from tasks.workers.chat import Chat, load_chat
 from tasks.workers.device import Device
@@ -312,7 +312,9 @@ def store(tiny_base, tmp_path_factory):
     rows[3]["messages"][-1]["content"] = rows[2]["messages"][-1]["content"].upper()
     test = store.ref(write_rows(store.files / "test.jsonl", rows))
     (store.files / "base").symlink_to(tiny_base)
-    base = BaseModelRef(name="tiny", digest="tiny", path="base", note="", revision=None, stops=[], chat_template=None)
+    base = BaseModelRef(
+        name="tiny", digest=digest(tiny_base), path="base", note="", revision=None, stops=[], chat_template=None
+    )
     return store, base, test
 
 
@@ -320,7 +322,7 @@ def test_reports_say_what_was_measured_and_of_which_items(store, adapters):
     place, base, test = store
     tasks = ["domain_nll", "domain_choice", "domain_generate"]
     evaluate = EvaluateSpec(tasks=tasks, generate_items=4, generate_tokens=48, sample_tokens=8)
-    adapter = AdapterRef(folder=str(adapters["lora"]), sha256="lora")
+    adapter = AdapterRef(folder=str(adapters["lora"]), sha256=digest(adapters["lora"] / "adapter_model.safetensors"))
     quantisation = Quantisation(**NF4)
     targets = [EvalTarget(name="base", method="lora"),
                EvalTarget(name="qlora", method="qlora", adapter=adapter, quantisation=quantisation),
