@@ -484,6 +484,20 @@ def mutate_json(value: Any, draw: random.Random) -> Any:
     return value | {name: mutate_json(value[name], draw)}
 
 
+def test_whatever_an_index_says_it_is_refused_or_names_only_files_that_are_there():
+    draw = random.Random(SEED)
+    files = ["a.safetensors", "b.safetensors"]
+    index = {"metadata": {"total_size": 8}, "weight_map": {"x": files[0], "y": files[1]}}
+    passed = 0
+    for case in range(CASES):
+        changed_index = mutate_json(index, draw)
+        faults = list(index_faults(changed_index, files))
+        if not faults:
+            passed += 1
+            assert set(changed_index["weight_map"].values()) <= set(files), case
+    assert 0 < passed < CASES
+
+
 def mutate_header(raw: bytes, draw: random.Random) -> bytes:
     header, body = unpack(raw)
     return pack(mutate_json(header, draw), body)

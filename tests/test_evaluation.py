@@ -18,7 +18,7 @@ from tasks import evaluate as evaluation
 from tasks.core.items import shared, slices
 from tasks.core.text_scores import exact_match, repetition, rouge_l
 from tasks.evaluate import evaluate_targets, serve_alone
-from tasks.stores import Store
+from tasks.stores import Store, digest
 from tasks.workers.bases import load_base
 from tasks.workers.chat import Chat, load_chat
 from tasks.workers.device import Device
@@ -317,7 +317,9 @@ def store(tiny_base, tmp_path_factory):
     rows[2]["cluster"] = rows[7]["cluster"] = "a patient"  # so rows 2, 3 and 7 hang together
     test = store.ref(write_rows(store.files / "test.jsonl", rows))
     (store.files / "base").symlink_to(tiny_base)
-    base = BaseModelRef(name="tiny", digest="tiny", path="base", note="", revision=None, stops=[], chat_template=None)
+    base = BaseModelRef(
+        name="tiny", digest=digest(tiny_base), path="base", note="", revision=None, stops=[], chat_template=None
+    )
     return store, base, test
 
 
@@ -325,7 +327,7 @@ def test_reports_say_what_was_measured_and_of_which_items(store, adapters):
     place, base, test = store
     tasks = ["domain_nll", "domain_choice", "domain_generate"]
     evaluate = EvaluateSpec(tasks=tasks, generate_items=4, generate_tokens=48, sample_tokens=8)
-    adapter = AdapterRef(folder=str(adapters["lora"]), sha256="lora")
+    adapter = AdapterRef(folder=str(adapters["lora"]), sha256=digest(adapters["lora"] / "adapter_model.safetensors"))
     quantisation = Quantisation(**NF4)
     targets = [EvalTarget(name="base", method="lora"),
                EvalTarget(name="qlora", method="qlora", adapter=adapter, quantisation=quantisation),

@@ -42,6 +42,10 @@ def scaled(adapter: Path, out: Path, change) -> Path:
     return out
 
 
+def sha256_of(adapter: Path) -> str:
+    return digest(adapter / "adapter_model.safetensors")
+
+
 def trained(base: Path, out: Path, seed: int, steps: int) -> Path:
     dials = {"base": str(base), "seed": seed, "rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear"}
     init_adapter(dials | LORA, out / "step0")
@@ -80,7 +84,7 @@ def adapters(tmp_path_factory) -> dict[str, Path]:
         "worse": scaled(champion, place / "worse", lambda b: b + 0.2 * b[torch.randperm(len(b), generator=draw)]),
         "much_worse": scaled(champion, place / "much_worse", lambda b: 0.3 * b),
         "scrambled": scaled(champion, place / "scrambled", lambda b: b[torch.randperm(len(b), generator=draw)]),
-        "not_a_number": scaled(champion, place / "not_a_number", lambda b: b * float("nan")),
+        "not_a_number": scaled(champion, place / "not_a_number", lambda b: b * 1e30),
         "wrong_base": trained(other_base, place / "wrong_base", seed=1, steps=30),
         "nothing_learned": scaled(champion, place / "nothing_learned", lambda b: 0 * b),
     }
@@ -98,7 +102,9 @@ def judged(adapters, tmp_path_factory) -> dict[str, tuple[Comparison, GateReport
     )
     names = ("champion", *CANDIDATES)
     targets = [EvalTarget(name="base", method="lora")] + [
-        EvalTarget(name=name, method="lora", adapter=AdapterRef(folder=str(adapters[name]), sha256=name))
+        EvalTarget(
+            name=name, method="lora", adapter=AdapterRef(folder=str(adapters[name]), sha256=sha256_of(adapters[name]))
+        )
         for name in names
     ]
     dials = EvaluateSpec(tasks=["domain_nll"], sample_questions=0)

