@@ -84,8 +84,7 @@ def write_files(subject: Subject, wish: Wish, measured: Measured, work: Path, dr
 
 
 def _name_base(file: Path, subject: Subject) -> None:
-    """The base by its name: where it lay on this machine is of no use elsewhere."""
-    own = {"base_model_name_or_path": subject.meta["base"], "revision": subject.meta["base_revision"]}
+    own = {"base_model_name_or_path": subject.base_name, "revision": subject.meta["base_revision"]}
     file.write_text(json.dumps(json.loads(file.read_text()) | own, indent=2))
 
 
@@ -107,7 +106,7 @@ def check_files(
     if far:
         raise GateError(*far)
     return Exported(
-        model=subject.version.label, format=wish.format, base=subject.meta["base"],
+        model=subject.version.label, format=wish.format, base=subject.base_name,
         base_digest=subject.version.base_digest, lineage_sha256=subject.lineage_sha256,
         adapter_sha256=subject.version.adapter_sha256, tolerance_nats=wish.tolerance_nats, items=measured.items,
         tokens=measured.tokens, live=measured.live, forms=measured.forms, chosen=measured.chosen, written=written,

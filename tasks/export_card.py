@@ -105,7 +105,8 @@ def _merged(found: Exported, subject: Subject) -> list[Recipe]:
 
 
 def _adapter(found: Exported, subject: Subject) -> list[Recipe]:
-    base, name = subject.meta["base"], subject.version.name
+    """BASE: a base that no hub has."""
+    base, name = subject.base_name if subject.meta["base_revision"] else "BASE", subject.version.name
     quantised = subject.version.quantisation
     bits = (
         f"BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={quantised.quant_type!r}, "
@@ -114,7 +115,7 @@ def _adapter(found: Exported, subject: Subject) -> list[Recipe]:
     )  # fmt: skip
     load = [
         "import torch", "from peft import PeftModel", "from transformers import AutoModelForCausalLM, BitsAndBytesConfig", "",
-        f"base = AutoModelForCausalLM.from_pretrained({base!r}, quantization_config={bits})",
+        f"base = AutoModelForCausalLM.from_pretrained({base!r}, quantization_config={bits}, use_safetensors=True)",
         'model = PeftModel.from_pretrained(base, ".")',
     ]  # fmt: skip
     config = json.loads(Path(subject.version.adapter, "adapter_config.json").read_text())

@@ -55,6 +55,12 @@ class Subject:
     lineage_sha256: str | None
 
     @property
+    def base_name(self) -> str:
+        """Hub id or built-in; of a folder its last name: where it lay on this machine is of no use elsewhere."""
+        name: str = self.meta["base"]
+        return name if self.meta["base_revision"] or name.startswith("builtin:") else Path(name).name
+
+    @property
     def spec(self) -> dict[str, Any]:
         """The live model, as a worker loads it."""
         quantised = self.version.quantisation

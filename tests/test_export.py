@@ -269,10 +269,25 @@ def test_reading_back_sees_what_happened_to_the_files(exported, planted, tmp_pat
 def test_nothing_is_written_if_no_form_is_near_enough(planted, tmp_path):
     from tasks.workers.export_model import export_model
 
+    asked = {"bases": ["full"], "dtypes": ["bf16"], "tolerance_nats": 1e-6, "max_passages": 0}
     with warnings.catch_warnings(action="ignore"):
-        report = export_model(planted | {"bases": ["full"], "dtypes": ["bf16"], "tolerance_nats": 1e-6}, tmp_path)
+        report = export_model(planted | asked, tmp_path)
     assert report["chosen"] is None
+    assert report["live"]["general_nll_nats"] is None
     assert not (tmp_path / "model").exists()
+
+
+def test_a_fully_tuned_version_is_its_own_weights(planted, tiny_base, tmp_path):
+    from tasks.workers.export_model import export_model
+
+    own = {"method": "full", "adapter": str(tiny_base), "quantisation": None}
+    asked = own | {"bases": ["full"], "dtypes": ["fp32"], "max_passages": 0}
+    with warnings.catch_warnings(action="ignore"):
+        report = export_model(planted | asked, tmp_path)
+    assert report["chosen"]["distance"]["kl_nats"] == pytest.approx(0, abs=1e-9)
+    assert report["chosen"]["delta"] is None
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert stored.keys() == load_file(tiny_base / "model.safetensors").keys()
 
 
 # --- a GGUF, by llama.cpp's own converter and in llama.cpp itself -------------------------------------------

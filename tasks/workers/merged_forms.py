@@ -36,7 +36,7 @@ def merged_model(spec: dict[str, Any], base: MergeBase, device: Device, sums: di
             sums[kind] += rounding(*(numbers.cpu().numpy() for numbers in four))
 
     if spec["method"] == "full":
-        return load_base(Path(spec["adapter"]), "lora", device)
+        return live_model(spec, device, spec["adapter"])
     if base == "full":
         model: Any = load_base(Path(spec["base"]), "lora", device)
     else:
