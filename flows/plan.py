@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 _METHODS = get_args(Method)
 _GIGABYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:gi?b)?\s*", re.IGNORECASE)
 _GIB = 2**30
-_HOW_FAR_OFF = (
-    "published peaks lie 5 % off such plans at the median; the worst is 1.24 times its plan (docs/planner.md)"
-)
+_HOW_FAR_OFF = "published peaks lie 5 % off such plans at the median; the worst is 1.24 times its plan; on a CPU 1.31 (docs/planner.md)"
 _PARTS = {
     "weights": "base weights",
     "constants": "quantisation constants",
