@@ -60,11 +60,9 @@ def difference(served: Any, sample: Sample) -> float | None:
 
 
 def precision(model: Any) -> str:
-    """What it computes in. On CPUs with AVX512_BF16 bitsandbytes takes a bf16 kernel for 4-bit layers, whatever the rest is in:
-    the evaluation keeps it from that (tasks/workers/bases.py), a served model does not."""
-    weight = next(weight for weight in model.parameters() if weight.is_floating_point())
-    has_kernel = any(getattr(layer, "support_avx512bf16_for_cpu", False) for layer in model.modules())
-    return "bf16" if weight.dtype == torch.bfloat16 or (has_kernel and weight.device.type == "cpu") else "fp32"
+    """What it computes in: a quantised base keeps its other weights in that format."""
+    dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+    return "bf16" if dtype == torch.bfloat16 else "fp32"
 
 
 if __name__ == "__main__":

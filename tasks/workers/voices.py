@@ -23,7 +23,6 @@ from transformers.cli.serving.utils import GenerateManager
 
 from data_contracts.errors import Problem, StoreError
 from tasks.workers.answers import Answer, Wish
-from tasks.workers.bases import keep_the_weights
 from tasks.workers.harness import say
 from tasks.workers.served_model import ServedModel, digest
 
@@ -158,7 +157,6 @@ def load(told: Told) -> Voice:
     _check(told)
     one = ServedModel()
     one.load_context(SimpleNamespace(artifacts={"adapter": told["adapter"], "meta": told["meta"]}))
-    keep_the_weights(one.model)  # in 4 bits it would answer in another arithmetic than it was evaluated in
     adapter = one.model.active_adapter if isinstance(one.model, PeftModel) else None
     return Voice(label(told), told, one.meta, one.model, one.tokenizer, one.stops, adapter)
 
