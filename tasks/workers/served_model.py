@@ -38,6 +38,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):
         model = AutoModelForCausalLM.from_pretrained(
             adapter if is_full else base, use_safetensors=True, trust_remote_code=False, **self._form()
         )
+        layer: Any
         for layer in model.modules():
             # On CPUs with AVX512_BF16 bitsandbytes would repack 4-bit weights for its bf16 kernel at the first answer: other
             # arithmetic than it was evaluated in (bases.keep_the_weights).
