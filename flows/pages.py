@@ -31,7 +31,7 @@ STAGES = {
     "gate": "pass, fail or inconclusive",
     "record": "MLflow: a parent run, a child for each arm",
     "register": "a model version under the alias challenger",
-    "load_back": "a fresh process loads the version and answers a question",
+    "load_back": "a fresh process loads the version: does it answer as it was evaluated",
     "promote": "the alias champion, only if the gates passed",
     "report": "one HTML page",
 }
