@@ -6,6 +6,7 @@ The whole chain and the command: `pytest -m slow tests/test_evidence.py`.
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -23,8 +24,8 @@ from data_contracts.reports import BaseModelRef, ModelVersion, RecordedRun, Trai
 from data_contracts.reproduction import Reproduction, result_of
 from data_contracts.run_spec import RunSpec
 from flows.reproduce import recorded_spec, reproduce_flow
+from tasks import ledger, registry
 from tasks import lineage as lineages
-from tasks import registry
 from tasks.arms import arms_of
 from tasks.base import init_adapter, start_dials
 from tasks.curate import curate
@@ -37,6 +38,7 @@ from tasks.tracking import connect, open_experiment
 from tasks.train import train_arm
 from tasks.validate import validate
 from tests.test_curate import facts
+from tests.test_curate import run as split_rows
 from tests.test_pages import planted, scores
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -259,6 +261,25 @@ def test_the_licence_of_data_is_what_somebody_said_or_known_of_built_in_data(dat
     assert data_licence(RunSpec.model_validate({"data": data}).data) == licence
 
 
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlicense: mit\n---\n# A model", "mit"),
+        ("---\nlicense: [\n---\n", "unknown"),
+        ("---\n- a list\n---\n", "unknown"),
+        ("# A model", "unknown"),
+        (None, "unknown"),
+    ],
+)
+def test_the_licence_of_a_base_is_what_its_card_says(tmp_path, card, licence):
+    from tasks.workers.prepare_base import _licence
+
+    if card:
+        (tmp_path / "README.md").write_text(card)
+    assert _licence(tmp_path, str(tmp_path), None) == licence
+    assert _licence(tmp_path, "org/name", "abc" if card is None else None) == licence  # the hub is out of reach here
+
+
 def test_a_path_is_told_by_its_last_part_and_a_hub_id_as_it_is():
     told = [
         "/data/rows.jsonl",
@@ -288,6 +309,25 @@ def test_it_is_made_again_to_the_byte_from_the_stores_snapshot(place):
         found
     ).keys()
     assert found.kept is None and not (place.store.files / "reproductions" / f"{NAME}-1").exists()
+
+
+def test_the_ledger_of_then_knows_nothing_that_came_later(tmp_path):
+    store = Store(tmp_path / "now")
+
+    def known() -> tuple:
+        return ledger.known_splits(store, "model"), ledger.held_out(store, "model"), ledger.releases(store, "model")
+
+    first = split_rows(store, facts(40), test_fraction=0.2).snapshot_id
+    ledger.release(store, "model", ["a"], "refusal", "early")
+    then, at = known(), time.time()
+    second = split_rows(store, facts(80), test_fraction=0.2).snapshot_id
+    ledger.release(store, "model", ["b"], "refusal", "late")
+    now = known()
+    for batch, expected in ((second, then), (first, ({}, [], then[2])), ("never recorded", (now[0], now[1], then[2]))):
+        store = Store(tmp_path / batch[:8])
+        ledger.copy_before(Store(tmp_path / "now"), store, "model", batch, at)
+        assert known() == expected
+        assert ledger.new_rows(store, "model", second) == (None if batch != "never recorded" else 40)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from data_contracts.data_reports import DatasetManifest
+from data_contracts.data_reports import DatasetManifest, FileRef
 from data_contracts.errors import ConfigError, GateError, StoreError
 from data_contracts.lineage import LINEAGE_TAG
 from data_contracts.reports import AdapterRef, BaseModelRef, Origin, RecordedRun, Start, TrainReport
@@ -26,7 +26,9 @@ from tasks.core.replay import Form, choose, differences
 from tasks.lineage import Made
 from tasks.policies import stage_key
 from tasks.promotion import promote_version, rollback_version
+from tasks.rebuild import Rows
 from tasks.register import register_version
+from tasks.reproduce import begin_again, train_again
 from tasks.rivals import rival
 from tasks.row_ids import ids_of, publish_ids, read_ids
 from tasks.stores import Store, digest
@@ -115,8 +117,6 @@ def test_a_training_is_known_by_its_adapter_and_rows_whatever_chose_them():
 
 
 def _ref(name: str):
-    from data_contracts.data_reports import FileRef
-
     return FileRef(path=name, sha256=name)
 
 
@@ -301,6 +301,23 @@ def test_the_champions_adapter_registered_once_more_needs_no_other_judgement(pla
     version = place.register(third.data, third.arm, judged="2")
     assert registry.champion(place.model, NAME).version == version == "5"
     rollback_version(place.model, NAME)
+
+
+def test_a_warm_started_version_is_made_again_from_its_parent(place, generations, tmp_path):
+    second, elsewhere = generations[1], Store(tmp_path)
+
+    def absolute(name: str) -> FileRef:
+        ref = getattr(second.data, name)
+        return ref.model_copy(update={"path": str(place.store.path(ref).resolve())})
+
+    then = registry.recorded_lineage(place.model, registry.resolve(place.model, f"models:/{NAME}/2"))
+    rows = Rows(*map(absolute, ("train", "validation", "test")), told="", compared=[])
+    base = place.base.model_copy(update={"path": str(place.store.path(place.base.path).resolve())})
+    begin = begin_again(place.spec(), elsewhere, base, then, rows)
+    assert {item.what: item.same for item in begin.compared} == {
+        "base": True, "step-0 adapter": True, "rows of the warm start": True,
+    }  # fmt: skip
+    assert train_again(elsewhere, base, begin, rows, then, 1).adapter.sha256 == second.arm.adapter.sha256
 
 
 # --- what does not fit --------------------------------------------------------------------------------------
