@@ -49,10 +49,13 @@ class Store:
         return FileRef(path=path.resolve().relative_to(self.files.resolve()).as_posix(), sha256=digest(path))
 
     def path(self, ref: FileRef | str) -> Path:
-        """Where a manifest's file lies now. Raises StoreError if it is gone, or its name leads out of the store."""
+        """Where a manifest's file lies now. Raises StoreError if it is gone, or its name climbs out of its folder.
+
+        A whole path is that of another store, as `reproduce` reads.
+        """
         relative = ref if isinstance(ref, str) else ref.path
         path = self.files / relative
-        if PurePosixPath(relative).is_absolute() or ".." in PurePosixPath(relative).parts or "\0" in relative:
+        if ".." in PurePosixPath(relative).parts or "\0" in relative:
             raise StoreError(
                 Problem(f"{relative!r} leads out of the store", str(self.files), act="run again with --force")
             )
