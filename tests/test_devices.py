@@ -91,6 +91,8 @@ def test_two_ranks_have_the_loss_curve_and_the_adapter_of_one(spec, tmp_path, me
     assert weights < WEIGHTS
     one, two = report(tmp_path / "one"), report(tmp_path / "two")
     assert (one["workers"], two["workers"]) == (1, 2)
+    assert two["batch_reason"] == f"{one['batch_reason']}; shared by 2 workers"
+    assert ("measured_memory" in two) == (sharding == "none")
     same = ("train_tokens", "completion_tokens", "steps", "trainable_parameters", "weights_bytes")
     assert [two[name] for name in same] == [one[name] for name in same]
 

@@ -229,6 +229,10 @@ def test_out_of_memory_halves_the_micro_batch_and_the_report_says_so(spec, whole
     assert run("train_adapter", spec, tmp_path, partial(before_call, *STEP, 4, partial(fail, kind))) == 0
     assert report(tmp_path)["micro_batches"] == 2
     assert report(whole)["micro_batches"] == 1
+    assert (
+        report(tmp_path)["batch_reason"]
+        == f"{report(whole)['batch_reason']}; computed in 2 parts, since memory ran out"
+    )
     assert "out of memory at step 4: from here each step is computed in 2 parts" in (tmp_path / "stdout").read_text()
     for name in ("steps", "train_tokens", "completion_tokens"):
         assert report(tmp_path)[name] == report(whole)[name]
