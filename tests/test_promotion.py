@@ -17,6 +17,7 @@ import pytest
 from data_contracts.errors import ConfigError, GateError, StoreError, TransientError
 from data_contracts.releases import OVERRIDE_TAG, Move
 from data_contracts.reports import ReleaseCheck, SampleAnswer
+from data_contracts.run_spec import StoreSpec
 from data_contracts.verdict import Decision, GateReport
 from flows.console import page
 from flows.release_pages import show_history
@@ -353,6 +354,23 @@ def test_moves_that_the_file_lost_are_told_and_written_anew_from_the_registry(fr
     moves.rebuild(fresh.store)
     rollback_version(fresh.store, NAME)
     assert now(fresh) == "1" and len(list(fresh.place.files.glob("promotions.jsonl.1*"))) >= 3
+
+
+def test_two_stores_on_one_registry_see_each_others_moves(fresh, tmp_path):
+    uri = fresh.place.database_uri
+    here = fresh.store.model_copy(update={"mlflow_uri": uri})
+    there = StoreSpec(root=str(tmp_path), mlflow_uri=uri)
+    promote_version(here, NAME, "1")
+    promote_version(there, NAME, "3")
+    found = moves.history(there, NAME)
+    assert [(entry.move.to, entry.elsewhere) for entry in found.entries] == [("1", True), ("3", False)]
+    assert found.problems == [] and moves.history(here, NAME).problems == []
+    rollback_version(here, NAME)
+    assert now(fresh) == "1"
+    plan = promotion.plan_promotion(there, NAME, "3")
+    promote_version(here, NAME, "2", override=True, reason="of this test")
+    with pytest.raises(GateError, match="version 2 has become champion since moves version 3 was judged"):
+        promotion.carry_out(there, plan, None)
 
 
 # --- several at once, and killed ----------------------------------------------------------------------------
