@@ -62,7 +62,7 @@ def slices(found: Comparison) -> Any:
 def memory(arms: Sequence[TrainReport]) -> Any:
     """The peak of each training by part, as measured and as planned."""
     bars = {f"{arm.name}, {kind}": parts for arm in arms for kind, parts in memory_parts(arm).items()}
-    figure, axes = _axes(1.6 + 0.35 * len(bars))
+    figure, axes = _axes(1.8 + 0.35 * len(bars))
     left = dict.fromkeys(bars, 0.0)
     for part, label in PARTS.items():
         widths = [bars[name].get(part, 0) / 1e9 for name in bars]
@@ -70,7 +70,7 @@ def memory(arms: Sequence[TrainReport]) -> Any:
         left = {name: start + width for (name, start), width in zip(left.items(), widths, strict=True)}
     axes.invert_yaxis()
     axes.set(xlabel="GB at the peak of training", title="Memory")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     return figure
 
 
