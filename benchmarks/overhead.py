@@ -36,14 +36,14 @@ def whole_run(preset: str, changes: list[str]) -> tuple[float, dict[str, float]]
     from tasks import processes
 
     workers: dict[str, float] = {}
-    follow = processes._follow
+    follow = processes.follow
 
     def timed(child: "subprocess.Popen[str]", *watching: processes.Watch) -> None:
         started = time.monotonic()
         follow(child, *watching)
         workers[f"{len(workers) + 1} {child.args[2].rpartition('.')[2]}"] = time.monotonic() - started
 
-    processes._follow = timed
+    processes.follow = timed
     if retrain(spec) is None:
         raise SystemExit("another run is at work in this store")
     return time.time() - psutil.Process().create_time(), workers

@@ -29,7 +29,7 @@ from flows.console import tell
 from flows.services_state import MARK
 from tasks.turns import Holder
 
-FLOWS = ["retrain", "watch", "gate", "promote", "rollback", "prepare-data"]
+FLOWS = ["retrain", "watch", "gate", "promote", "rollback", "reproduce", "prepare-data"]
 """Every flow of ours; each has the hook `hold`."""
 _AT_WORK = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 _PAGE = 200

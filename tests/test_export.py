@@ -280,7 +280,11 @@ def test_nothing_is_written_if_no_form_is_near_enough(planted, tmp_path):
 def test_a_fully_tuned_version_is_its_own_weights(planted, tiny_base, tmp_path):
     from tasks.workers.export_model import export_model
 
-    own = {"method": "full", "adapter": str(tiny_base), "quantisation": None}
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    for name in ("config.json", "model.safetensors"):  # the tokenizer is the base's
+        shutil.copy(tiny_base / name, trained)
+    own = {"method": "full", "adapter": str(trained), "quantisation": None}
     asked = own | {"bases": ["full"], "dtypes": ["fp32"], "max_passages": 0}
     with warnings.catch_warnings(action="ignore"):
         report = export_model(planted | asked, tmp_path)

@@ -17,7 +17,7 @@ from peft import PeftModel
 
 from data_contracts.errors import ConfigError, DataError, TransientError
 from data_contracts.run_spec import TrainSpec
-from tasks.processes import _error
+from tasks.processes import worker_error
 from tasks.workers import packed_trainer
 from tasks.workers.bases import load_base
 from tasks.workers.chat import load_chat
@@ -75,7 +75,7 @@ def test_validation_without_a_row_is_an_error_before_training(spec, tmp_path):
 def test_a_signal_ends_training_with_a_checkpoint_of_the_step_at_hand(spec, whole, tmp_path, signals):
     asked = partial(before_call, *STEP, 5, partial(send, *signals))
     assert run("train_adapter", spec, tmp_path, asked) == TransientError.exit_code
-    stopped = _error(TransientError.exit_code, "train", tmp_path)
+    stopped = worker_error(TransientError.exit_code, "train", tmp_path)
     assert isinstance(stopped, TransientError)
     assert f"stopped at step 5 of 10 by {signals[-1].name}" in str(stopped)
     assert "run again to go on" in str(stopped)
@@ -89,7 +89,7 @@ def test_a_signal_ends_training_with_a_checkpoint_of_the_step_at_hand(spec, whol
 def test_outside_of_training_a_signal_ends_a_worker_at_once(spec, tmp_path, number):
     validating = partial(before_call, *STEP, 11, partial(send, number))
     assert run("train_adapter", spec, tmp_path, validating) == -number
-    assert isinstance(_error(-number, "train", tmp_path), TransientError)
+    assert isinstance(worker_error(-number, "train", tmp_path), TransientError)
 
 
 # --- loss ---------------------------------------------------------------------------------------------------
