@@ -186,6 +186,7 @@ def place(tiny_base, tmp_path, prefect) -> Place:
     return Place(tmp_path, tiny_base)
 
 
+@pytest.mark.slow
 def test_two_arms_overlap_in_time_and_are_what_they_are_alone(tiny_base, tmp_path, prefect):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
