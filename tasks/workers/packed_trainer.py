@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import DataLoader
@@ -76,7 +77,8 @@ class PackedTrainer(Trainer):
         self.work, self.micro_batches, self.sharding = work, micro_batches, sharding
         self.lora_plus_ratio = lora_plus_ratio
         self.model_accepts_loss_kwargs = True
-        if ranks() > 1:  # accelerate's way of not wrapping a model: nothing else depends on it
+        if dist.is_initialized():  # by Ray also for one rank
+            # accelerate's way of not wrapping a model: nothing else depends on it
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         if sharding != "none":
             self.accelerator.prepare_model = lambda model, **_: model
