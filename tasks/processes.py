@@ -1,5 +1,6 @@
 """Run a worker as a child process: its memory returns on exit, and whatever kills it becomes an error with a cause."""
 
+import errno
 import json
 import os
 import shutil
@@ -16,9 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from data_contracts.errors import ERRORS, Problem, TransientError, WorkerError
+from data_contracts.failures import explained
 
 _LOG_LINES_SHOWN = 12
 _SECONDS_BETWEEN_LINES = 15.0
+_ROOM_FOR_A_REASON = 64 * 1024  # bytes: with less, a worker may not have been able to leave one
 SECONDS_TO_END = 60.0  # for a worker that was asked to: a step, and a checkpoint
 Event = dict[str, Any]
 Watch = Callable[[Event], None]
@@ -124,6 +127,10 @@ def worker_error(code: int, module: str, out: Path) -> Exception:
     if code < 0:
         act = "it goes on from its last checkpoint; if memory ran out: lower train.batch_tokens, or free some"
         return TransientError(Problem(f"killed by signal {-code}", module, act=act))
+    if shutil.disk_usage(out).free < _ROOM_FOR_A_REASON:
+        full = explained(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out)))
+        assert full  # a known kind
+        return full
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES_SHOWN:])
     return WorkerError(Problem(f"ended with code {code}:\n{tail}", module, act=f"read {log}"))
 

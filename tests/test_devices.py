@@ -127,7 +127,8 @@ def test_ranks_agree_on_the_best_validation_and_the_early_end(spec, validating, 
     assert difference(tmp_path / "two", tmp_path / "one")[1] < WEIGHTS
 
 
-@pytest.mark.parametrize("sharding", [pytest.param("none", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_a_rank_without_a_row_changes_nothing(validating, tmp_path, sharding):
     dials = validating | {"batch_tokens": 64}
     assert run("train_adapter", dials, tmp_path / "one") == 0

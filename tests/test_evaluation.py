@@ -215,6 +215,7 @@ def target(name: str, adapter: Path | None, method: str = "lora", **fields) -> d
     return {"name": name, "method": method, "adapter": str(adapter) if adapter else None, **form}
 
 
+@pytest.mark.slow
 def test_no_target_changes_what_another_one_scores(tiny_base, adapters, tmp_path):
     from tasks.workers.evaluate_models import evaluate_models
 
