@@ -1,6 +1,5 @@
 """Run a worker as a child process: its memory returns on exit, and whatever kills it becomes an error with a cause."""
 
-import errno
 import json
 import os
 import shutil
@@ -17,11 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from data_contracts.errors import ERRORS, Problem, TransientError, WorkerError
-from data_contracts.failures import explained
 
 _LOG_LINES_SHOWN = 12
 _SECONDS_BETWEEN_LINES = 15.0
-_ROOM_FOR_A_REASON = 64 * 1024  # bytes: with less, a worker may not have been able to leave one
 SECONDS_TO_END = 60.0  # for a worker that was asked to: a step, and a checkpoint
 Event = dict[str, Any]
 Watch = Callable[[Event], None]
@@ -60,12 +57,13 @@ def run_worker(
         command = [sys.executable, "-m", *_launcher(spec), module, str(spec_file), str(out)]
         environment = worker_environment() | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+        said: dict[str, Event] = {}  # the last of each kind
         try:
-            follow(child, display.show, watch)
+            follow(child, display.show, watch, lambda event: said.update({event["event"]: event}))
         finally:
             _end(child)
     if child.returncode != 0:
-        raise worker_error(child.returncode, module, out)
+        raise worker_error(child.returncode, module, out, said.get("error"))
     return dict(json.loads(report_file.read_text()))
 
 
@@ -118,19 +116,15 @@ def _end(child: "subprocess.Popen[str]") -> None:
         child.stdout.close()
 
 
-def worker_error(code: int, module: str, out: Path) -> Exception:
-    """What a worker that ended with this code left as its reason, as an error of ours."""
-    if (out / "error.json").exists():
-        told = json.loads((out / "error.json").read_text())
+def worker_error(code: int, module: str, out: Path, said: Event | None = None) -> Exception:
+    """What a worker that ended with this code left as its reason, or said where it had no room for it, as an error of ours."""
+    left = out / "error.json"
+    if told := json.loads(left.read_text()) if left.exists() else said:
         return ERRORS[told["error"]](*(Problem(**problem) for problem in told["problems"]))
     log = out / "worker.log"
     if code < 0:
         act = "it goes on from its last checkpoint; if memory ran out: lower train.batch_tokens, or free some"
         return TransientError(Problem(f"killed by signal {-code}", module, act=act))
-    if shutil.disk_usage(out).free < _ROOM_FOR_A_REASON:
-        full = explained(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out)))
-        assert full  # a known kind
-        return full
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES_SHOWN:])
     return WorkerError(Problem(f"ended with code {code}:\n{tail}", module, act=f"read {log}"))
 

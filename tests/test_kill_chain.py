@@ -164,23 +164,31 @@ def kill_worker(place: Place, chain: Chain) -> bool:
 
 
 def fill_disk(place: Place, chain: Chain) -> bool:
-    """Not a byte is free until the chain has ended, which must say so and what to do."""
-    ballast = place.store / "ballast"
+    """Not a byte stays free until the chain has ended, which must say so and what to do. False if it needed none."""
+    ballast, size = place.store / "ballast", 0
     with ballast.open("wb") as file:
-        size, more = 0, DISK_BYTES
-        while more >= 4096:  # the chain takes its own share meanwhile
-            try:
-                os.posix_fallocate(file.fileno(), size, more)
-                size += more
-            except OSError:
-                more //= 2
-    code, told = chain.result()
+        while chain.process.poll() is None:
+            size = _take_what_is_free(file.fileno(), size)
+            time.sleep(0.01)
     ballast.unlink()
-    problem = told["error"]["problems"][0] if code else {}
-    assert code == 4 and re.search("disk is full|free", problem["what"]) and "room" in problem["act"], chain.said[
-        -2000:
-    ]
+    code, told = chain.result()
+    if code == 0:
+        return False
+    problem = told["error"]["problems"][0]
+    is_told = re.search("disk is full|free", problem["what"]) and "room" in problem["act"]
+    assert code == 4 and is_told, chain.said[-2000:]
     return True
+
+
+def _take_what_is_free(file: int, size: int) -> int:
+    more = DISK_BYTES
+    while more >= 4096:
+        try:
+            os.posix_fallocate(file, size, more)
+            size += more
+        except OSError:
+            more //= 2
+    return size
 
 
 def restart(server: Server) -> bool:

@@ -15,9 +15,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from data_contracts.errors import ConfigError, DataError, StoreError, TransientError, WorkerError
+from data_contracts.errors import ConfigError, DataError, StoreError, TransientError
 from data_contracts.run_spec import TrainSpec
-from tasks.processes import worker_error
+from tasks.processes import run_worker, worker_error
 from tasks.workers import packed_trainer
 from tasks.workers.bases import load_base
 from tasks.workers.chat import load_chat
@@ -92,13 +92,11 @@ def test_outside_of_training_a_signal_ends_a_worker_at_once(spec, tmp_path, numb
     assert isinstance(worker_error(-number, "train", tmp_path), TransientError)
 
 
-def test_a_worker_that_had_no_room_for_its_reason_broke_on_a_full_disk(tmp_path, monkeypatch):
-    """The kill matrix fills a real one."""
-    (tmp_path / "worker.log").touch()
-    assert isinstance(worker_error(1, "train", tmp_path), WorkerError)
-    monkeypatch.setattr("tasks.processes.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
-    full = worker_error(1, "train", tmp_path)
-    assert isinstance(full, StoreError) and "the disk is full" in str(full) and "make room" in str(full)
+def test_a_worker_that_has_no_room_for_its_reason_tells_it_all_the_same(tmp_path):
+    """The kill matrix fills a real disk."""
+    with pytest.raises(StoreError, match=r"(?s)the disk is full.*make room"):
+        run_worker("tests.worker_without_room", {}, tmp_path)
+    assert not (tmp_path / "error.json").exists()
 
 
 # --- loss ---------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def main(work: Work) -> None:
     try:
         run(work, Path(sys.argv[1]), Path(sys.argv[2]))
     except TunegateError as error:
-        sys.stderr.write(f"{error}\n")
+        _log(f"{error}\n")
         sys.exit(error.exit_code)
 
 
@@ -88,19 +88,28 @@ def run(work: Work, spec_file: Path, out: Path) -> None:
         known = explained(error, out)
         if known is None:
             raise
-        sys.stderr.write(without_secrets(traceback.format_exc()))  # into the worker's log
+        _log(without_secrets(traceback.format_exc()))
         write_error(out, known)
         raise known from None
 
 
 def write_error(out: Path, error: TunegateError) -> None:
     """Leave the error for the parent. If a rank has left one already, that is the cause and stays."""
-    problems = [dataclasses.asdict(problem) for problem in error.problems]
+    told = {"error": type(error).__name__, "problems": [dataclasses.asdict(problem) for problem in error.problems]}
     draft = out / f"error.{os.getpid()}"
-    write_json(draft, {"error": type(error).__name__, "problems": problems})
-    with suppress(FileExistsError):
-        os.link(draft, out / "error.json")
-    draft.unlink()
+    try:
+        write_json(draft, told)
+        with suppress(FileExistsError):
+            os.link(draft, out / "error.json")
+        draft.unlink()
+    except OSError:  # a full disk has no room for it: the pipe to the parent needs none
+        say("error", **told)
+
+
+def _log(text: str) -> None:
+    """Into the worker's log, if there is room."""
+    with suppress(OSError):
+        sys.stderr.write(text)
 
 
 def _be_quiet() -> None:
