@@ -175,7 +175,7 @@ def fill_disk(place: Place, chain: Chain) -> bool:
     if code == 0:
         return False
     problem = told["error"]["problems"][0]
-    is_told = re.search("disk is full|free", problem["what"]) and "room" in problem["act"]
+    is_told = re.search("disk is full|No space left|free", problem["what"]) and "room" in problem["act"]
     assert code == 4 and is_told, chain.said[-2000:]
     return True
 
