@@ -71,7 +71,8 @@ def reproduce(store: StoreSpec, uri: str, changes: list[str]) -> Reproduction:
 @flow(name="reproduce", result_serializer="json", on_running=[hold])
 def reproduce_flow(spec: RunSpec, uri: str, threads: int | None = None) -> Reproduction:
     """Rows, base, start, training, comparison."""
-    started, store = time.monotonic(), Store(Path(spec.store.root))
+    # The rows of the place are named by their whole paths: a store that is named by a relative one would be looked for twice.
+    started, store = time.monotonic(), Store(Path(spec.store.root).resolve())
     version = registry.resolve(spec.store, uri, "reproduce")
     then = registry.recorded_lineage(spec.store, version)
     checked_adapter(version, then)
