@@ -16,6 +16,7 @@ import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from huggingface_hub import ModelCard
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from data_contracts.data_reports import DatasetManifest
 from data_contracts.errors import ConfigError, DataError, StoreError
@@ -126,7 +127,8 @@ def workers_here() -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         return getattr(import_module(module), functions[module.rpartition(".")[2]])(spec, out)
 
-    with pytest.MonkeyPatch.context() as patch:
+    # The server of a test file before this one is not for these: the flow's function is called without a run of Prefect.
+    with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_API_URL: None}):
         patch.setattr("tasks.parts.free_cores", lambda: 1)
         for user in ("base", "train", "evaluate", "reproduce"):
             patch.setattr(f"tasks.{user}.run_worker", here)
