@@ -18,7 +18,6 @@ def code_digest(modules: tuple[str, ...]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-@cache
 def code_digests(modules: tuple[str, ...]) -> dict[str, str]:
     """The same module by module. Taken over the syntax tree, so a comment or a blank line changes nothing."""
     found: dict[str, str] = {}
@@ -28,10 +27,16 @@ def code_digests(modules: tuple[str, ...]) -> dict[str, str]:
         file = _file(name)
         if name in found or name in _WITHOUT_RESULT or file is None:
             continue
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        found[name] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()
-        waiting += _imports(tree)
+        found[name], imported = read_module(file)
+        waiting += imported
     return found
+
+
+@cache
+def read_module(file: Path) -> tuple[str, list[str]]:
+    """Digest of a module, and what it imports. Once in a process: what runs is the code of its start."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), _imports(tree)
 
 
 def library_versions(names: tuple[str, ...]) -> dict[str, str]:

@@ -135,8 +135,9 @@ def _log_model(artifacts: dict[str, Path]) -> str:
             python_model=str(_CODE),
             artifacts={name: str(path) for name, path in artifacts.items()},
             signature=infer_signature([EXAMPLE], ["..."], params={"max_new_tokens": 64}),
-            # MLflow tries it only where it finds the base, and only warns; `load_back` is the check that counts.
             input_example=[EXAMPLE],
+            # MLflow would load the model in here to try the example, and only warn; `load_back` is the check that counts.
+            validate_serving_input=False,
             pip_requirements=["mlflow", "torch", "transformers", "peft", "bitsandbytes", "accelerate"],
         )
     return str(info.model_id)
@@ -149,6 +150,7 @@ class _WithoutPlaces:
     def save_model(path: str, mlflow_model: "Model", **arguments: Any) -> None:
         import mlflow
 
+        arguments.pop("validate_serving_input")  # meant for Model.log, which gives on all that it is given
         mlflow.pyfunc.save_model(path=path, mlflow_model=mlflow_model, **arguments)
         told = mlflow_model.flavors["python_function"]
         told["model_code_path"] = _CODE.name

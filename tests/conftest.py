@@ -7,6 +7,7 @@ cluster (no engine at hand). The `gpu` tests skip without a CUDA device and fail
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,9 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # Started in the background: what tests start would inherit that, and no Ctrl-C would reach it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# As on a user's machine, whatever is set on this one: Python keeps what it has compiled.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ["COLUMNS"] = "120"  # tables break lines alike, whatever the terminal
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # files side by side: a second thread would spin on a busy core

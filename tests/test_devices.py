@@ -76,7 +76,7 @@ def difference(out: Path, other: Path) -> tuple[float, float]:
 @pytest.mark.parametrize(
     ("method", "sharding", "checkpointing"),
     [
-        ("lora", "none", True),
+        pytest.param("lora", "none", True, marks=pytest.mark.slow),
         pytest.param("qlora", "none", False, marks=pytest.mark.slow),
         pytest.param("lora", "fsdp", False, marks=pytest.mark.slow),
         ("qlora", "fsdp", True),
@@ -114,7 +114,8 @@ def test_two_ranks_train_all_weights_or_a_prefix_as_one_does(spec, tiny_base, tm
     assert digest(tmp_path / "again" / "adapter") == digest(tmp_path / "two" / "adapter")
 
 
-@pytest.mark.parametrize("sharding", [pytest.param("none", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_ranks_agree_on_the_best_validation_and_the_early_end(spec, validating, tmp_path, sharding):
     dials = validating | {"learning_rate": 3e-2, "early_stopping_patience": 2, "batch_tokens": 256}
     assert run("train_adapter", dials, tmp_path / "one") == 0

@@ -324,6 +324,7 @@ def store(tiny_base, tmp_path_factory):
     return store, base, test
 
 
+@pytest.mark.slow
 def test_reports_say_what_was_measured_and_of_which_items(store, adapters):
     place, base, test = store
     tasks = ["domain_nll", "domain_choice", "domain_generate"]
@@ -359,6 +360,7 @@ def test_reports_say_what_was_measured_and_of_which_items(store, adapters):
     assert again == reports  # its seconds too: nothing was scored twice
 
 
+@pytest.mark.slow
 def test_a_model_alone_is_timed_and_its_process_measured(store):
     place, base, test = store
     served = serve_alone(place, base, test, EvalTarget(name="base", method="lora"), EvaluateSpec(), 256, "fp32", 1)

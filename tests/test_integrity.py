@@ -295,10 +295,12 @@ def served(version, place, monkeypatch) -> Version:
     return version
 
 
-def test_plain_mlflow_loads_a_whole_version_and_it_answers(served):
+def test_plain_mlflow_loads_a_whole_version_which_answers_and_stays_whole(served):
     model = mlflow.pyfunc.load_model(str(served.folder))
     (answer,) = model.predict(["What comes after 3?"], params={"max_new_tokens": 4})
     assert isinstance(answer, str)
+    assert (served.folder / "__pycache__").exists()  # Python has kept a compiled copy of its code
+    served.verify()
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "neftune, full": ("full", {"neftune_alpha": 5.0}),
     "neftune, prefix": ("prefix", {"neftune_alpha": 5.0, "learning_rate": 0.3}),
 }
+FIRST = ("lora", "qlora nf4", "full", "prefix", "pissa, 4 bits")  # the others: `pytest -m slow tests/test_methods.py`
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def losses_of(model, base: Path, way: str = "padded") -> torch.Tensor:
         return scored_losses(model.eval(), to_tensors(rows, way))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [v if v in FIRST else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS])
 def test_a_method_learns_and_reloads_as_the_model_that_was_trained(tiny_base, files, tmp_path, monkeypatch, variant):
     method, changes = VARIANTS[variant]
     spec = spec_of(tiny_base, files, method, changes, tmp_path)
@@ -113,10 +114,7 @@ def test_a_method_learns_and_reloads_as_the_model_that_was_trained(tiny_base, fi
     assert (found - base).mean() < -0.05
 
 
-COUNTED = ("lora", "qlora nf4", "qlora nf4, single", "full", "prefix", "pissa, 4 bits")
-
-
-@pytest.mark.parametrize("variant", COUNTED)
+@pytest.mark.parametrize("variant", FIRST)
 def test_memory_is_counted_part_by_part_as_it_was_planned(tiny_base, files, tmp_path, variant):
     method, changes = VARIANTS[variant]
     spec = spec_of(tiny_base, files, method, {**changes, "max_steps": 1}, tmp_path)

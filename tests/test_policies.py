@@ -67,13 +67,13 @@ def test_the_code_of_a_helper_is_part_of_the_key_and_a_comment_is_not(tmp_path, 
     def digest(stage_code, helper_code):
         (package / "stage.py").write_text(stage_code)
         (package / "helper.py").write_text(helper_code)
-        fingerprint.code_digests.cache_clear()
+        fingerprint.read_module.cache_clear()
         return fingerprint.code_digest(("tasks.stage",))
 
     first = digest("from tasks import helper\n", "x = 1\n")
     assert first == digest("from tasks import helper  # why\n", "\nx = 1\n")
     assert first != digest("from tasks import helper\n", "x = 2\n")
-    fingerprint.code_digests.cache_clear()
+    fingerprint.read_module.cache_clear()
 
 
 def test_every_stage_names_modules_and_libraries_that_exist():

@@ -58,14 +58,14 @@ def copy(tmp_path, monkeypatch) -> Iterator[Path]:
     for package in ("tasks", "data_contracts"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(fingerprint, "_ROOT", tmp_path)
-    fingerprint.code_digests.cache_clear()
+    fingerprint.read_module.cache_clear()
     yield tmp_path
-    fingerprint.code_digests.cache_clear()
+    fingerprint.read_module.cache_clear()
 
 
 def edit(file: Path, more: str) -> None:
     file.write_text(file.read_text() + more)
-    fingerprint.code_digests.cache_clear()
+    fingerprint.read_module.cache_clear()
 
 
 # The tests from here to the line below are one story, in this order: each begins with the store as the one before left it.

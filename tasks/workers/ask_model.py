@@ -5,6 +5,7 @@ report: answers.
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def load(spec: dict[str, Any]) -> Any:
     mlflow.set_tracking_uri(spec["tracking_uri"])
     mlflow.set_registry_uri(spec["tracking_uri"])
     say("note", text=f"loading {spec['label']} from the registry")
+    sys.dont_write_bytecode = True  # a compiled copy of its code would lie among the version's files for a moment
     return mlflow.pyfunc.load_model(spec["model"])
 
 

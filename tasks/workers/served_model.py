@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
 
@@ -140,4 +142,7 @@ def _sha256(path: Path) -> str:
 
 
 if not __name__.startswith("tasks."):  # MLflow runs this file to find the model; an import of it must not
+    with suppress(OSError):  # where nothing can be written
+        # Python's compiled copy of this file is none of the version's files, and would run in its place the next time.
+        Path(cache_from_source(__file__)).unlink(missing_ok=True)
     mlflow.models.set_model(ServedModel())
