@@ -366,6 +366,7 @@ def test_the_new_version_had_to_face_the_champion(second):
 # --- release ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_gate_command_judges_a_registered_version(first, tunegate, place):
     code, decision, errors = tunegate("gate", "--model", "models:/tunegate-smoke/1")
     assert code in (0, 1, 3), errors
@@ -377,6 +378,7 @@ def test_the_gate_command_judges_a_registered_version(first, tunegate, place):
     assert kept.answers[0].next_tokens and kept.precision
 
 
+@pytest.mark.slow
 def test_predict_answers_from_the_registry(first, tunegate):
     code, answer, errors = tunegate(
         "predict", "What does `json.dumps` do?", "--model", "models:/tunegate-smoke@champion"

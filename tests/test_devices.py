@@ -1,6 +1,6 @@
 """Several workers train as one does: same loss curve, same adapter but for rounding, and killed or not the same bytes.
 
-Run: pytest tests/test_devices.py. Two ranks on one machine, over gloo. Not covered, and why: NCCL, CUDA, NF4 kernels of a GPU and
+Run: pytest tests/test_devices.py, and -m slow for the longer ones. Two ranks on one machine, over gloo. Not covered, and why: NCCL, CUDA, NF4 kernels of a GPU and
 machines in a network (none at hand).
 """
 
@@ -73,14 +73,10 @@ def difference(out: Path, other: Path) -> tuple[float, float]:
 # --- equal to one process -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "sharding", "checkpointing"),
-    [
-        pytest.param("lora", "none", True, marks=pytest.mark.slow),
-        pytest.param("qlora", "none", False, marks=pytest.mark.slow),
-        pytest.param("lora", "fsdp", False, marks=pytest.mark.slow),
-        ("qlora", "fsdp", True),
-    ],
+    [("lora", "none", True), ("qlora", "none", False), ("lora", "fsdp", False), ("qlora", "fsdp", True)],
 )
 def test_two_ranks_have_the_loss_curve_and_the_adapter_of_one(spec, tmp_path, method, sharding, checkpointing):
     dials = spec | {"method": method, "activation_checkpointing": checkpointing}
@@ -179,6 +175,7 @@ def test_whichever_rank_is_killed_all_end_and_go_on_to_the_same_bytes(
     ends_as_if_never_killed(dropping, tmp_path, pair, from_step)
 
 
+@pytest.mark.slow
 def test_divided_weights_are_put_together_in_checkpoints_and_taken_apart_again(dropping, tmp_path):
     dials = dropping | {"sharding": "fsdp"}
     assert run_together(dials, tmp_path / "whole") == [0, 0]
