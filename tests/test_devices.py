@@ -204,6 +204,7 @@ def test_a_rank_out_of_memory_computes_its_part_in_parts_and_the_others_follow(s
     assert max(difference(tmp_path / "two", tmp_path / "one")) < WEIGHTS
 
 
+@pytest.mark.slow
 def test_out_of_memory_with_divided_weights_is_an_error_with_the_next_act(spec, tmp_path):
     dials = spec | {"workers": 2, "sharding": "fsdp"}
     assert ConfigError.exit_code in run_together(dials, tmp_path, {1: partial(before_call, *LOSSES, 4, no_memory)})

@@ -185,9 +185,7 @@ RESUMED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "variant", [v if v in ("full", "dora") else pytest.param(v, marks=pytest.mark.slow) for v in RESUMED]
-)
+@pytest.mark.parametrize("variant", [v if v == "dora" else pytest.param(v, marks=pytest.mark.slow) for v in RESUMED])
 def test_an_interrupted_run_ends_with_the_bit_identical_result(tiny_base, files, tmp_path, monkeypatch, variant):
     spec = spec_of(tiny_base, files, *RESUMED[variant], tmp_path)
     for name in ("whole", "cut"):

@@ -1,7 +1,7 @@
 """The gate tested as a gate: adapters with a known fault, from their files through the evaluation worker to the verdict.
 
 The champion is a LoRA adapter trained on a tiny real model; each candidate is made from it, or trained as it was.
-Run: pytest tests/test_planted.py
+Run: pytest -m slow tests/test_planted.py
 """
 
 import shutil
@@ -25,6 +25,7 @@ from tasks.workers.train_adapter import train
 from tests.conftest import LORA, toy_rows, write_rows
 from tests.faults import DIALS as TRAINING
 
+pytestmark = pytest.mark.slow
 SHORT = {"learning_rate": 3e-2, "dropout": 0.0, "batch_tokens": 512, "epochs": 10, "max_steps": 30, "warmup_ratio": 0.1}
 DIALS = GateSpec(
     bootstrap_draws=2000, min_lora_gain_nats=None, min_retention=None, max_accuracy_drop=None, min_stop_rate=None,
