@@ -110,8 +110,9 @@ class Place:
     def lineage(self) -> Lineage:
         return Lineage.model_validate_json((self.files / "evidence" / "lineage.json").read_bytes())
 
-    def again(self, *changes: str) -> Reproduction:
-        spec, threads = recorded_spec(self.spec.store, URI, [f"store.root={self.store.root}", *changes])
+    def again(self, *changes: str, root: str | None = None) -> Reproduction:
+        store = self.spec.store if root is None else self.spec.store.model_copy(update={"root": root})
+        spec, threads = recorded_spec(store, URI, [f"store.root={store.root}", *changes])
         found: Reproduction = reproduce_flow.fn(spec, URI, threads)
         return found
 
@@ -302,8 +303,9 @@ def named(found: Reproduction) -> dict[str, bool]:
     return {item.what: item.same for item in found.compared}
 
 
-def test_it_is_made_again_to_the_byte_from_the_stores_snapshot(place):
-    found = place.again()
+def test_it_is_made_again_to_the_byte_from_the_stores_snapshot(place, monkeypatch):
+    monkeypatch.chdir(place.root)
+    found = place.again(root=place.store.root.name)  # as a preset names it
     assert found.result == "identical" and found.adapter_now == place.arm.adapter.sha256
     assert found.data == "the store's snapshot, split again with the ledger of then"
     assert {what for what, same in named(found).items() if not same} <= {"code of the training"}  # planted as c...
