@@ -244,10 +244,10 @@ def test_the_form_that_was_measured_is_the_form_that_is_written(exported, plante
     assert found["nll_nats"] == pytest.approx(report["chosen"]["distance"]["nll_nats"], abs=1e-6)
 
 
-def read_back(planted: dict, out: Path) -> dict:
+def read_back(planted: dict, out: Path, form: str = "merged") -> dict:
     from tasks.workers.check_export import check_export
 
-    spec = planted | {"format": "merged", "folder": str(out / "model"), "file": None, "work": str(out)}
+    spec = planted | {"format": form, "folder": str(out / "model"), "file": None, "work": str(out)}
     with warnings.catch_warnings(action="ignore"):
         return check_export(spec, out)["distance"]
 
@@ -264,6 +264,14 @@ def test_reading_back_sees_what_happened_to_the_files(exported, planted, tmp_pat
     tokenizer.write_text(tokenizer.read_text().replace('"A":', '"\\u0000":', 1).replace('"a":', '"A":', 1))
     with pytest.raises(StoreError, match="prompts otherwise"):
         read_back(planted, out)
+
+
+def test_an_adapter_is_read_back_from_a_folder_that_holds_its_tokenizer_too(exported, planted, tmp_path):
+    for name in ("exam.json", "live.npy"):
+        shutil.copy(exported[1] / name, tmp_path)
+    for part in (exported[1] / "tokenizer", Path(planted["adapter"])):
+        shutil.copytree(part, tmp_path / "model", dirs_exist_ok=True)
+    assert read_back(planted, tmp_path, "adapter")["kl_nats"] == pytest.approx(0, abs=1e-9)
 
 
 def test_nothing_is_written_if_no_form_is_near_enough(planted, tmp_path):

@@ -5,6 +5,7 @@ base, method, quantisation or null, threads. report: distance.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from data_contracts.errors import Problem, StoreError
+from tasks.core.adapter_files import CONFIG, WEIGHTS
 from tasks.workers.bases import load_base
 from tasks.workers.chat import load_chat
 from tasks.workers.device import Device, choose_device
@@ -35,13 +37,21 @@ def check_export(spec: dict[str, Any], out: Path) -> dict[str, Any]:
 def load_export(spec: dict[str, Any], device: Device) -> Any:
     folder = Path(spec["folder"])
     if spec["format"] == "adapter":
-        return live_model(spec, device, str(folder))
+        return live_model(spec, device, str(alone(folder, Path(spec["work"]) / "adapter")))
     if spec["format"] == "merged":
         return load_base(folder, "lora", device)
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=spec["file"], dtype=torch.float32, attn_implementation=NAME, trust_remote_code=False
     )
     return model.eval().to(device.device)
+
+
+def alone(folder: Path, out: Path) -> Path:
+    """A copy of the adapter without the tokenizer beside it: an adapter is loaded only where nothing else lies."""
+    out.mkdir()
+    for name in (CONFIG, WEIGHTS):
+        shutil.copyfile(folder / name, out / name)
+    return out
 
 
 def check_tokenizer(folder: Path, prompts: list[tuple[str, list[int]]]) -> None:
