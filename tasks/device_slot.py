@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from http import HTTPStatus
 from typing import Any, Final
 from uuid import UUID
 
@@ -19,7 +20,7 @@ from prefect.client.schemas.objects import ConcurrencyLeaseHolder
 from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
 from prefect.concurrency.context import ConcurrencyContext
 from prefect.concurrency.sync import concurrency
-from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectHTTPStatusError
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 from prefect.variables import Variable
@@ -49,9 +50,12 @@ def device_slot(stage: str) -> Iterator[None]:
         holder=ConcurrencyLeaseHolder(type="flow_run", id=UUID(flow_run.id)),
         raise_on_lease_renewal_failure=False,  # hours of training are worth more than a slot
     ):
-        _sign(stage)
-        yield
-        _wait_for_server()
+        lease = _sign(stage)
+        try:
+            yield
+        finally:
+            _wait_for_server()
+            _give_back(lease)
 
 
 def _wait_for_server() -> None:
@@ -81,10 +85,11 @@ def find_or_make_limit(client: SyncPrefectClient) -> GlobalConcurrencyLimitRespo
         return None
 
 
-def _sign(stage: str) -> None:
-    """Leave for others who holds the slot, and what frees it should this process be killed."""
+def _sign(stage: str) -> UUID:
+    """Leave for others who holds the slot, and what frees it should this process be killed: the lease."""
     me, context = psutil.Process(), ConcurrencyContext.get()
-    leases = context.cleanup_lease_ids if context else []
+    assert context  # a flow's; `concurrency` has put the lease into it
+    lease = context.cleanup_lease_ids[-1]
     Variable.set(
         _HOLDER,
         {
@@ -92,18 +97,38 @@ def _sign(stage: str) -> None:
             "host": socket.gethostname(),
             "pid": me.pid,
             "began": me.create_time(),
-            "lease": str(leases[-1]) if leases else None,
+            "lease": str(lease),
         },
         overwrite=True,
     )
+    return lease
+
+
+def _give_back(lease: UUID) -> None:
+    """Free the slot of a lease, also where the server has been started anew since. With leases in memory, its default, it
+    has then forgotten the lease, but not that a slot is taken: giving back by lease would do nothing, and say nothing."""
+    with get_client(sync_client=True) as client:
+        try:
+            client.renew_concurrency_lease(lease, _LEASE_SECONDS)
+            client.release_concurrency_slots_with_lease(lease)
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code != HTTPStatus.GONE:
+                raise
+            if _holder().get("lease") == str(lease):  # nobody else has got the slot since
+                client.release_concurrency_slots([LIMIT], 1, 1.0)
+
+
+def _holder() -> dict[str, Any]:
+    """Who signed last; empty if nobody has."""
+    found: Any = Variable.get(_HOLDER, default=None)
+    return dict(found or {})
 
 
 def _take_back_or_tell() -> None:
     """A killed holder of this machine loses its slot now, not when its lease ends; of any other we say that we wait."""
-    holder: Any = Variable.get(_HOLDER, default=None)
-    if holder and holder["lease"] and holder["host"] == socket.gethostname() and not _is_alive(holder):
-        with get_client(sync_client=True) as client:
-            client.release_concurrency_slots_with_lease(UUID(holder["lease"]))
+    holder = _holder()
+    if holder and holder["host"] == socket.gethostname() and not _is_alive(holder):
+        _give_back(UUID(holder["lease"]))
         tell(f"{LIMIT} is taken back from {holder['who']}, which was killed")
     else:
         tell(f"waiting for {LIMIT}, held by {holder['who'] if holder else 'another run'}")

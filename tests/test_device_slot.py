@@ -128,10 +128,11 @@ def test_two_runs_share_the_device_one_after_the_other(no_limit, prefect, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_server_that_dies_and_comes_back_costs_the_run_nothing(tmp_path):
+@pytest.mark.parametrize("leases", ["filesystem", "memory"])  # as our servers keep them, and as others do
+def test_a_server_that_dies_and_comes_back_costs_the_run_nothing(tmp_path, leases):
     server, environment = prefect_on(tmp_path, free_port())
-    leases = "prefect.server.concurrency.lease_storage.filesystem"  # as ours keep them
-    server.environment = server.environment | {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": leases}
+    kept = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": f"prefect.server.concurrency.lease_storage.{leases}"}
+    server.environment = server.environment | kept
     server.start()
     try:
         run = start(tmp_path / "run", environment["PREFECT_API_URL"], seconds=2)
@@ -140,6 +141,11 @@ def test_a_server_that_dies_and_comes_back_costs_the_run_nothing(tmp_path):
         time.sleep(6)  # the stage has ended by now, and its slot is to be given back
         server.start()
         out, err = run.communicate(timeout=120)
+        with (
+            temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}),
+            get_client(sync_client=True) as client,
+        ):
+            assert client.read_global_concurrency_limit_by_name(LIMIT).active_slots == 0
     finally:
         server.kill()
     assert run.returncode == 0, err

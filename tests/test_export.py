@@ -336,8 +336,12 @@ def with_real_tokens(tmp_path_factory) -> Path:
 def test_a_gguf_answers_as_the_live_model_in_transformers_and_in_llama_cpp(planted, with_real_tokens, tmp_path, dtype):
     script = converter()
     assert script is not None, "pip install tunegate[gguf]"
-    lora = {"base": str(with_real_tokens), "method": "full", "adapter": str(with_real_tokens), "quantisation": None}
-    asked = planted | lora | {"bases": ["full"], "dtypes": [dtype], "is_gguf": True}
+    tuned = tmp_path / "tuned"
+    tuned.mkdir()
+    for name in ("config.json", "model.safetensors"):  # the tokenizer is the base's
+        shutil.copy(with_real_tokens / name, tuned)
+    own = {"base": str(with_real_tokens), "method": "full", "adapter": str(tuned), "quantisation": None}
+    asked = planted | own | {"bases": ["full"], "dtypes": [dtype], "is_gguf": True}
     report = run_worker("tasks.workers.export_model", asked, tmp_path / "forms")
     draft = tmp_path / "draft"
     draft.mkdir()
