@@ -1,5 +1,6 @@
 """Every method trains through the real worker and comes back as it was. Run: pytest tests/test_methods.py"""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,11 @@ def test_a_method_learns_and_reloads_as_the_model_that_was_trained(tiny_base, fi
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     base = losses_of(load_base(tiny_base, "lora", CPU), tiny_base)
     assert (found - base).mean() < -0.05
+    for config in tmp_path.glob(
+        "**/adapter/adapter_config.json"
+    ):  # the same bytes whatever order a process keeps its sets in
+        names = json.loads(config.read_text()).get("target_modules") or []
+        assert names == sorted(names), config
 
 
 @pytest.mark.parametrize("variant", FIRST)

@@ -1,4 +1,4 @@
-"""What a worker loads beside the base is looked at first: adapters against the base's own layers, weights by themselves."""
+"""Adapters and weights on the disk: looked at before a worker loads them, and written as the same bytes each time."""
 
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,18 @@ def _checked(folder: str | Path, faults: list[str]) -> str:
         act = "restore it from a backup, or train it again with --force"
         raise StoreError(*(Problem(fault, str(folder), "an adapter as training saves it", act) for fault in faults))
     return str(folder)
+
+
+def save_adapter(model: Any, folder: Path, weights: dict[str, Any] | None = None) -> None:
+    """safetensors and configuration. weights: of the model, if they were put together from several processes."""
+    sort_names(model.peft_config["default"])
+    model.save_pretrained(str(folder), state_dict=weights)
+
+
+def sort_names(config: Any) -> None:
+    """PEFT keeps a LoRA's layers in a set, which each process would write in an order of its own."""
+    if isinstance(names := getattr(config, "target_modules", None), set):
+        config.target_modules = sorted(names)
 
 
 def layers_of(base: Any) -> Layers:

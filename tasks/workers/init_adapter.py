@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftConfig, PrefixTuningConfig, TaskType, get_peft_
 from transformers import AutoModelForCausalLM, set_seed
 
 from data_contracts.errors import ConfigError, Problem
+from tasks.workers.adapters import save_adapter
 from tasks.workers.bases import load_base
 from tasks.workers.device import choose_device
 from tasks.workers.harness import main
@@ -39,7 +40,7 @@ def init_adapter(spec: dict[str, Any], out: Path) -> dict[str, Any]:
         make_up_for_quantisation(model, _stored_base(spec))
     # Loaded back it must not be computed once more, from a base that it was taken off.
     model.peft_config["default"].init_lora_weights = True
-    model.save_pretrained(out / "adapter")
+    save_adapter(model, out / "adapter")
     return {"trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 

@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear
 
+from tasks.workers.adapters import sort_names
 from tasks.workers.bases import dequantised
 
 WEIGHTS = "adapter_model.safetensors"
@@ -80,4 +81,5 @@ def as_plain_lora(folder: Path, step0: Path) -> None:
         scale = config.lora_alpha / config.r
     config.r *= 2
     config.lora_alpha = scale * config.r
+    sort_names(config)
     config.save_pretrained(str(folder))

@@ -20,7 +20,7 @@ from transformers.trainer_callback import TrainerState
 from data_contracts.errors import ConfigError, DataError, Problem
 from data_contracts.method_rules import LORA_ARMS
 from tasks.core.packing import Scored, plan_batches
-from tasks.workers.adapters import checked_adapter
+from tasks.workers.adapters import checked_adapter, save_adapter
 from tasks.workers.bases import adapters_bytes, load_base, weights_bytes
 from tasks.workers.chat import Chat, load_chat
 from tasks.workers.checkpoints import last_checkpoint, state_of, step_of
@@ -265,7 +265,7 @@ def save(model: Any, spec: dict[str, Any], folder: Path) -> None:
         model.save_pretrained(str(folder))
         return
     model.peft_config["default"].base_model_name_or_path = spec["base_name"]
-    model.save_pretrained(str(folder), state_dict=weights)
+    save_adapter(model, folder, weights)
     (folder / "README.md").unlink(missing_ok=True)
     if is_taken_off(spec):
         as_plain_lora(folder, Path(spec["step0"]))
