@@ -264,11 +264,11 @@ def test_killed_in_every_stage_the_chain_ends_as_if_nothing_had_happened(victim,
             result = matrix.finish()
             with capsys.disabled():
                 sys.stdout.write(f"\n{victim} killed in: {', '.join(struck)}")
-            assert struck
+            assert struck or number  # in the end only stages may be left that need no room on the disk
             assert adapters(result) == adapters(expected)
             assert left_behind(place) == expected_left
         wanted = [stage for stage in wanted if stage not in struck]
-        if not wanted or victim == "worker":  # most stages have none
+        if not (wanted and struck) or victim == "worker":  # most stages have none
             break
 
 
