@@ -55,7 +55,7 @@ def device_slot(stage: str) -> Iterator[None]:
             yield
         finally:
             _wait_for_server()
-            _give_back(lease)
+            _give_back(lease)  # `concurrency` does so by the lease only
 
 
 def _wait_for_server() -> None:

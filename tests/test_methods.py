@@ -113,9 +113,8 @@ def test_a_method_learns_and_reloads_as_the_model_that_was_trained(tiny_base, fi
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     base = losses_of(load_base(tiny_base, "lora", CPU), tiny_base)
     assert (found - base).mean() < -0.05
-    for config in tmp_path.glob(
-        "**/adapter/adapter_config.json"
-    ):  # the same bytes whatever order a process keeps its sets in
+    # The same bytes in whatever order a process keeps its sets.
+    for config in tmp_path.glob("**/adapter/adapter_config.json"):
         names = json.loads(config.read_text()).get("target_modules") or []
         assert names == sorted(names), config
 
