@@ -1,27 +1,32 @@
 """The fast way gives the losses and gradients of the plain Hugging Face forward. Run: pytest tests/test_exact.py"""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tasks.core.packing import Scored
+from tasks.core.packing import Scored, pack
 from tasks.workers.fused_lora import fuse_lora
 from tasks.workers.fused_mlp import fuse_mlp
+from tasks.workers.fused_norm import fuse_norms
 from tasks.workers.head_loss import HeadLoss
 from tasks.workers.lora_starts import take_off_start
 from tasks.workers.scoring import Scoring, choose_way, scored_logits, scored_losses, to_tensors
-from tasks.workers.tree_attention import NAME
+from tasks.workers.tree_attention import NAME, CpuAttention, by_sdpa
+from tests.test_packing import attention_mask_TT
 
 SMALL = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
 }  # fmt: skip
-# Architecture -> what is odd about it, linear layers with a fused adapter.
+# Architecture -> linear layers with a fused adapter, fused norms (Phi and GPT-NeoX have LayerNorm).
 COVERED = {
-    "llama": 14, "mistral": 14, "qwen2": 14, "qwen3": 14, "gemma": 14, "gemma3_text": 14, "phi": 12, "phi3": 8,
-    "gpt_neox": 8, "granite": 14, "olmo2": 14,
+    "llama": (14, 5), "mistral": (14, 5), "qwen2": (14, 5), "qwen3": (14, 9), "gemma": (14, 5), "gemma3_text": (14, 13),
+    "phi": (12, 0), "phi3": (8, 5), "gpt_neox": (8, 0), "granite": (14, 5), "olmo2": (14, 9),
 }  # fmt: skip
 SWIGLU = {"llama", "mistral", "qwen2", "qwen3", "granite", "olmo2"}  # their feed-forward part is one node
 
@@ -55,6 +60,11 @@ def with_lora(model, dropout: float = 0.0, **dials):
     return get_peft_model(model, adapter)
 
 
+def set_block(monkeypatch, rows: int, columns: int) -> None:
+    monkeypatch.setattr("tasks.workers.head_loss.BLOCK_ROWS", rows)
+    monkeypatch.setattr("tasks.workers.head_loss.BLOCK_COLUMNS", columns)
+
+
 def gradients(model, way: str) -> tuple[torch.Tensor, torch.Tensor]:
     model.zero_grad()
     losses = scored_losses(model, to_tensors(some_sequences(), way))
@@ -69,11 +79,30 @@ def test_losses_and_gradients_equal_the_padded_forward(kind, fused):
     assert choose_way(model, some_sequences(), 32).way == "packed"
     tuned = with_lora(model)
     expected, wanted = gradients(tuned, "padded")
-    assert fuse_lora(tuned) == fused
+    assert (fuse_lora(tuned), fuse_norms(tuned)) == fused
     assert fuse_mlp(tuned) == (2 if kind in SWIGLU else 0)
     losses, found = gradients(tuned, "packed")
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("attend", [CpuAttention.apply, partial(by_sdpa, dropout=0.0)], ids=["node", "sdpa"])
+def test_attention_by_segments_is_that_of_a_row_with_the_trees_mask(attend):
+    packed = pack([Scored([*range(1, 41), *range(i, i + n)], 40) for i, n in ((100, 300), (500, 150), (700, 9))])
+    tokens = len(packed.input_ids_T)
+    torch.manual_seed(0)
+    own = [torch.randn(1, heads, tokens, 16, requires_grad=True) for heads in (6, 2, 2)]
+    other = [x.detach().clone().requires_grad_() for x in own]
+    expected = scaled_dot_product_attention(
+        *other, attn_mask=torch.from_numpy(attention_mask_TT(packed)), scale=0.3, enable_gqa=True
+    )
+    found = attend(*own, packed.tree, 0.3)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+    slope = torch.randn_like(found)
+    (found * slope).sum().backward()
+    (expected.transpose(1, 2) * slope).sum().backward()
+    for x, y in zip(own, other, strict=True):
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dials", "fused"), [({"use_rslora": True}, 14), ({"use_dora": True}, 0)])
@@ -99,13 +128,13 @@ def test_a_start_that_is_taken_off_is_fused_with_the_same_gradients():
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
-@pytest.mark.parametrize("chunk", [300 * 5, 2**24])
+@pytest.mark.parametrize("block", [(5, 70), (2048, 2048)])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma"])
 def test_full_tuning_has_the_gradients_of_the_padded_forward_also_where_the_embedding_is_the_head(
-    monkeypatch, kind, tied, chunk
+    monkeypatch, kind, tied, block
 ):
-    monkeypatch.setattr("tasks.workers.head_loss.CHUNK_LOGITS", chunk)
+    set_block(monkeypatch, *block)
     model = tiny(kind, tie_word_embeddings=tied).requires_grad_(True)
     expected, wanted = gradients(model, "padded")
     losses, found = gradients(model, "packed")
@@ -144,7 +173,7 @@ def test_a_window_shorter_than_a_path_is_padded():
 def test_a_forward_that_differs_is_noticed(monkeypatch, dtype):
     model = tiny("llama", initializer_range=0.1).to(dtype)
     assert choose_way(model, some_sequences(), 32).way == "packed"
-    monkeypatch.setattr("tasks.workers.tree_attention._attend", lambda query, *_: query)
+    monkeypatch.setattr("tasks.workers.tree_attention.CpuAttention.apply", lambda query, *_: query.transpose(1, 2))
     scoring = choose_way(model, some_sequences(), 32)
     assert scoring == Scoring("padded", scoring.reason)
     assert "differ" in scoring.reason
@@ -189,12 +218,12 @@ def test_dropout_works_in_training_and_only_there():
     assert (dropped - expected).abs().max() > 1e-3
 
 
-def test_losses_in_chunks_are_those_of_all_logits_at_once(monkeypatch):
+def test_losses_in_blocks_are_those_of_all_logits_at_once(monkeypatch):
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(50, 8), torch.randn(30, 8), torch.randint(30, (50,))
     results = []
-    for chunk in (30 * 7, 30 * 1000):
-        monkeypatch.setattr("tasks.workers.head_loss.CHUNK_LOGITS", chunk)
+    for block in ((7, 11), (2048, 2048)):
+        set_block(monkeypatch, *block)
         own = hidden.clone().requires_grad_()
         (HeadLoss.apply(own, weight, targets) * torch.arange(50)).sum().backward()
         results.append(own.grad)

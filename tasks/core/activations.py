@@ -13,10 +13,12 @@ Moment = Literal["loss", "final norm backward", "first block backward", "last bl
 Alive = dict[Moment, tuple[int, int]]
 """(activations, logits) at each moment."""
 
-CHUNK_LOGITS = 16 * 2**20
-"""Logits that tasks/workers/head_loss.py has at a time: 64 MiB in fp32."""
-NORM_BACKWARD = 5
-"""fp32 tensors of its input's size that an RMSNorm makes while it goes backward."""
+BLOCK_ROWS = BLOCK_COLUMNS = 2048
+"""Scored tokens and words of the vocabulary whose logits tasks/workers/head_loss.py has at a time: 16 MiB in fp32."""
+QUERIES, MASK_TOKENS = 128, 1024
+"""Queries that tasks/workers/tree_attention.py takes at a time on a CPU, and in which steps their one mask grows."""
+NORM_BACKWARD = 2
+"""fp32 tensors of its input's size that an RMSNorm makes while it goes backward (tasks/workers/fused_norm.py)."""
 
 
 def alive(arch: Architecture, settings: Settings) -> Alive:
@@ -29,17 +31,17 @@ def _alive_fused(arch: Architecture, settings: Settings) -> Alive:
     size, tokens = settings.compute_bytes, settings.tokens
     block, residual = block_bytes(arch, settings), tokens * arch.hidden * size
     norm_input = tokens * arch.hidden * norm_format(arch, settings)
-    rotary = 2 * tokens * arch.head_dim * size
+    shared = 2 * tokens * arch.head_dim * size + mask_bytes(settings)  # the rotary angles' cosines and sines
     casts = cast_adapter_bytes(arch, settings)
     going = residual + gradient_bytes(arch, settings) + casts // arch.layers
     if settings.checkpointing:
-        inputs = rotary + arch.layers * residual
+        inputs = shared + arch.layers * residual
         again = block - (norm_input if norm_format(arch, settings) == size else 0)  # else the first norm keeps a copy
-        kept, first, last = inputs + norm_input, inputs + again + going, rotary + residual + again + going
+        kept, first, last = inputs + norm_input, inputs + again + going, shared + residual + again + going
     else:
         blocks = arch.layers * block - norm_input  # the first one's norm keeps nothing
-        kept = rotary + blocks + casts + norm_input
-        first, last = kept - norm_input + going, rotary + block - norm_input + going
+        kept = shared + blocks + casts + norm_input
+        first, last = kept - norm_input + going, shared + block - norm_input + going
     norm_backward = NORM_BACKWARD * tokens * arch.hidden * FP32 if arch.rms_norm else 2 * residual
     return {
         "loss": (kept, logit_bytes(arch, settings)), "final norm backward": (kept + norm_backward, 0),
@@ -53,7 +55,7 @@ def _alive(arch: Architecture, settings: Settings) -> Alive:
     boundary = settings.tokens * arch.hidden * settings.compute_bytes
     final_norm = settings.tokens * arch.hidden * norm_format(arch, settings)
     gradients = gradient_bytes(arch, settings) + 2 * boundary
-    shared = boundary + cast_adapter_bytes(arch, settings)
+    shared = boundary + cast_adapter_bytes(arch, settings) + mask_bytes(settings)
     through = (arch.layers - 1) * boundary if settings.checkpointing else arch.layers * block
     kept = shared + through + final_norm
     first = kept + gradients + (block if settings.checkpointing else 0)
@@ -75,8 +77,9 @@ def block_bytes(arch: Architecture, settings: Settings) -> int:
 
 
 def norm_format(arch: Architecture, settings: Settings) -> int:
-    """RMSNorm (LlamaRMSNorm) squares an fp32 copy of its input and keeps it; LayerNorm keeps its input."""
-    return settings.stack.norm_bytes if arch.rms_norm else settings.compute_bytes
+    """transformers' RMSNorm squares an fp32 copy of its input and keeps it; LayerNorm and our node keep the input."""
+    is_copied = arch.rms_norm and not settings.norms_are_fused
+    return settings.stack.norm_bytes if is_copied else settings.compute_bytes
 
 
 def norm_bytes(arch: Architecture, settings: Settings) -> int:
@@ -89,7 +92,10 @@ def norm_bytes(arch: Architecture, settings: Settings) -> int:
 
 
 def attention_bytes(arch: Architecture, settings: Settings) -> int:
-    """q, k, v, output, one fp32 log-sum a head (arXiv 2205.14135); with a mask also that, in the compute format."""
+    """q, k, v, output, one fp32 log-sum a head (arXiv 2205.14135); with a mask also that, in the compute format.
+
+    As one node all layers share one mask.
+    """
     size, stack, tokens = settings.compute_bytes, settings.stack, settings.tokens
     queries, keys = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
     kept = tokens * (2 * size * queries + FP32 * arch.heads)
@@ -105,6 +111,14 @@ def attention_bytes(arch: Architecture, settings: Settings) -> int:
         scores = FP32 + (size if size != FP32 else 0) + (size if arch.softcap else 0)
         kept += tokens * scores * arch.heads * settings.length
     return kept
+
+
+def mask_bytes(settings: Settings) -> int:
+    """Of the one that all layers share."""
+    if settings.stack.mask != "node":
+        return 0
+    longest = max(seen for _, seen in settings.segments or ((0, settings.length),))
+    return settings.compute_bytes * QUERIES * (QUERIES + MASK_TOKENS * -(-longest // MASK_TOKENS))
 
 
 def input_bytes(arch: Architecture, settings: Settings) -> int:
@@ -172,8 +186,9 @@ def cast_adapter_bytes(arch: Architecture, settings: Settings) -> int:
 def logit_bytes(arch: Architecture, settings: Settings) -> int:
     """Vocabulary-wide tensors when the loss is taken.
 
-    A chunk's logits in fp32, and before and after that in a 16-bit compute format; scored hidden states and their gradient;
-    of a head that is trained its gradient in fp32, and in the compute format before it is added. Cross-entropy keeps the
+    A block's logits in fp32, and before and after that in a 16-bit compute format; its rows' gradient in fp32 and what is
+    added to it; scored hidden states and their gradient; of a head that is trained its gradient in fp32, and in the compute
+    format before it is added. Cross-entropy keeps the
     log-probabilities; their gradient and the logits' gradient are made beside
     them: three tensors. Chunked and compiled: the logits in the compute format, and for an eighth of the tokens their gradient.
     """
@@ -181,11 +196,11 @@ def logit_bytes(arch: Architecture, settings: Settings) -> int:
     scored = settings.tokens if settings.scored is None else settings.scored
     count = scored * arch.vocab
     if loss == "frozen head" and not arch.head_bias and not arch.logits_changed:
-        chunk = min(scored, max(1, CHUNK_LOGITS // arch.vocab)) * arch.vocab
-        is_trained = settings.method == "full"
+        rows, columns = min(scored, BLOCK_ROWS), min(arch.vocab, BLOCK_COLUMNS)
         formats = FP32 if size == FP32 else FP32 + 2 * size
-        trained = (FP32 + size) * arch.vocab * arch.hidden if is_trained else 0
-        return (2 * FP32 if is_trained else formats) * chunk + 2 * size * scored * arch.hidden + trained
+        trained = (FP32 + size) * arch.vocab * arch.hidden if settings.method == "full" else 0
+        of_block = rows * (formats * columns + (FP32 + size) * arch.hidden)
+        return of_block + 2 * size * scored * arch.hidden + trained
     if loss == "chunked":
         return int(count * size * (1 + 1 / 8))
     copies = 3 + settings.stack.loss_copies

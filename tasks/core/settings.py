@@ -1,7 +1,7 @@
 """What is trained and with which software: all that memory depends on beside the architecture."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from data_contracts.errors import Problem
@@ -24,18 +24,20 @@ class Stack:
     """Of every weight where all are trained: Tunegate keeps fp32 ones and computes in the compute format."""
     autocast: bool = True
     """Trainer's `bf16=True`: fp32 adapters and their inputs are cast to 16 bit for each product."""
-    fused_adapters: bool = True
+    fused: bool = True
     """A LoRA layer is one node, which keeps its input and the low-rank product (tasks/workers/fused_lora.py); not while
-    dropout is at work. What is alive at the model's ends (embedding, final norm) is then counted to the tensor."""
-    mask: Literal["segments", "padded", "none"] = "segments"
+    dropout is at work. What is alive at the model's ends (embedding, final norm) is then counted to the tensor. A frozen
+    norm is one node too (tasks/workers/fused_norm.py)."""
+    mask: Literal["segments", "node", "padded", "none"] = "segments"
     """What attention gets. Segments of a prefix tree: keys and values of every head for each segment, and a mask for
-    those that follow others. Padded: a mask kept by every layer, keys and values for every head. None: FlashAttention."""
+    those that follow others; as one node, on a CPU: keys and values once. Padded: a mask kept by every layer, keys and
+    values for every head. None: FlashAttention."""
     eager_attention: bool = False
     """Attention that keeps the scores of every pair of tokens: in fp32, in the compute format, and before a softcap."""
     norm_bytes: int = FP32
-    """transformers' RMSNorm keeps its input in fp32; compiled and fused ones keep it in the compute format."""
+    """transformers' RMSNorm keeps its input in fp32; compiled and fused ones keep it in the compute format, as ours does."""
     loss: Literal["frozen head", "fp32", "compute", "chunked", "padded"] = "frozen head"
-    """The loss over the vocabulary. Frozen head: 64 MiB of logits at a time (tasks/workers/head_loss.py). fp32, compute:
+    """The loss over the vocabulary. Frozen head: 16 MiB of logits at a time (tasks/workers/head_loss.py). fp32, compute:
     one cross-entropy in that format; chunked: torchtune's compiled one, in eight chunks. Padded: logits of all tokens."""
     loss_copies: float = 0.0
     """Further copies of the logits in the loss's format that outlive it, as outputs that the caller holds."""
@@ -142,12 +144,16 @@ class Settings:
 
     @property
     def is_fused(self) -> bool:
-        return self.has_lora and self.stack.fused_adapters and self.dropout == 0
+        return self.has_lora and self.stack.fused and self.dropout == 0
 
     def is_mlp_fused(self, arch: Architecture) -> bool:
         """The feed-forward part is one node (tasks/workers/fused_mlp.py), which makes what `down` reads a second time."""
         names = {linear.name for linear in self.adapted(arch)}
         return self.is_fused and arch.swiglu and names >= {"gate_proj", "up_proj", "down_proj"}
+
+    @property
+    def norms_are_fused(self) -> bool:
+        return self.stack.fused and self.method != "full"
 
     @property
     def casts(self) -> bool:
@@ -188,6 +194,12 @@ def settings_of(
         takes_off_start=method in LORA_ARMS and dials["init"] in ("pissa", "olora"),
         prefix_tokens=dials["prefix_tokens"] if method == "prefix" else 0,
     )
+
+
+def on_cpu(settings: Settings) -> Settings:
+    """A CPU has a node for attention over a packed row, and keeps dropout's noise in fp32."""
+    mask = "node" if settings.stack.mask == "segments" else settings.stack.mask
+    return replace(settings, stack=replace(settings.stack, noise_bytes=FP32, mask=mask))
 
 
 def _stack(method: Method, way: Way) -> Stack:

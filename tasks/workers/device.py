@@ -87,6 +87,12 @@ def free_threads() -> tuple[int, str]:
     return free, f"{free} of {len(cores)} cores are free"
 
 
+def arithmetic(tensor: torch.Tensor) -> torch.dtype:
+    """What a product of it is computed in. Autocast reaches no autograd node of our own, so that has to ask."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
 def peak_bytes(device: Device) -> int:
     """Highest device memory on CUDA, the process's resident memory on a CPU."""
     return torch.cuda.max_memory_allocated() if device.device == "cuda" else peak_rss_bytes()

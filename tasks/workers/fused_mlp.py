@@ -14,7 +14,7 @@ from transformers.activations import SiLUActivation
 from tasks.workers.fused_lora import Lora, drops, lora_of, product, product_backward
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
-_silu_backward: Any = torch.ops.aten.silu_backward
+_silu_backward: Any = torch.ops.aten.silu_backward.grad_input
 
 
 class LoraMlp(torch.autograd.Function):
@@ -39,8 +39,8 @@ class LoraMlp(torch.autograd.Function):
         dinner_NM, dda, ddb = product_backward(dy_NO, silu_NM * up_NM, down_low, da, db, down, True)
         assert dinner_NM is not None
         dup_NM = silu_NM.mul_(dinner_NM)
-        dgate_NM = _silu_backward(dinner_NM.mul_(up_NM), gate_NM)
-        del silu_NM, dinner_NM
+        dgate_NM = _silu_backward(dinner_NM.mul_(up_NM), gate_NM, grad_input=dinner_NM)
+        del silu_NM
         wanted = ctx.needs_input_grad[0]
         dx_NI, dua, dub = product_backward(dup_NM, x_NI, up_low, ua, ub, up, wanted)
         more_NI, dga, dgb = product_backward(dgate_NM, x_NI, gate_low, ga, gb, gate, wanted)

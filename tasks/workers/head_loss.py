@@ -1,7 +1,9 @@
-"""Losses of scored tokens from their hidden states, through the vocabulary projection, frozen or trained, in chunks.
+"""Losses of scored tokens from their hidden states, through the vocabulary projection, frozen or trained, in blocks.
 
-The logits of a chunk live only until its losses and its gradient are known, so memory does not grow with the tokens
-scored (the idea is Liger's, arXiv 2410.10989). Shapes: N scored tokens, D hidden size, V vocabulary.
+The logits of a block live only until its part of the softmax and of the gradient is known: memory does not grow with the
+tokens scored (the idea is Liger's, arXiv 2410.10989) or the vocabulary (the softmax is FlashAttention's, arXiv 2205.14135),
+and a block stays in the processor's cache. Shapes: N scored tokens, C of them at a time, D hidden size, V vocabulary,
+K columns of it at a time.
 """
 
 from collections.abc import Iterator
@@ -9,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tasks.core.activations import CHUNK_LOGITS
+from tasks.core.activations import BLOCK_COLUMNS, BLOCK_ROWS
 
 
 class HeadLoss(torch.autograd.Function):
@@ -17,15 +19,16 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        # One buffer for all chunks: fresh memory of this size costs as much as the arithmetic on it.
-        logits_CV = _logits_of_a_chunk(hidden_ND, weight_VD, targets_N)
-        losses = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
         gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        for chunk in _chunks(weight_VD, targets_N):
-            gradient_CD = None if gradient_ND is None else gradient_ND[chunk]
-            losses[chunk] = _chunk(hidden_ND[chunk], weight_VD, targets_N[chunk], logits_CV, gradient_CD)
+        losses_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
+        for rows in _rows(targets_N):
+            log_sum_C1, mean_CD = _softmax(hidden_ND[rows], weight_VD, gradient_ND is not None)
+            target_CD = weight_VD[targets_N[rows]]
+            losses_N[rows] = _losses(hidden_ND[rows], target_CD, log_sum_C1)
+            if gradient_ND is not None and mean_CD is not None:
+                gradient_ND[rows] = mean_CD.sub_(target_CD)
         ctx.save_for_backward(gradient_ND)
-        return losses
+        return losses_N
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -41,58 +44,59 @@ class TrainedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
-        logits_CV = _logits_of_a_chunk(hidden_ND, weight_VD, targets_N)
-        chunks = _chunks(weight_VD, targets_N)
-        pieces = [_chunk(hidden_ND[c], weight_VD, targets_N[c], logits_CV, None) for c in chunks]
-        return torch.cat(pieces)
+        log_sum_N1 = torch.cat([_softmax(hidden_ND[rows], weight_VD, False)[0] for rows in _rows(targets_N)])
+        losses_N = [_losses(hidden_ND[rows], weight_VD[targets_N[rows]], log_sum_N1[rows]) for rows in _rows(targets_N)]
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, log_sum_N1)
+        return torch.cat(losses_N)
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        hidden_ND, weight_VD, targets_N = ctx.saved_tensors
+        hidden_ND, weight_VD, targets_N, log_sum_N1 = ctx.saved_tensors
         dhidden_ND = torch.empty_like(hidden_ND)
         dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        for c in _chunks(weight_VD, targets_N):
-            slopes_CV = _slopes(hidden_ND[c], weight_VD, targets_N[c, None]).mul_(outer[0][c, None])
-            dhidden_ND[c] = slopes_CV.to(weight_VD.dtype) @ weight_VD
-            dweight_VD += slopes_CV.to(weight_VD.dtype).T @ hidden_ND[c]
+        for rows in _rows(targets_N):
+            hidden_CD, targets_C, outer_C1 = hidden_ND[rows], targets_N[rows], outer[0][rows, None]
+            dhidden_CD = torch.zeros_like(hidden_CD, dtype=torch.float32)
+            for weight_KD, dweight_KD in zip(
+                weight_VD.split(BLOCK_COLUMNS), dweight_VD.split(BLOCK_COLUMNS), strict=True
+            ):
+                probabilities_CK = (hidden_CD @ weight_KD.T).float().sub_(log_sum_N1[rows]).exp_()
+                slopes_CK = probabilities_CK.mul_(outer_C1).to(weight_VD.dtype)
+                dhidden_CD += slopes_CK @ weight_KD
+                dweight_KD += slopes_CK.T @ hidden_CD
+            dhidden_ND[rows] = dhidden_CD.sub_(weight_VD[targets_C] * outer_C1)
+            dweight_VD.index_add_(0, targets_C, -(hidden_CD * outer_C1).float())
         return dhidden_ND, dweight_VD.to(weight_VD.dtype), None
 
 
-def _chunks(weight_VD: torch.Tensor, targets_N: torch.Tensor) -> Iterator[slice]:
-    rows = _rows(weight_VD)
-    return (slice(start, start + rows) for start in range(0, len(targets_N), rows))
+def _rows(targets_N: torch.Tensor) -> Iterator[slice]:
+    return (slice(start, start + BLOCK_ROWS) for start in range(0, len(targets_N), BLOCK_ROWS))
 
 
-def _logits_of_a_chunk(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    return hidden_ND.new_empty(min(_rows(weight_VD), len(targets_N)), len(weight_VD))
+def _losses(hidden_CD: torch.Tensor, target_CD: torch.Tensor, log_sum_C1: torch.Tensor) -> torch.Tensor:
+    return log_sum_C1[:, 0] - (hidden_CD.float() * target_CD).sum(dim=-1)
 
 
-def _rows(weight_VD: torch.Tensor) -> int:
-    return max(1, CHUNK_LOGITS // len(weight_VD))
+def _softmax(
+    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, wants_mean: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logarithm of the sum of all logits' exponentials [C,1], and the mean of the weights under softmax, in fp32.
 
-
-def _slopes(hidden_CD: torch.Tensor, weight_VD: torch.Tensor, targets_C1: torch.Tensor) -> torch.Tensor:
-    """d loss / d logits [C,V] in fp32: softmax - one-hot."""
-    probabilities = (hidden_CD @ weight_VD.T).float().softmax(dim=-1)
-    return probabilities.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1, dtype=torch.float32))
-
-
-def _chunk(
-    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, targets_C: torch.Tensor, buffer_CV: torch.Tensor,
-    gradient_CD: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
-    """Losses [C] in fp32; their gradient is written to `gradient_CD`.
-
-    d loss / d hidden = (softmax - one-hot) W. It is divided by the softmax's sum after the product, D wide and no longer V.
+    That mean less the target's weights is d loss / d hidden. Sums are kept relative to the highest logit so far.
     """
-    product = torch.mm(hidden_CD, weight_VD.T, out=buffer_CV[: len(hidden_CD)])
-    target_C1 = product.gather(1, targets_C[:, None]).float()
-    highest_C1 = product.amax(dim=-1, keepdim=True).float()
-    exponentials = product.float().sub_(highest_C1).exp_()
-    sum_C1 = exponentials.sum(dim=-1, keepdim=True)
-    losses = (sum_C1.log() + highest_C1 - target_C1)[:, 0]
-    if gradient_CD is not None:
-        exponentials.scatter_add_(1, targets_C[:, None], -sum_C1)
-        gradient_CD.copy_((exponentials.to(weight_VD.dtype) @ weight_VD).float().div_(sum_C1))
-    return losses
+    rows = len(hidden_CD)
+    highest_C1 = torch.full((rows, 1), -torch.inf, dtype=torch.float32, device=hidden_CD.device)
+    sum_C1 = torch.zeros_like(highest_C1)
+    mean_CD = torch.zeros_like(hidden_CD, dtype=torch.float32) if wants_mean else None
+    # One buffer for all blocks: fresh memory of this size costs as much as the arithmetic on it.
+    buffer = hidden_CD.new_empty(rows * min(BLOCK_COLUMNS, len(weight_VD)))
+    for weight_KD in weight_VD.split(BLOCK_COLUMNS):
+        block_CK = buffer[: rows * len(weight_KD)].view(rows, -1)
+        logits_CK = torch.mm(hidden_CD, weight_KD.T, out=block_CK).float()
+        before_C1, highest_C1 = highest_C1, torch.maximum(highest_C1, logits_CK.amax(dim=-1, keepdim=True))
+        shrink_C1 = before_C1.sub_(highest_C1).exp_()
+        exponentials_CK = logits_CK.sub_(highest_C1).exp_()
+        sum_C1 = sum_C1.mul_(shrink_C1).add_(exponentials_CK.sum(dim=-1, keepdim=True))
+        if mean_CD is not None:
+            mean_CD.mul_(shrink_C1).add_(exponentials_CK.to(weight_KD.dtype) @ weight_KD)
+    return sum_C1.log().add_(highest_C1), mean_CD.div_(sum_C1) if mean_CD is not None else None

@@ -1,13 +1,12 @@
 """What training should take by the formulas of `tunegate plan`, to be held against what it took."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from data_contracts.errors import ConfigError
 from tasks.core.memory import predict
 from tasks.core.packing import Scored, pack
-from tasks.core.settings import FP32, Settings, settings_of, unplanned
+from tasks.core.settings import Settings, on_cpu, settings_of, unplanned
 from tasks.workers.describe_base import architecture_at
 from tasks.workers.device import Device
 from tasks.workers.harness import say
@@ -62,8 +61,7 @@ def _largest_steps(
             packed = pack(step)
             shape |= {"length": len(packed.input_ids_T), "batch": 1, "segments": packed.tree.seen}
         settings = settings_of(spec, spec["method"], device.dtype.itemsize, **shape)
-        noise_bytes = settings.stack.noise_bytes if device.device == "cuda" else FP32
-        yield replace(settings, stack=replace(settings.stack, noise_bytes=noise_bytes))
+        yield settings if device.device == "cuda" else on_cpu(settings)
 
 
 def _tokens(step: Sequence[Scored], way: Way) -> int:

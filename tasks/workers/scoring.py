@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from tasks.core.packing import Pack, Scored, pack
+from tasks.workers.device import arithmetic
 from tasks.workers.head_loss import HeadLoss, TrainedHeadLoss
 from tasks.workers.tree_attention import NAME
 
@@ -89,15 +90,10 @@ def scored_losses(model: Any, batch: Batch) -> torch.Tensor:
     apply: Any = HeadLoss.apply
     if head.requires_grad and torch.is_grad_enabled():
         # Autocast reaches no custom backward, so it is done here, and autograd takes the gradients back to fp32.
-        apply, dtype = TrainedHeadLoss.apply, _arithmetic(head)
+        apply, dtype = TrainedHeadLoss.apply, arithmetic(head)
         hidden_ND, head = hidden_ND.to(dtype), head.to(dtype)
     losses: torch.Tensor = apply(hidden_ND, head, batch["labels"])
     return losses
-
-
-def _arithmetic(weight: torch.Tensor) -> torch.dtype:
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def choose_way(model: Any, sequences: Sequence[Scored], longest: int) -> Scoring:

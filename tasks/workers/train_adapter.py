@@ -28,6 +28,7 @@ from tasks.workers.device import Device, bytes_now, choose_device, peak_bytes, p
 from tasks.workers.embedding_noise import add_noise
 from tasks.workers.fused_lora import fuse_lora
 from tasks.workers.fused_mlp import fuse_mlp
+from tasks.workers.fused_norm import fuse_norms
 from tasks.workers.harness import is_first_rank, main, say
 from tasks.workers.lora_starts import TAKEN_OFF, as_plain_lora, take_off_start
 from tasks.workers.packed_trainer import PackedTrainer, Work, mean_loss, training_arguments
@@ -112,6 +113,7 @@ def fastest_way(model: Any, rows: list[Scored], spec: dict[str, Any]) -> Scoring
     say("note", text=f"{scoring.way} forward: {scoring.reason}")
     fuse_lora(model)
     fuse_mlp(model)
+    fuse_norms(model)
     return scoring
 
 
