@@ -41,8 +41,8 @@ def tree_attention(
             module, query_BHTD, key_BGTD, value_BGTD, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return found
-    window, longest = kwargs.get("sliding_window"), max(seen for _, seen in tree.seen)
-    if window and longest > window:
+    window = kwargs.get("sliding_window")
+    if window and (longest := max(seen for _, seen in tree.seen)) > window:
         raise NotImplementedError(f"a path of {longest} tokens in a window of {window}")
     if query_BHTD.device.type == "cpu" and not dropout:
         apply: Any = CpuAttention.apply
@@ -64,7 +64,9 @@ def by_sdpa(
         nodes = (*segment.ancestors, *segment.own)
         key, value = (_joined([x[node] for node in nodes]) for x in (keys, values))
         own, seen = query.shape[2], key.shape[2]
-        mask = None if own == seen else _lower(own, seen).to(query.device)
+        mask = None
+        if own < seen:
+            mask = torch.ones(own, seen, dtype=torch.bool, device=query.device).tril(seen - own)
         pieces.append(
             F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
@@ -176,10 +178,6 @@ def _mask(before: int, dtype: torch.dtype) -> torch.Tensor:
     mask = torch.zeros(QUERIES, before + QUERIES, dtype=dtype)
     mask[:, before:] = torch.full((QUERIES, QUERIES), -torch.inf).triu(1)
     return mask
-
-
-def _lower(own: int, seen: int) -> torch.Tensor:
-    return torch.ones(own, seen, dtype=torch.bool).tril(seen - own)
 
 
 def _joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
