@@ -19,7 +19,7 @@ help: ## list the targets
 setup: $(STAMP) ## .venv with locked versions and the default model
 demo: $(STAMP) ## the main job: raw data to a gated, registered model
 	$(BIN)/tunegate run demo $(ARGS)
-test: $(STAMP) ## the tests, three files at a time (ARGS="tests/test_cli.py -k json" for some)
+test: $(STAMP) ## the tests, three files at a time (ARGS="tests/flows/test_cli.py -k json" for some)
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 lint: $(STAMP) ## format, lint and types
 	$(BIN)/ruff format --check .

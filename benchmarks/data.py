@@ -162,8 +162,8 @@ def run_way(way: str, folder: Path, processes: int) -> None:
 
 
 def sign(texts: list[str]) -> Any:
-    from tasks.core.near import signatures
-    from tasks.core.shingles import shingle_hashes
+    from tasks.data.curation.core.minhash import signatures
+    from tasks.data.curation.core.shingles import shingle_hashes
 
     flat, offsets = shingle_hashes(texts, SHINGLE_WORDS)
     return flat, np.diff(offsets), signatures(flat, offsets, THRESHOLD)
@@ -171,8 +171,8 @@ def sign(texts: list[str]) -> Any:
 
 def run_ours(texts: list[str], _: Path, processes: int) -> dict[str, Any]:
     """Shingles and band keys part by part, then pairs and components in this process."""
-    from tasks.core.near import components, near_pairs
-    from tasks.core.shingles import to_offsets
+    from tasks.data.curation.core.minhash import components, near_pairs
+    from tasks.data.curation.core.shingles import to_offsets
 
     sign(texts[:10])
     started = time.perf_counter()

@@ -39,11 +39,11 @@ def main() -> None:
 
 
 def compare(folder: Path, arguments: argparse.Namespace) -> None:
-    from tasks.workers.bases import load_base
-    from tasks.workers.chat import load_chat
-    from tasks.workers.device import choose_device
-    from tasks.workers.packed_lm import PackedLM
-    from tasks.workers.prepare_base import prepare
+    from tasks.evaluation.workers.packed_lm import PackedLM
+    from tasks.models.workers.chat_template import load_chat
+    from tasks.models.workers.loading import load_base
+    from tasks.models.workers.prepare_base import prepare
+    from tasks.runtime.workers.device import choose_device
 
     base = Path(prepare({"base": "builtin:smollm2-135m", "revision": None}, folder / "base")["path"])
     chat, device = load_chat(base), choose_device(arguments.precision, arguments.threads)
@@ -59,7 +59,7 @@ def plain(base: Path, chat: Any, device: Any, arguments: argparse.Namespace) -> 
     """lm-eval's class, at each batch size, over the model with transformers' own attention."""
     from lm_eval.models.huggingface import HFLM
 
-    from tasks.workers.bases import load_base
+    from tasks.models.workers.loading import load_base
 
     model = load_base(base, arguments.method, device)
     model.set_attn_implementation("sdpa")
@@ -70,8 +70,8 @@ def plain(base: Path, chat: Any, device: Any, arguments: argparse.Namespace) -> 
 def tasks_of(folder: Path, chat: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.training import documentation_rows
     from data_contracts.run_spec import EvaluateSpec
-    from tasks.workers.domain_tasks import build_items
-    from tasks.workers.find_tasks import all_tasks
+    from tasks.evaluation.workers.domain_tasks import build_items
+    from tasks.evaluation.workers.lm_eval_tasks import all_tasks
 
     with (folder / "test.jsonl").open("w") as file:
         for number, messages in enumerate(documentation_rows(folder / "docs")):

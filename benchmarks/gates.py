@@ -17,9 +17,9 @@ import numpy as np
 
 from data_contracts.run_spec import GateSpec
 from data_contracts.verdict import Estimate
-from tasks.core import stats
-from tasks.core.gates import decide
-from tasks.core.stats import Bootstrap, Floats, ratio
+from tasks.evaluation.core import stats
+from tasks.evaluation.core.gates import decide
+from tasks.evaluation.core.stats import Bootstrap, Floats, ratio
 
 MARGIN = GateSpec().min_retention or 0.95
 CONFIDENCE = GateSpec().confidence

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.run_spec import TrainSpec
-from tasks.processes import run_worker
+from tasks.runtime.processes import run_worker
 
 RUNS = {
     "LoRA, fp32": ("lora", "fp32"),
@@ -49,7 +49,7 @@ def random_llama(folder: Path, precision: str) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from tasks.workers.prepare_base import prepare
+    from tasks.models.workers.prepare_base import prepare
 
     small = Path(prepare({"base": "builtin:smollm2-135m", "revision": None}, folder / "small")["path"])
     tokenizer = AutoTokenizer.from_pretrained(small)
@@ -76,7 +76,7 @@ def short_rows(file: Path) -> Path:
 
 def train(out: Path, base: Path, method: str, precision: str, rows: Path, arguments: argparse.Namespace) -> Any:
     dials = TrainSpec(rank=16, alpha=32).model_dump() | {"seed": 17}
-    run_worker("tasks.workers.init_adapter", {"base": str(base), "kind": "lora", **dials}, out / "step0")
+    run_worker("tasks.models.workers.init_adapter", {"base": str(base), "kind": "lora", **dials}, out / "step0")
     spec = dials | {
         "method": method, "base": str(base), "base_name": "random", "step0": str(out / "step0" / "adapter"),
         "train": str(rows), "validation": "/dev/null", "precision": precision, "threads": arguments.threads,
@@ -84,7 +84,7 @@ def train(out: Path, base: Path, method: str, precision: str, rows: Path, argume
         "learning_rate": 1e-4, "warmup_ratio": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0,
         "optimizer": "adamw_torch", "activation_checkpointing": True, "checkpoint_steps": 1000,
     }  # fmt: skip
-    return run_worker("tasks.workers.train_adapter", spec, out / "train", f"train {out.name}")
+    return run_worker("tasks.training.workers.train_adapter", spec, out / "train", f"train {out.name}")
 
 
 def report(found: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 Run: python -m benchmarks.overhead [demo] [--set KEY=VALUE ...]
 
 It runs a preset in an empty store, in this process, and takes from the wall time what its workers took (a worker is the bare
-work: `python -m tasks.workers.train_adapter spec.json out/`, its own imports included). Then it runs the preset again, when
+work: `python -m tasks.training.workers.train_adapter spec.json out/`, its own imports included). Then it runs the preset again, when
 nothing is new, and looks once with `tunegate watch`, both as a schedule would, against a Prefect server that is up.
 """
 
@@ -20,9 +20,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from flows.environment import make_homes, prepare_environment
-from flows.spec_files import load_spec
-from tests.servers import COMMAND, prefect_server
+from flows.config.load import load_spec
+from flows.services.environment import make_homes, prepare_environment
+from tests.support.servers import COMMAND, prefect_server
 
 TARGET_SHARE, TARGET_SECONDS, TARGET_CPU_SECONDS = 0.10, 60, 15
 
@@ -33,7 +33,7 @@ def whole_run(preset: str, changes: list[str]) -> tuple[float, dict[str, float]]
     prepare_environment(spec.store)
     make_homes(spec.store)
     from flows.retrain import retrain
-    from tasks import processes
+    from tasks.runtime import processes
 
     workers: dict[str, float] = {}
     follow = processes.follow

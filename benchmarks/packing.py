@@ -21,15 +21,15 @@ from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 
 from data_contracts.run_spec import TrainSpec
-from tasks.core.choice import TestRow, choose_distractors
-from tasks.core.packing import Scored
-from tasks.processes import run_worker
-from tasks.workers.bases import load_base
-from tasks.workers.chat import Chat, load_chat
-from tasks.workers.device import Device, choose_device
-from tasks.workers.packed_lm import PackedLM
-from tasks.workers.prepare_base import prepare
-from tasks.workers.scoring import scored_losses, to_tensors
+from tasks.evaluation.core.choice import TestRow, choose_distractors
+from tasks.evaluation.workers.packed_lm import PackedLM
+from tasks.models.core.packing import Scored
+from tasks.models.workers.chat_template import Chat, load_chat
+from tasks.models.workers.loading import load_base
+from tasks.models.workers.prepare_base import prepare
+from tasks.models.workers.scoring import scored_losses, to_tensors
+from tasks.runtime.processes import run_worker
+from tasks.runtime.workers.device import Device, choose_device
 
 BATCH_ROWS, EVAL_ITEMS, HFLM_BATCH = 8, 16, 8
 
@@ -47,7 +47,7 @@ def run(folder: Path, pairs: int, device: Device) -> None:
     base = Path(prepare({"base": "builtin:smollm2-135m", "revision": None}, folder / "base")["path"])
     rows = documentation_rows(folder / "docs")
     dials = TrainSpec(rank=16, alpha=32).model_dump()
-    run_worker("tasks.workers.init_adapter", {"base": str(base), "kind": "lora", **dials}, folder / "step0")
+    run_worker("tasks.models.workers.init_adapter", {"base": str(base), "kind": "lora", **dials}, folder / "step0")
     chat = load_chat(base)
     for method in ("lora", "qlora"):
         model = load_base(base, method, device)
@@ -60,7 +60,7 @@ def run(folder: Path, pairs: int, device: Device) -> None:
 def documentation_rows(out: Path) -> list[dict[str, Any]]:
     """Look-up and summary rows of the installed Python, in the order of their hashes."""
     spec = {"packages": ["stdlib"], "max_lookup_rows": 200, "max_summary_rows": 100, "max_rows_per_package": 400}
-    run_worker("tasks.workers.build_python_docs", spec, out)
+    run_worker("tasks.data.ingestion.workers.build_python_docs", spec, out)
     return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
 
 

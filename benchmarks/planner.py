@@ -16,9 +16,9 @@ from typing import Any
 from accelerate.commands.estimate import estimate_training_usage
 
 import data_contracts
-from tasks.core.architecture import Architecture, decoder
-from tasks.core.memory import Parts, predict
-from tasks.core.settings import Settings, Stack
+from tasks.training.core.architecture import Architecture, decoder
+from tasks.training.core.memory import Parts, predict
+from tasks.training.core.memory_settings import Settings, Stack
 
 FILE = Path(__file__).parent / "published_peaks.json"
 SHAPES = Path(data_contracts.__file__).parent / "architectures.json"

@@ -55,13 +55,13 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
 def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Base, step-0 adapter, rows as text and as tokens; what every way gets."""
     from data_contracts.run_spec import TrainSpec
-    from tasks.processes import run_worker
-    from tasks.workers.chat import load_chat
-    from tasks.workers.prepare_base import prepare as prepare_base
+    from tasks.models.workers.chat_template import load_chat
+    from tasks.models.workers.prepare_base import prepare as prepare_base
+    from tasks.runtime.processes import run_worker
 
     base = Path(prepare_base({"base": "builtin:smollm2-135m", "revision": None}, folder / "base")["path"])
     dials = TrainSpec(rank=16, alpha=32).model_dump() | {"seed": 17}
-    run_worker("tasks.workers.init_adapter", {"base": str(base), "kind": "lora", **dials}, folder / "step0")
+    run_worker("tasks.models.workers.init_adapter", {"base": str(base), "kind": "lora", **dials}, folder / "step0")
     chat = load_chat(base)
     conversations = list(own_rows(arguments.data) if arguments.data else documentation_rows(folder / "docs"))
     texts = [chat.split(messages) for messages in conversations]
@@ -88,16 +88,16 @@ def own_rows(file: Path) -> Iterator[list[dict[str, str]]]:
 
 
 def documentation_rows(out: Path) -> Iterator[list[dict[str, str]]]:
-    from tasks.processes import run_worker
+    from tasks.runtime.processes import run_worker
 
     spec = {"packages": ["stdlib"], "max_lookup_rows": 300, "max_summary_rows": 150, "max_rows_per_package": 400}
-    run_worker("tasks.workers.build_python_docs", spec, out)
+    run_worker("tasks.data.ingestion.workers.build_python_docs", spec, out)
     for line in (out / "rows.jsonl").read_text().splitlines():
         yield json.loads(line)["messages"]
 
 
 def run(way: str, python: str, folder: Path, spec: dict[str, Any]) -> dict[str, float]:
-    from tasks.processes import worker_environment
+    from tasks.runtime.processes import worker_environment
 
     out = Path(tempfile.mkdtemp(dir=folder))
     (out / "spec.json").write_text(json.dumps(spec | {"out": str(out)}))

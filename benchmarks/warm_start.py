@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.reports import RunReport
-from flows.prepared import prepared_spec
-from tasks.core.comparison import bootstrap
-from tasks.core.released import NLL
-from tasks.core.samples import Metric, gather, read_facts, read_samples
-from tasks.core.stats import Bootstrap, ratio
-from tasks.processes import run_worker
-from tasks.stores import Store
+from flows.cli.prepared import prepared_spec
+from tasks.evaluation.core.candidate import NLL
+from tasks.evaluation.core.comparison import bootstrap
+from tasks.evaluation.core.samples import Metric, gather, read_facts, read_samples
+from tasks.evaluation.core.stats import Bootstrap, ratio
+from tasks.runtime.processes import run_worker
+from tasks.runtime.store import Store
 
 ARMS = {"lora": "from scratch", "warm_0": "from the champion, replay 0", "warm_50": "from the champion, replay 0.5"}
 VARIANTS = [
@@ -57,7 +57,7 @@ def rows_of(arguments: argparse.Namespace, package: str) -> Path:
         "packages": [package], "max_lookup_rows": arguments.lookups, "max_summary_rows": arguments.summaries,
         "max_rows_per_package": max(arguments.lookups, arguments.summaries),
     }  # fmt: skip
-    run_worker("tasks.workers.build_python_docs", spec, out)
+    run_worker("tasks.data.ingestion.workers.build_python_docs", spec, out)
     file: Path = out / f"{package}.jsonl"
     lines = (json.loads(line) for line in (out / "rows.jsonl").read_text(encoding="utf-8").splitlines())
     file.write_text("".join(json.dumps({"messages": line["messages"]}) + "\n" for line in lines), encoding="utf-8")

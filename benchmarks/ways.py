@@ -17,7 +17,7 @@ def tunegate(spec: dict[str, Any], checkpointing: bool = False) -> dict[str, flo
     """The training worker itself: `batch_tokens` a step, or on average as many as the others' rows have."""
     import torch
 
-    from tasks.workers.train_adapter import train
+    from tasks.training.workers.train_adapter import train
 
     torch.set_num_threads(spec["threads"])
     rows = len(json.loads(Path(spec["texts"]).read_text()))
@@ -41,7 +41,7 @@ def flop_per_token(spec: dict[str, Any], scored: float) -> float:
     Frozen layers once forward and once for their input's gradient, adapters for their own as well, the head where a
     token is scored.
     """
-    from tasks.workers.describe_base import architecture_at
+    from tasks.training.workers.describe_base import architecture_at
 
     arch = architecture_at(spec["base"], None)
     adapters = arch.layers * sum(spec["rank"] * (linear.inputs + linear.outputs) for linear in arch.linears)

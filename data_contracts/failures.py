@@ -138,7 +138,7 @@ KINDS: Final = (
          "go online (unset HF_HUB_OFFLINE), or give a folder or file of this machine"),
     Kind("the time for this stage is over", STOP, InfrastructureError, is_a("TaskRunTimeoutError", "FlowRunTimeoutError"),
          "`TaskRunTimeoutError`, `FlowRunTimeoutError` of Prefect",
-         "the same command goes on from there; the limit lies in tasks/policies.py"),
+         "the same command goes on from there; the limit lies in tasks/pipeline/policies.py"),
     Kind("the disk is full", STOP, StoreError, _ROOM,
          "ENOSPC, EDQUOT, or their text in another error; a database that says so",
          "make room, or move the store with --set store.root=DIR; the same command then goes on"),

@@ -1,6 +1,6 @@
 """Why a row is rejected: one Enum of reasons, and what is done about each.
 
-The rules that answer with these reasons are in tasks/core/row_rules.py. The first rule that answers wins, so a row in
+The rules that answer with these reasons are in tasks/data/validation/core/row_rules.py. The first rule that answers wins, so a row in
 quarantine has exactly one reason; a reason whose action is `flag` is counted and the row stays.
 """
 

@@ -9,7 +9,7 @@ class Look(Report):
     snapshot_id: str
     new_rows: int  # never seen before, or changed
     known_rows: int  # in all finished runs together
-    drift: dict[str, float]  # of the new rows to the last finished run's, see tasks.core.drift
+    drift: dict[str, float]  # of the new rows to the last finished run's, see tasks.data.validation.core.drift
     drifted: list[str]  # those above their limit, worst first
 
 

@@ -9,8 +9,8 @@ from data_contracts.reports import Stage
 from data_contracts.rules import LEAKS, UNREADABLE, Reason
 from data_contracts.run_spec import RunSpec
 from flows.retrain import prepare_data
-from tasks import ledger
-from tasks.stores import Store
+from tasks.data.curation import row_ledger as ledger
+from tasks.runtime.store import Store
 
 
 def release(spec: RunSpec, reason: str, why: str, rows: list[str]) -> tuple[DatasetManifest, list[Stage]]:

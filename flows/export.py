@@ -9,10 +9,13 @@ from pathlib import Path
 from data_contracts.errors import ConfigError, Problem, WorkerError
 from data_contracts.exports import Exported
 from data_contracts.run_spec import StoreSpec
-from flows.console import tell
-from tasks import export, export_card, export_subject, registry
-from tasks.export_subject import Wish
-from tasks.stores import Store
+from flows.cli.output import tell
+from tasks.export import card as export_card
+from tasks.export import request as export_subject
+from tasks.export import steps as export
+from tasks.export.request import Wish
+from tasks.release import registry
+from tasks.runtime.store import Store
 
 
 def export_version(store: StoreSpec, uri: str, to: Path, wish: Wish) -> Exported:

@@ -10,13 +10,16 @@ from data_contracts.reports import AdapterRef, EvalTarget
 from data_contracts.run_spec import RunSpec, StoreSpec
 from data_contracts.verdict import Decision
 from flows.retrain import data_stages, evaluate, in_store, serve
-from flows.runs_left import hold
-from flows.stages import Stages
-from tasks import artifacts, judged, registry, stages
-from tasks.base import base_identity
-from tasks.registry import Registered
-from tasks.rivals import Rival, as_rival
-from tasks.stores import Store
+from flows.runner import Stages
+from flows.services.crashed_runs import hold
+from tasks.models.base import base_identity
+from tasks.pipeline import stages
+from tasks.release import judgements as judged
+from tasks.release import registry
+from tasks.release.champion import Rival, as_rival
+from tasks.release.registry import Registered
+from tasks.reporting import prefect_artifacts as artifacts
+from tasks.runtime.store import Store
 
 
 def recorded_preset(store: StoreSpec, model_uri: str) -> str:

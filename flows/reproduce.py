@@ -12,15 +12,15 @@ from data_contracts.errors import ConfigError, Problem
 from data_contracts.lineage import EVIDENCE
 from data_contracts.reproduction import Reproduction
 from data_contracts.run_spec import RunSpec, StoreSpec
-from flows.console import tell
-from flows.runs_left import hold
-from flows.spec_files import load_spec
-from tasks import registry
-from tasks.device_slot import device_slot
-from tasks.fingerprint import code_digest
-from tasks.policies import POLICIES
-from tasks.rebuild import rebuild
-from tasks.reproduce import (
+from flows.cli.output import tell
+from flows.config.load import load_spec
+from flows.services.crashed_runs import hold
+from tasks.pipeline.device_lock import device_slot
+from tasks.pipeline.policies import POLICIES
+from tasks.release import registry
+from tasks.reporting.mlflow_run import SPEC_FILE
+from tasks.reproduction.dataset import rebuild
+from tasks.reproduction.reproduce import (
     base_again,
     begin_again,
     checked_adapter,
@@ -30,8 +30,8 @@ from tasks.reproduce import (
     train_again,
     working_place,
 )
-from tasks.stores import Store
-from tasks.tracking import SPEC_FILE
+from tasks.runtime.fingerprint import code_digest
+from tasks.runtime.store import Store
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,27 +7,34 @@ from prefect import flow
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
+from data_contracts.arms import arms_of, candidate_arm
 from data_contracts.data_reports import DatasetManifest, DataState, FileRef, Snapshot
 from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget, RunReport, Slot, Stage, TrainReport
 from data_contracts.rules import Reason, action_of
 from data_contracts.run_spec import DOMAIN_TASKS, Form, RunSpec
 from data_contracts.verdict import Served
-from flows.console import tell
-from flows.runs_left import bury, hold
-from flows.stages import Stages
+from flows.cli.output import tell
+from flows.runner import Stages
+from flows.services.crashed_runs import bury, hold
 from flows.starts import beginnings
-from flows.training import train_arms
-from tasks import artifacts, ledger, moves, notify, registry, rivals, stages, watermark
-from tasks.arms import arms_of, candidate_arm
-from tasks.base import base_identity
-from tasks.evaluate import task_files
-from tasks.explain import write_state
-from tasks.rivals import Rival
-from tasks.slots import slots_of
-from tasks.sources import source_digests
-from tasks.stores import Store
-from tasks.turns import me, turn
-from tasks.validate import promised
+from flows.train_arms import train_arms
+from tasks.data import watermark
+from tasks.data.curation import row_ledger as ledger
+from tasks.data.curation.explain import write_state
+from tasks.data.ingestion.sources import source_digests
+from tasks.data.validation.validate import promised
+from tasks.evaluation.evaluate import task_files
+from tasks.models.base import base_identity
+from tasks.pipeline import notifications as notify
+from tasks.pipeline import stages
+from tasks.pipeline.run_lock import me, turn
+from tasks.release import champion as rivals
+from tasks.release import history as moves
+from tasks.release import registry
+from tasks.release.champion import Rival
+from tasks.reporting import prefect_artifacts as artifacts
+from tasks.runtime.store import Store
+from tasks.training.slots import slots_of
 
 BY_HAND = "started by hand"
 

@@ -3,18 +3,18 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from data_contracts.arms import Arm
 from data_contracts.data_reports import DatasetManifest, FileRef
 from data_contracts.method_rules import LORA_ARMS
 from data_contracts.reports import AdapterRef, BaseModelRef, Start
 from data_contracts.run_spec import RunSpec
-from flows.console import tell
-from flows.stages import Stages
-from tasks import stages
-from tasks.arms import Arm
-from tasks.base import start_dials
-from tasks.sentences import started
-from tasks.stores import Store
-from tasks.warm_start import origin_of, scratch
+from flows.cli.output import tell
+from flows.runner import Stages
+from tasks.models.base import start_dials
+from tasks.pipeline import stages
+from tasks.reporting.sentences import started
+from tasks.runtime.store import Store
+from tasks.training.warm_start import origin_of, scratch
 
 
 class Begin(NamedTuple):

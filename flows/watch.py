@@ -15,12 +15,13 @@ from prefect.states import Completed
 
 from data_contracts.run_spec import RunSpec
 from data_contracts.watch_reports import Look, Watched
-from flows.console import tell
+from flows.cli.output import tell
 from flows.retrain import in_store, ingested, retrain
-from flows.runs_left import hold, reap_beside_a_worker
-from flows.stages import Stages
-from tasks import fresh, rivals
-from tasks.stores import Store
+from flows.runner import Stages
+from flows.services.crashed_runs import hold, reap_beside_a_worker
+from tasks.data import freshness as fresh
+from tasks.release import champion as rivals
+from tasks.runtime.store import Store
 
 FRESH_EVENT = "tunegate.data.fresh"
 DEPLOYMENT = "retrain/retrain"

@@ -73,6 +73,6 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     """A random two-layer Llama over bytes, as `builtin:tiny-llama` gives it."""
-    from tasks.workers.prepare_base import prepare
+    from tasks.models.workers.prepare_base import prepare
 
     return Path(prepare({"base": "builtin:tiny-llama", "revision": None}, tmp_path_factory.mktemp("base"))["path"])

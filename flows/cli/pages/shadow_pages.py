@@ -1,0 +1,33 @@
+"""Champion and challenger beside each other, on what users asked. Their texts are never read as markup."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from data_contracts.shadow_reports import ShadowReport
+from tasks.reporting.sentences import estimate
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def show_shadow(found: ShadowReport, file: Path, console: "Console") -> None:
+    sides = (found.champion, found.challenger)
+    table = Table(title=f"the same {found.prompts:,} questions", title_justify="left", title_style="bold")
+    table.add_column("")
+    for side in sides:
+        table.add_column(Text(side.version), justify="right")
+    table.add_row("tokens of an answer", *(f"{side.tokens:.1f}" for side in sides))
+    table.add_row("ms per token, median", *(f"{side.ms_per_token:.0f}" for side in sides))
+    table.add_row("ended by itself", *(estimate(side.stopped) for side in sides))
+    console.print(table)
+    console.print(f"answers alike: {estimate(found.same)}; ROUGE-L of one to the other: {found.rouge_l:.3f}")
+    for one in found.most_different:
+        lines = (("question", one.question), ("champion", one.champion), ("challenger", one.challenger))
+        console.print(f"\nROUGE-L {one.rouge_l:.3f}")
+        for label, text in lines:
+            console.print(Text(f"  {label:<11}{' '.join(text.split())}"), overflow="ellipsis", no_wrap=True)
+    others = f"; {found.other_pairs} other pairs of versions are in there too" if found.other_pairs else ""
+    console.print(Text(f"\n{file}{others}"), soft_wrap=True, style="dim")

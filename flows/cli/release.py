@@ -1,0 +1,95 @@
+"""`tunegate promote`, `rollback`, `history`, `predict`: a registered model goes into production, back, and answers."""
+
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from data_contracts.errors import ConfigError, Problem
+from flows.cli.options import AsJson, Name, StoreChanges
+from flows.cli.output import Outcome
+from flows.cli.prepared import prepared_store
+
+release_app = typer.Typer()
+Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why; kept in the promotion ledger.")]
+
+
+@release_app.command()
+def promote(
+    name: Name,
+    version: Annotated[
+        str | None, typer.Option("--version", help="Version number; the challenger if left out.")
+    ] = None,
+    override: Annotated[bool, typer.Option("--override", help="Promote though its gates or the check say no.")] = False,
+    reason: Reason = "",
+    changes: StoreChanges = None,
+    as_json: AsJson = False,
+) -> Outcome:
+    """Make a version the champion, if its gates passed and it still is what they judged."""
+    _needs_reason(override, reason, "promote")
+    store = prepared_store(changes)
+    from flows.cli.pages.release import moved_summary, show_moved
+    from flows.promote import promote as set_champion
+
+    found = set_champion(store, name, version, override, reason)
+    return Outcome(moved_summary(found), partial(show_moved, found))
+
+
+@release_app.command()
+def rollback(
+    name: Name,
+    override: Annotated[bool, typer.Option("--override", help="Though the check says no, or cannot be made.")] = False,
+    reason: Reason = "",
+    changes: StoreChanges = None,
+    as_json: AsJson = False,
+) -> Outcome:
+    """Make the last good champion before this one the champion again."""
+    _needs_reason(override, reason, "rollback")
+    store = prepared_store(changes)
+    from flows.cli.pages.release import moved_summary, show_moved
+    from flows.promote import rollback as set_back
+
+    found = set_back(store, name, override, reason)
+    return Outcome(moved_summary(found), partial(show_moved, found))
+
+
+def _needs_reason(override: bool, reason: str, act: str) -> None:
+    if override and not reason.strip():
+        raise ConfigError(Problem("--override without --reason", act, act='add --reason "why"'))
+
+
+@release_app.command()
+def history(
+    name: Name,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Write a changed ledger anew from the registry.")] = False,
+    changes: StoreChanges = None,
+    as_json: AsJson = False,
+) -> Outcome:
+    """Every move of a model's champion: who, when, from, to, why, on what evidence. Exit code 4 if the record is broken."""
+    store = prepared_store(changes)
+    from flows.cli.pages.release import BROKEN, history_summary, show_history
+    from flows.promote import history as moves_of
+
+    found = moves_of(store, name, rebuild)
+    return Outcome(history_summary(found), partial(show_history, found), BROKEN if found.problems else 0)
+
+
+@release_app.command()
+def predict(
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    model: Annotated[str, typer.Option("--model", metavar="URI", help="models:/NAME@champion, for example.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")] = 64,
+    changes: StoreChanges = None,
+    as_json: AsJson = False,
+) -> Outcome:
+    """Ask a registered model."""
+    if not question.strip():
+        raise ConfigError(
+            Problem("the question is empty", "predict", act='tunegate predict "what does ...?" --model URI')
+        )
+    store = prepared_store(changes)
+    from flows.promote import ask
+
+    answer = ask(store, model, question, max_new_tokens)
+    payload = {"question": question, "answer": answer, "model": model}
+    return Outcome(payload, lambda console: console.print(answer, markup=False, soft_wrap=True))

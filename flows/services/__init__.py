@@ -1,0 +1,1 @@
+"""Servers, worker and deployments of a store: `up`, `down`, `status`, `doctor`."""

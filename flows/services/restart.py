@@ -1,0 +1,24 @@
+"""`python -m flows.services.restart COMMAND ...`: end what a killed server's parent process has left behind, then become the server.
+
+`mlflow server` is a parent of the process that listens. If only the parent is killed, the port stays taken.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from flows.services.state import MARK, processes, value_of
+from flows.services.supervisor import end
+
+_PROGRAM = "SUPERVISOR_PROCESS_NAME"
+_SECONDS = 10.0
+
+
+def main() -> None:
+    mine = os.environ[_PROGRAM]
+    end([process for process in processes(Path(os.environ[MARK])) if value_of(process, _PROGRAM) == mine], _SECONDS)
+    os.execv(sys.argv[1], sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""Pure functions: no Prefect, MLflow, network, clock, environment or global random state."""

@@ -1,0 +1,1 @@
+"""Pure: near-duplicate search (`minhash`, `near_duplicates`), groups, splits, contamination."""

@@ -1,0 +1,1 @@
+"""Every record of every source becomes a row of a snapshot: `ingest.ingest`, `readers`, `sources`."""

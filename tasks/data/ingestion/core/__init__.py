@@ -1,0 +1,1 @@
+"""Pure: chat formats into one conversation, source text into documentation rows."""

@@ -1,0 +1,1 @@
+"""Child processes that make raw rows."""

@@ -1,0 +1,1 @@
+"""Pure: row rules, text repairs, personal data, languages, drift, proposed limits."""

@@ -1,0 +1,1 @@
+"""Models scored and compared: `evaluate.evaluate_targets`, `compare.compare_models`; gates: `core.gates.judge`."""

@@ -1,0 +1,1 @@
+"""Pure: statistics, paired comparison, gates, items and slices."""

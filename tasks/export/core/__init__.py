@@ -1,0 +1,1 @@
+"""Pure: which merged form is nearest, and Modelfiles."""

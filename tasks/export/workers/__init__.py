@@ -1,0 +1,1 @@
+"""Processes that merge, convert, and read the written files back."""

@@ -1,0 +1,85 @@
+"""A version as one set of weights: an adapter added to one of two bases, stored in one of several number formats."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+
+from data_contracts.exports import BYTES_OF_A_WEIGHT, Dtype, FormMeasured, MergeBase
+from tasks.export.core.merging import Rounding, rounding
+from tasks.export.workers.distances import Exam, measure
+from tasks.models.workers.chat_template import Chat
+from tasks.models.workers.forms import attach, form_of, load, merge
+from tasks.models.workers.loading import load_base
+from tasks.runtime.workers.device import Device
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_Q8_BLOCK = 32
+_SHARD = "2GB"
+
+
+def live_model(spec: dict[str, Any], device: Device, adapter: str) -> Any:
+    """As it was trained and evaluated: the adapter on its base, in 4 bits if that was quantised; or its own weights."""
+    target = {**spec, "adapter": adapter, "merged": False}
+    return attach(load(form_of(target), Path(spec["base"]), device), target)
+
+
+def merged_model(spec: dict[str, Any], base: MergeBase, device: Device, sums: dict[Dtype, Rounding]) -> Any:
+    """The sum in fp32. sums: what each number format would leave of what was learned is added to it."""
+
+    def watch(before: torch.Tensor, exact: torch.Tensor) -> None:
+        for kind in sums:
+            four = (before, exact, as_stored(exact, kind), as_stored(before, kind))
+            sums[kind] += rounding(*(numbers.cpu().numpy() for numbers in four))
+
+    if spec["method"] == "full":
+        return live_model(spec, device, spec["adapter"])
+    if base == "full":
+        model: Any = load_base(Path(spec["base"]), "lora", device)
+    else:
+        model = load_base(Path(spec["base"]), "qlora", device, spec["quantisation"])
+        model = model.dequantize(dtype=torch.float32)
+    return merge(model, spec["adapter"], watch)
+
+
+def measured_forms(
+    spec: dict[str, Any], base: MergeBase, exam: Exam, device: Device, live: Path
+) -> Iterator[FormMeasured]:
+    """Every number format on one base, measured against the live model's log-probabilities."""
+    sums: dict[Dtype, Rounding] = dict.fromkeys(spec["dtypes"], Rounding())
+    model = merged_model(spec, base, device, sums)
+    exact = {name: weight.data for name, weight in model.named_parameters()}
+    for kind, kept in sums.items():
+        for name, weight in model.named_parameters():
+            weight.data = as_stored(exact[name], kind, spec["is_gguf"])
+        yield FormMeasured(
+            base=base,
+            dtype=kind,
+            distance=measure(model, exam, live, f"{base} base, {kind}"),
+            delta=None if spec["method"] == "full" else kept.survival(),
+            bytes=int(sum(weight.numel() for weight in model.parameters()) * BYTES_OF_A_WEIGHT[kind]),
+        )
+
+
+def as_stored(weight: torch.Tensor, kind: Dtype, only_matrices: bool = False) -> torch.Tensor:
+    """A weight rounded to what it is stored in, in fp32 again. only_matrices: a GGUF keeps all others in fp32."""
+    if kind == "fp32" or (only_matrices and weight.ndim < 2):
+        return weight
+    if kind != "q8_0":
+        return weight.to(DTYPES[kind]).float()
+    if weight.ndim < 2 or weight.shape[-1] % _Q8_BLOCK:
+        return weight.half().float()
+    numbers = quantize(weight.cpu().numpy(), GGMLQuantizationType.Q8_0)
+    return torch.from_numpy(dequantize(numbers, GGMLQuantizationType.Q8_0)).to(weight.device)
+
+
+def save(model: Any, kind: Dtype, chat: Chat, folder: Path) -> None:
+    """Weights in shards, configuration, tokenizer with its chat template: what AutoModelForCausalLM loads."""
+    model.to(DTYPES[kind])
+    model.config.use_cache = True  # off while it is measured
+    model.generation_config.eos_token_id = chat.stop_ids
+    model.save_pretrained(folder, max_shard_size=_SHARD)
+    chat.tokenizer.save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""Base models and adapters: `base.prepare_base`, `base.init_adapter`; what may be loaded: `integrity`."""

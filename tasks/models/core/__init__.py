@@ -1,0 +1,1 @@
+"""Pure: sequences packed as a prefix tree, files and scan of adapters."""

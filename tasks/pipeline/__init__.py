@@ -1,0 +1,1 @@
+"""The Prefect tasks (`stages`), their policies and cache keys, locks, notifications."""

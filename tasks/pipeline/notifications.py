@@ -1,0 +1,181 @@
+"""Tell the blocks of `schedule.notify` that a retrain begins, how it ended, or that a champion was moved by hand.
+
+What cannot be sent is told on stderr and in the run's log after bounded retries; no message ever fails a run. The text
+of an error in sending is never shown: it can hold a webhook's address, which is its secret.
+"""
+
+import time
+from collections.abc import Sequence
+from inspect import isawaitable
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect import Flow
+from prefect.blocks.abstract import NotificationBlock
+from prefect.blocks.core import Block
+from prefect.blocks.notifications import AppriseNotificationBlock
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.context import FlowRunContext
+from prefect.exceptions import ObjectNotFound
+from prefect.logging.loggers import flow_run_logger
+from prefect.utilities.asyncutils import run_coro_as_sync
+
+from data_contracts.errors import Problem
+from data_contracts.releases import Moved
+from data_contracts.reports import RunReport
+from data_contracts.run_spec import ModelSpec, RunSpec, StoreSpec
+from tasks.pipeline import messages
+from tasks.pipeline.messages import Message
+from tasks.release import registry
+from tasks.reporting.links import mlflow_page, prefect_page
+from tasks.reporting.mlflow_run import connect
+from tasks.runtime.console import Log, aside, warn
+from tasks.runtime.store import Store
+
+_TRIES, _FIRST_WAIT_SECONDS = 3, 1.0
+_WHERE = "schedule.notify"
+_PAGE = "docs/notifications.md"
+
+# Runs in which no stage had anything to do so far, and the blocks that were there. Their start is told when the first
+# stage has: a run that finds all done before has nothing to tell.
+_idle: dict[UUID, tuple[FlowRun, list[str]]] = {}
+
+
+class AppriseUrl(AppriseNotificationBlock):
+    """Whatever Apprise can reach, by its URL: mailtos://user:password@example.org?to=team@example.org is e-mail by SMTP."""
+
+    _block_type_name = "Apprise URL"
+    _block_type_slug = "apprise-url"
+
+
+# --- hooks of a flow: plain functions, which Prefect also calls from the worker whose process was killed ----------------
+
+
+@aside("the blocks were not looked at")
+def run_begins(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Say now, not after hours, if a block is not there."""
+    there = [name for name in _names(flow_run) if _load(name, flow_run_logger(flow_run))]
+    if there:
+        _idle[flow_run.id] = (flow_run, there)
+
+
+@aside("the start was not told")
+def work_begins() -> None:
+    """Every stage calls it that has something to do: the first one's call tells the start of its run."""
+    context = FlowRunContext.get()
+    idle = _idle.pop(context.flow_run.id, None) if context and context.flow_run else None
+    if idle:
+        run, there = idle
+        spec, reason = RunSpec.model_validate(run.parameters["spec"]), str(run.parameters.get("reason") or "")
+        told = messages.started(spec, run.name, reason, prefect_page(run.id))
+        _send(there, told, flow_run_logger(run))
+
+
+@aside("the verdict was not told")
+def run_ends(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """The verdict; nothing where nothing was new."""
+    _idle.pop(flow_run.id, None)
+    names = _names(flow_run)
+    if not names or state.name == "Skipped":
+        return
+    report: RunReport = state.result()
+    store = StoreSpec.model_validate(report.spec["store"])
+    champion = registry.alias_version(connect(store), report.model.name, registry.CHAMPION)
+    html = (Store(Path(store.root)).files / report.html).resolve()
+    pages = (mlflow_page(store, report.recorded.mlflow_run_id), prefect_page(flow_run.id))
+    told = messages.verdict(report, flow_run.name, champion, html, *pages)
+    _send(names, told, flow_run_logger(flow_run))
+
+
+@aside("the failure was not told")
+def run_fails(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Which stage, what is wrong and what to do next; also where nothing was new."""
+    _idle.pop(flow_run.id, None)
+    names = _names(flow_run)
+    if not names:
+        return
+    model = _spec(flow_run).get("model", {}).get("name", ModelSpec().name)
+    page = prefect_page(flow_run.id)
+    if state.is_crashed():
+        told = messages.crashed(model, flow_run.name, _unfinished(flow_run), page)
+    else:
+        error = state.result(raise_on_failure=False)
+        told = messages.failed(model, flow_run.name, getattr(error, "__notes__", []), error, page)
+    _send(names, told, flow_run_logger(flow_run))
+
+
+def _unfinished(flow_run: FlowRun) -> list[str]:
+    """The stages that a killed process left."""
+    with get_client(sync_client=True) as client:
+        own = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id]))
+        runs = client.read_task_runs(flow_run_filter=own)
+    return [f"in stage {run.name}" for run in runs if run.state and not run.state.is_completed()]
+
+
+def _names(flow_run: FlowRun) -> list[str]:
+    return list(_spec(flow_run).get("schedule", {}).get("notify", []))
+
+
+def _spec(flow_run: FlowRun) -> dict[str, Any]:
+    """As it was given: a spec that is wrong fails its run, and that must be told too."""
+    return dict(flow_run.parameters.get("spec") or {})
+
+
+# --- by hand ------------------------------------------------------------------------------------------------
+
+
+@aside("the move was not told")
+def champion_moved(store: StoreSpec, found: Moved) -> None:
+    """Tell whom the newest run of this model would tell."""
+    spec = Store(Path(store.root)).newest_spec(found.model.name) or {}
+    if found.move:
+        _send(spec.get("schedule", {}).get("notify", []), messages.moved(found.model, found.move))
+
+
+# --- sending ------------------------------------------------------------------------------------------------
+
+
+def _send(names: Sequence[str], message: Message, log: Log | None = None) -> None:
+    for name in names:
+        block = _load(name, log)
+        if block:
+            _deliver(name, block, message, log)
+
+
+def _load(name: str, log: Log | None) -> NotificationBlock | None:
+    try:
+        block = Block.load(name)
+    except Exception as error:  # noqa: BLE001 a block's own class may raise anything
+        missing = isinstance(error.__cause__, ObjectNotFound)
+        what = f"no block {name}" if missing else f"{name} cannot be loaded: {type(error).__name__}"
+        warn(Problem(what, _WHERE, act=f"create it: {_PAGE} shows how"), log)
+        return None
+    if isinstance(block, NotificationBlock):
+        return block
+    warn(Problem(f"{name} cannot notify", _WHERE, "a notification block", f"{_PAGE} lists them"), log)
+    return None
+
+
+def _deliver(name: str, block: NotificationBlock, message: Message, log: Log | None) -> None:
+    for attempt in range(1, _TRIES + 1):
+        try:
+            with block.raise_on_failure():
+                sent = block.notify(message.body, message.subject)
+                if isawaitable(sent):  # the interface is async, though all of Prefect's own blocks send at once here
+                    run_coro_as_sync(sent)
+            return
+        except Exception as error:  # noqa: BLE001 a block's own class may raise anything
+            if attempt == _TRIES:
+                what = f"{name} was not told {message.subject!r}: {_reason(error)}"
+                warn(Problem(what, _WHERE, f"{_TRIES} tries", f"look at the block and its server ({_PAGE})"), log)
+            else:
+                time.sleep(_FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
+
+
+def _reason(error: Exception) -> str:
+    """The kind of failure, and the status that a server answered with."""
+    status = getattr(getattr(error, "response", None), "status_code", "")
+    return f"{type(error).__name__} {status}".strip()

@@ -1,0 +1,171 @@
+"""Every retry, timeout and cache policy of the project, on one screen.
+
+Which errors are tried again says data_contracts/failures.py.
+
+A stage's cache key is its name, its arguments (the configuration it uses and the digests of its inputs), the code of the
+modules it uses and the versions of the libraries that shape its result. It holds no run id and no path.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.context import TaskRunContext
+from pydantic import BaseModel
+
+from data_contracts.data_reports import FileRef
+from data_contracts.failures import may_pass
+from data_contracts.reports import AdapterRef, BaseModelRef
+from tasks.data.validation.check_rows import LIBRARIES
+from tasks.pipeline.attempts import explaining
+from tasks.pipeline.notifications import work_begins
+from tasks.runtime.fingerprint import code_digest, library_versions
+from tasks.runtime.store import Store
+
+# Three more tries, each wait up to half as long again: a server that restarts within a minute is back in time.
+_DELAYS_SECONDS, _JITTER = (2.0, 15.0, 60.0), 0.5
+_HOURS = 3600
+
+# Dials that change how a result is reached, not what it is.
+NOT_IDENTITY = frozenset(
+    {
+        "store",
+        "methods",
+        "seeds",
+        "variants",
+        "threads",
+        "parallel",
+        "slot",
+        "checkpoint_steps",
+        "max_loss_rise_nats",
+        "engine",
+        "start",  # where training began is in the digests of its adapter and rows
+        "warm_start",
+        "replay_share",
+        "task_folder",
+        "schedule",
+    }
+)
+_MODEL_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Policy:
+    code: tuple[str, ...]  # modules whose code, with what they import of ours, is part of the key
+    libraries: tuple[str, ...] = ()
+    timeout_seconds: float = 1 * _HOURS
+    device: bool = False  # it fills the GPU, or the cores: one such stage at a time (tasks/pipeline/device_lock.py)
+
+
+POLICIES = {
+    "ingest": Policy(("tasks.data.ingestion.ingest", "tasks.data.ingestion.workers.build_python_docs"), ("pyarrow",)),
+    "validate": Policy(("tasks.data.validation.validate",), ("great-expectations", *LIBRARIES)),
+    "benchmarks": Policy(("tasks.evaluation.workers.benchmark_items",), ("lm-eval",)),
+    "curate": Policy(("tasks.data.curation.curate",), ("rensa",)),
+    "prepare_base": Policy(("tasks.models.workers.prepare_base",), ("transformers",), 6 * _HOURS),
+    "init_adapter": Policy(("tasks.models.workers.init_adapter",), ("torch", "peft"), device=True),
+    "choose_start": Policy(("tasks.training.warm_start",)),
+    "check_tasks": Policy(("tasks.evaluation.workers.evaluate_models",), ("lm-eval",)),
+    "train": Policy(
+        ("tasks.training.train", "tasks.training.workers.train_adapter"), _MODEL_LIBRARIES, 7 * 24 * _HOURS, True
+    ),
+    "evaluate": Policy(
+        ("tasks.evaluation.evaluate", "tasks.evaluation.workers.evaluate_models"),
+        (*_MODEL_LIBRARIES, "lm-eval", "rouge-score"),
+        24 * _HOURS,
+        True,
+    ),
+    "compare": Policy(("tasks.evaluation.compare",), ("scipy", "numpy")),
+    "serve_alone": Policy(
+        ("tasks.evaluation.evaluate", "tasks.evaluation.workers.evaluate_models"),
+        (*_MODEL_LIBRARIES, "lm-eval"),
+        2 * _HOURS,
+        True,
+    ),
+    "gate": Policy(("tasks.evaluation.core.gates",), ("scipy",)),
+    "record": Policy(("tasks.reporting.mlflow_run",), ("mlflow",)),
+    "register": Policy(
+        ("tasks.release.register", "tasks.release.workers.served_model"), ("mlflow", "cyclonedx-python-lib")
+    ),
+    "load_back": Policy(
+        ("tasks.release.release_check", "tasks.release.workers.check_release"),
+        ("mlflow", *_MODEL_LIBRARIES),
+        device=True,
+    ),
+    "promote": Policy(("tasks.release.promotion",)),
+    "report": Policy(("tasks.reporting.html_report",), ("matplotlib",)),
+}
+
+
+def stage(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function the Prefect task of a stage: cached by content, tried again only if the error may pass."""
+    policy = POLICIES[name]
+    as_task = task(
+        name=name,
+        persist_result=True,
+        result_serializer="json",  # never pickle
+        cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda _, arguments: stage_key(name, arguments)),
+        retries=len(_DELAYS_SECONDS),
+        retry_delay_seconds=list(_DELAYS_SECONDS),
+        retry_jitter_factor=_JITTER,
+        retry_condition_fn=_again(),
+        timeout_seconds=policy.timeout_seconds,
+    )
+    return lambda function: as_task(explaining(_announced(function)))
+
+
+def _announced(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def work(*args: Any, **kwargs: Any) -> Any:
+        work_begins()  # not called where the cache has the result
+        return function(*args, **kwargs)
+
+    return work
+
+
+def is_forced() -> bool:
+    """Whether this stage runs because of --force: what an earlier run left is then not used. A retry is not forced."""
+    context = TaskRunContext.get()
+    return context is not None and bool(context.task.refresh_cache) and context.task_run.run_count <= 1
+
+
+def stage_key(name: str, arguments: dict[str, Any]) -> str:
+    """Content key of a stage: hex sha256, led by the stage's name for whoever looks into the folder."""
+    policy = POLICIES[name]
+    parts = {
+        "arguments": plain(arguments),
+        "code": code_digest(policy.code),
+        "libraries": library_versions(policy.libraries),
+    }
+    return f"{name}-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}"
+
+
+def plain(value: Any) -> Any:
+    """Arguments as JSON; files, adapters and bases by their content, wherever they lie."""
+    if isinstance(value, FileRef | AdapterRef):
+        return value.sha256
+    if isinstance(value, BaseModelRef):
+        return value.digest
+    if isinstance(value, BaseModel):
+        return plain(dict(value))
+    if isinstance(value, dict):
+        items = {str(key): plain(item) for key, item in value.items() if key not in NOT_IDENTITY}
+        return items
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Store):
+        raise TypeError("a store is a place, not an input: name its argument `store`")
+    return value
+
+
+def _again() -> Callable[[Any, Any, Any], bool]:
+    # Prefect calls only plain functions here: a partial, a method or a callable object silently never retries.
+    def condition(task: Any, task_run: Any, state: Any) -> bool:
+        return may_pass(state.result(raise_on_failure=False))
+
+    return condition

@@ -1,0 +1,183 @@
+"""The Prefect tasks: one for each stage, thin. What each does lies in the module it calls; policies in policies.py."""
+
+from typing import Any
+
+from prefect.runtime import task_run
+
+from data_contracts.data_reports import DatasetManifest, FileRef, Snapshot, ValidatedData
+from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
+from data_contracts.reports import (
+    AdapterRef,
+    BaseModelRef,
+    EvalReport,
+    EvalTarget,
+    LoadedBack,
+    ModelVersion,
+    Origin,
+    RecordedRun,
+    Slot,
+    Start,
+    TrainReport,
+)
+from data_contracts.rules import Action
+from data_contracts.run_spec import EvaluateSpec, GateSpec, Method, RunSpec, StoreSpec, TrainSpec
+from data_contracts.verdict import Comparison, GateReport, Served
+from tasks.data.curation import curate as curation
+from tasks.data.ingestion import ingest as ingestion
+from tasks.data.validation import validate
+from tasks.evaluation import compare as comparisons
+from tasks.evaluation import evaluate as evaluation
+from tasks.evaluation.core.gates import judge
+from tasks.models import base as bases
+from tasks.pipeline.policies import POLICIES, is_forced, stage, stage_key
+from tasks.release import promotion, release_check
+from tasks.release import register as registration
+from tasks.release.lineage import Made
+from tasks.reporting import html_report as report
+from tasks.reporting import mlflow_run as tracking
+from tasks.reporting.prefect_artifacts import LiveTraining
+from tasks.runtime.fingerprint import code_digest
+from tasks.runtime.store import Store
+from tasks.training import train, warm_start
+
+
+@stage("ingest")
+def ingest(store: Store, data: DataSpec, sources: dict[str, str]) -> Snapshot:
+    return ingestion.ingest(store, data)
+
+
+@stage("validate")
+def check(
+    store: Store, snapshot: Snapshot, rules: RulesSpec, contract: ContractSpec, promises: dict[str, str],
+    released: list[tuple[str, str]], reference: tuple[str, FileRef] | None, engine: str,
+) -> ValidatedData:  # fmt: skip
+    return validate.validate(store, snapshot, rules, contract, released, reference, engine, is_forced())
+
+
+@stage("benchmarks")
+def benchmarks(store: Store, tasks: list[str], task_files: FileRef | None) -> FileRef:
+    return evaluation.benchmark_items(store, tasks, task_files)
+
+
+@stage("curate")
+def curate(
+    store: Store, validated: ValidatedData, spec: CurateSpec, scope: str, contradictions: Action,
+    benchmarks: FileRef | None, engine: str,
+) -> DatasetManifest:  # fmt: skip
+    return curation.curate(store, validated, spec, scope, contradictions, benchmarks, engine)
+
+
+@stage("prepare_base")
+def prepare_base(store: Store, base: str, revision: str | None, identity: str) -> BaseModelRef:
+    return bases.prepare_base(store, base, revision)
+
+
+@stage("init_adapter")
+def init_adapter(store: Store, base: BaseModelRef, dials: dict[str, Any]) -> AdapterRef:
+    return bases.init_adapter(store, base, dials, is_forced())
+
+
+@stage("choose_start")
+def choose_start(
+    store: Store, origin: Origin, base: BaseModelRef, step0: AdapterRef, train: FileRef, held_out: list[FileRef],
+    share: float,
+) -> Start:  # fmt: skip
+    return warm_start.choose_start(store, origin, base, step0, train, held_out, share)
+
+
+@stage("check_tasks")
+def check_tasks(
+    store: Store, base: BaseModelRef, test: FileRef, spec: EvaluateSpec, task_files: FileRef | None, max_tokens: int
+) -> list[str]:
+    return evaluation.check_tasks(store, base, test, spec, max_tokens)
+
+
+def train_key(
+    method: Method, seed: int, base: BaseModelRef, step0: AdapterRef | None, rows: FileRef, validation: FileRef,
+    dials: TrainSpec, precision: str,
+) -> str:  # fmt: skip
+    """Two arms with the same key are one training."""
+    inputs = {"method": method, "seed": seed, "base": base, "step0": step0, "rows": rows, "validation": validation}
+    return stage_key("train", {**inputs, "dials": dials, "precision": precision})
+
+
+@stage("train")
+def train_arm(
+    store: Store, method: Method, seed: int, base: BaseModelRef, step0: AdapterRef | None, rows: FileRef,
+    validation: FileRef, dials: TrainSpec, precision: str, slot: Slot | None = None,
+) -> TrainReport:  # fmt: skip
+    inputs = (method, seed, base, step0, rows, validation, dials, precision)
+    name = task_run.name.removeprefix("train ")
+    return train.train_arm(store, train_key(*inputs), *inputs, is_forced(), LiveTraining(name).show, name, slot)
+
+
+@stage("evaluate")
+def evaluate(
+    store: Store, base: BaseModelRef, test: FileRef, targets: list[EvalTarget], spec: EvaluateSpec,
+    task_files: FileRef | None, max_tokens: int, precision: str, confidence: float, threads: int | None,
+) -> list[EvalReport]:  # fmt: skip
+    return evaluation.evaluate_targets(
+        store, base, test, targets, spec, task_files, max_tokens, precision, confidence, threads, is_forced()
+    )
+
+
+@stage("compare")
+def compare(
+    store: Store, arms: list[TrainReport], evaluations: list[EvalReport], candidate: str, released: str, gates: GateSpec
+) -> Comparison:
+    return comparisons.compare_models(store, arms, evaluations, candidate, released, gates)
+
+
+@stage("serve_alone")
+def serve_alone(
+    store: Store, base: BaseModelRef, test: FileRef, target: EvalTarget, spec: EvaluateSpec, max_tokens: int,
+    precision: str, threads: int | None,
+) -> Served:  # fmt: skip
+    return evaluation.serve_alone(store, base, test, target, spec, max_tokens, precision, threads)
+
+
+@stage("gate")
+def gate(
+    comparison: Comparison, gates: GateSpec, champion: str | None, has_baseline: bool, served: Served | None
+) -> GateReport:
+    return judge(comparison, gates, champion, has_baseline, served)
+
+
+@stage("record")
+def record(
+    spec: RunSpec, dataset: DatasetManifest, arms: list[TrainReport], evaluations: list[EvalReport],
+    comparison: Comparison, gates: GateReport,
+) -> RecordedRun:  # fmt: skip
+    inputs = {"dataset": dataset, "arms": arms, "evaluations": evaluations, "comparison": comparison, "gates": gates}
+    key = stage_key("record", {"spec": spec, **inputs})
+    return tracking.record_run(spec, key, dataset, arms, evaluations, comparison, gates)
+
+
+@stage("register")
+def register(
+    spec: RunSpec, base: BaseModelRef, arm: TrainReport, arms: list[TrainReport], evaluations: list[EvalReport],
+    dataset: DatasetManifest, comparison: Comparison, gates: GateReport, rival: str | None, recorded: RecordedRun,
+) -> ModelVersion:  # fmt: skip
+    key = stage_key("register", {"arm": arm, "gates": gates, "recorded": recorded})
+    code = code_digest(POLICIES["train"].code)
+    made = Made(spec, key, code, base, arm, arms, evaluations, dataset, comparison, gates, rival, recorded)
+    return registration.register_version(made)
+
+
+@stage("load_back")
+def load_back(store: StoreSpec, model: ModelVersion, scores: EvalReport, sample_tokens: int) -> LoadedBack:
+    return release_check.load_back(store, model, scores, sample_tokens)
+
+
+@stage("promote")
+def promote(store: StoreSpec, model: ModelVersion, loaded_back: LoadedBack, champion: str | None) -> ModelVersion:
+    judged = champion or "none"
+    return promotion.promote_version(store, model.name, model.version, judged=judged, check=loaded_back.check)
+
+
+@stage("report")
+def write_report(
+    store: Store, spec: RunSpec, dataset: DatasetManifest, arms: list[TrainReport], evaluations: list[EvalReport],
+    comparison: Comparison, gates: GateReport, recorded: RecordedRun, model: ModelVersion,
+) -> str:  # fmt: skip
+    return report.write_report(store, spec, dataset, arms, evaluations, comparison, gates, recorded, model)

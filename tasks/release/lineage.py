@@ -1,0 +1,226 @@
+"""What a version is made of, put together when it is registered; and read again, checked against its tag."""
+
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from importlib.metadata import distributions, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_contracts.arms import arms_of
+from data_contracts.data_reports import DatasetManifest
+from data_contracts.errors import ConfigError, Problem, StoreError
+from data_contracts.lineage import (
+    EVIDENCE,
+    LINEAGE_FILE,
+    LINEAGE_TAG,
+    Code,
+    DataLineage,
+    Judgement,
+    Lineage,
+    Machine,
+    Training,
+)
+from data_contracts.reports import BaseModelRef, EvalReport, RecordedRun, TrainReport
+from data_contracts.run_spec import RunSpec
+from data_contracts.verdict import Comparison, GateReport
+from tasks.data.curation.row_ledger import fates_sha256
+from tasks.data.ingestion.licences import data_licence
+from tasks.runtime.store import Store, digest, without_place
+
+_ROOT = Path(__file__).parents[2]
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+_PACKAGES = ("flows", "tasks", "data_contracts")
+
+
+class Made(NamedTuple):
+    """All that a version comes from. key: of the register stage; code: digest of the train stage's; rival: who it had to
+    stand against."""
+
+    spec: RunSpec
+    key: str
+    code: str
+    base: BaseModelRef
+    arm: TrainReport
+    arms: list[TrainReport]
+    evaluations: list[EvalReport]
+    dataset: DatasetManifest
+    comparison: Comparison
+    gate: GateReport
+    rival: str | None
+    recorded: RecordedRun
+
+    @property
+    def store(self) -> Store:
+        return Store(Path(self.spec.store.root))
+
+    @property
+    def scores(self) -> EvalReport:
+        return next(report for report in self.evaluations if report.target == self.arm.name)
+
+
+def lineage_of(made: Made, trained_rows_sha256: str) -> Lineage:
+    """Everything but the digests of the files, which are not written yet."""
+    return Lineage(
+        name=made.spec.model.name,
+        key=made.key,
+        run=made.recorded.mlflow_run_id,
+        made_unix_seconds=time.time(),
+        spec=placeless(made.spec),
+        base=made.base.model_copy(update={"name": without_place(made.base.name)}),
+        base_licence=made.base.licence,
+        data=_data(made, trained_rows_sha256),
+        training=_training(made),
+        judgement=Judgement(
+            verdict=made.gate.verdict,
+            items_sha256=made.scores.items_sha256,
+            nll_nats=made.scores.nll_nats,
+            candidate=made.comparison.candidate,
+            rival=made.rival,
+        ),
+        code=code_now(made.code),
+        machine=machine_now(made.arm),
+        files={},
+    )
+
+
+def _data(made: Made, trained_rows_sha256: str) -> DataLineage:
+    data = made.dataset
+    return DataLineage(
+        snapshot_id=data.snapshot_id,
+        sources={source.name: source.sha256 for source in data.sources},
+        source_rows={source.name: source.rows for source in data.sources},
+        ledger_sha256=fates_sha256(made.store, made.spec.model.name, data.snapshot_id),
+        train_sha256=data.train.sha256,
+        validation_sha256=data.validation.sha256,
+        test_sha256=data.test.sha256,
+        trained_rows_sha256=trained_rows_sha256,
+        contract_sha256=data.contract_result.sha256,
+        rows_in=data.rows_in,
+        rows_kept=data.kept,
+        licence=data_licence(made.spec.data),
+    )
+
+
+def _training(made: Made) -> Training:
+    arm = made.arm
+    dials = next(own.dials for own in arms_of(made.spec.train) if own.name == arm.name)
+    return Training(
+        name=arm.name,
+        method=arm.method,
+        quantisation=arm.quantisation,
+        seed=arm.seed,
+        adapter=arm.adapter,
+        step0_sha256=arm.step0_sha256,
+        start=arm.start,
+        dials=dials.model_dump(mode="json"),
+    )
+
+
+def placeless(spec: RunSpec) -> dict[str, Any]:
+    """The spec without its store, and without folders of this machine: a path that begins at the root or at home is told by
+    its last part."""
+    told = spec.model_dump(mode="json", exclude={"store"})
+    told["data"]["source"] = [without_place(entry) for entry in spec.data.source]
+    for section, dial in (
+        ("model", "base"), ("contract", "suite"), ("contract", "batch_suite"), ("rules", "function"),
+        ("evaluate", "task_folder"),
+    ):  # fmt: skip
+        if told[section][dial]:
+            told[section][dial] = without_place(told[section][dial])
+    return told
+
+
+# --- now ----------------------------------------------------------------------------------------------------
+
+
+def code_now(train_code: str) -> Code:
+    """The code that runs. commit: only of a checkout of Tunegate itself, not of one that it is installed in."""
+    own = _git("rev-parse", "--show-toplevel") == str(_ROOT.resolve())
+    changed = _git("status", "--porcelain", "--", *_PACKAGES) if own else None
+    return Code(
+        version=version("tunegate"),
+        commit=_git("rev-parse", "HEAD") if own else None,
+        dirty=None if changed is None else bool(changed),
+        digest=train_code,
+    )
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the folder this code lies in; None without git or without a repository."""
+    try:
+        done = subprocess.run(["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def machine_now(arm: TrainReport) -> Machine:
+    """This machine, and how the arm was trained on it."""
+    return Machine(
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        processor=processor(),
+        device=f"{arm.device}, {accelerator()}" if arm.device == "cuda" else arm.device,
+        precision=arm.precision,
+        threads=arm.threads,
+        packages=packages(),
+    )
+
+
+def packages() -> dict[str, str]:
+    """Every installed distribution by its normalised name, and its version."""
+    whole = [item for item in distributions() if "Name" in item.metadata]  # one half removed has no name
+    found = {re.sub(r"[-_.]+", "-", item.metadata["Name"]).lower(): item.version for item in whole}
+    return dict(sorted(found.items()))
+
+
+def processor() -> str:
+    """The name of the processor, and which of the instructions it has that arithmetic is done by."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = told.get("model name") or platform.processor() or platform.machine()
+    known = [flag for flag in _INSTRUCTIONS if flag in told.get("flags", "").split()]
+    return f"{name} ({', '.join(known)})" if known else name
+
+
+def accelerator() -> str:
+    """The names of the GPUs, as nvidia-smi tells them."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown GPU"
+    return ", ".join(sorted(set(done.stdout.strip().splitlines())))
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def file_digests(artifacts: dict[str, Path]) -> dict[str, str]:
+    """sha256 of every file of these files and folders, by its path in the version's artifacts."""
+    return dict(sorted(_digests(artifacts)))
+
+
+def _digests(artifacts: dict[str, Path]) -> Iterator[tuple[str, str]]:
+    for path in artifacts.values():
+        for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+            yield file.relative_to(path.parent).as_posix(), digest(file)
+
+
+def read_lineage(artifacts: Path, tags: dict[str, str], label: str) -> Lineage:
+    """A version's lineage, if it is the file that its tag names. Raises ConfigError if the version has none, StoreError if it
+    is another one."""
+    wanted = tags.get(LINEAGE_TAG)
+    if wanted is None:
+        what = f"{label} has no lineage: it was registered before versions carried one"
+        raise ConfigError(Problem(what, LINEAGE_TAG, act="train it again: tunegate run"))
+    file = artifacts / EVIDENCE / LINEAGE_FILE
+    found = digest(file) if file.exists() else "no file"
+    if found != wanted:
+        what = f"{LINEAGE_FILE} of {label} is not the file that was registered ({found[:12]} instead of {wanted[:12]})"
+        raise StoreError(Problem(what, EVIDENCE, act="restore the registry's artifacts from a backup"))
+    return Lineage.model_validate_json(file.read_bytes())

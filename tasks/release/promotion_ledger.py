@@ -1,0 +1,163 @@
+"""The promotion ledger: who moved which champion, when, from, to, why, on what evidence; append-only, in one file.
+
+Each line holds the sha256 of the line before, so a line that was changed or taken out is found. A move is written before the
+alias is set, and again with what became of it, so that a move that a killed process left is known. What is lost when the
+file is, the registry has as tags (tasks/release/promotion.py); whoever can change both can change what happened.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from data_contracts.errors import Problem, StoreError, TransientError
+from data_contracts.releases import Entry, Line, Move, Step
+from tasks.runtime.store import Store
+
+FILE = "promotions.jsonl"
+_WAIT_SECONDS = 60.0
+_NOTHING = hashlib.sha256(b"").hexdigest()
+
+
+@dataclass
+class Ledger:
+    """Every line of the file that can be trusted, as moves; last: sha256 of the newest line."""
+
+    file: Path
+    entries: dict[str, Entry] = field(default_factory=dict)  # by the move's id
+    last: str = _NOTHING
+    problem: str | None = None  # the first line that is not what was written
+    torn: bool = False  # its last line is not complete: a process is writing it, or was killed
+
+    def of(self, name: str) -> list[Entry]:
+        return [entry for entry in self.entries.values() if entry.move.name == name]
+
+    @property
+    def unfinished(self) -> list[Move]:
+        return [entry.move for entry in self.entries.values() if entry.step == "intended"]
+
+    def write(self, step: Step, move: Move, told: str = "", whole: bool = False) -> None:
+        """Append a line, on the disk before this returns. whole: the move is in it, though it is not just intended."""
+        line = Line(
+            after=self.last, step=step, id=move.id, unix_seconds=time.time(), told=told,
+            move=move if whole or step == "intended" else None,
+        )  # fmt: skip
+        raw = line.model_dump_json().encode()
+        is_new = not self.file.exists()
+        with self.file.open("ab") as file:
+            file.write(raw + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if is_new:
+            _keep_name(self.file.parent)
+        self.last = _digest(raw)
+        self.entries[move.id] = Entry(move=move, step=step, told=told)
+
+
+def read(store: Store) -> Ledger:
+    """The ledger as it is now. A last line without its end is left out."""
+    ledger = Ledger(store.files / FILE)
+    lines = ledger.file.read_bytes().split(b"\n") if ledger.file.exists() else [b""]
+    ledger.torn = bool(lines.pop())
+    for number, raw in enumerate(lines, 1):
+        try:
+            _add(ledger, raw, number)
+        except ValueError as error:
+            ledger.problem = f"line {number}: {error}"
+            break
+        ledger.last = _digest(raw)
+    return ledger
+
+
+def _add(ledger: Ledger, raw: bytes, number: int) -> None:
+    """Raises ValueError for a line that cannot follow the ones before."""
+    try:
+        found = json.loads(raw)
+        line = _early(found, number) if "unix_seconds" in found and "step" not in found else Line.model_validate(found)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError("it is no line of a promotion ledger") from error
+    chained = line.after == ledger.last or (not line.after and all(e.move.who == "" for e in ledger.entries.values()))
+    if not chained:
+        raise ValueError("the line before it was changed or taken out")
+    known = ledger.entries.get(line.id)
+    move = line.move or (known.move if known else None)
+    if move is None:
+        raise ValueError("it ends a move that was never begun")
+    ledger.entries[line.id] = Entry(move=move, step=line.step, told=line.told)
+
+
+def _early(found: dict[str, Any], number: int) -> Line:
+    """A line from before the ledger was chained and said who: only at its beginning."""
+    move = Move(
+        id=f"early-{number}", name=found["name"], act=found["act"], before=found["from"], to=found["to"], who="", run=None,
+        unix_seconds=found["unix_seconds"], why=found["reason"], overrode=[], evidence=None,
+    )  # fmt: skip
+    return Line(after="", step="done", id=move.id, unix_seconds=move.unix_seconds, told="", move=move)
+
+
+@contextmanager
+def opened(store: Store, wait_seconds: float = _WAIT_SECONDS) -> Iterator[Ledger]:
+    """The ledger to write in, by one process at a time. What a killed one left of a line is taken away; raises StoreError
+    if a line is not what was written, TransientError if another process does not let go of it."""
+    with locked(store, wait_seconds):
+        ledger = read(store)
+        if ledger.problem:
+            raise StoreError(broken(ledger))
+        if ledger.torn:
+            _mend(ledger.file)
+        yield ledger
+
+
+@contextmanager
+def locked(store: Store, wait_seconds: float = _WAIT_SECONDS) -> Iterator[None]:
+    """One process at a time; the system opens the lock when its holder dies."""
+    lock = FileLock(store.files / f"{FILE}.lock")
+    store.files.mkdir(parents=True, exist_ok=True)
+    try:
+        held = lock.acquire(timeout=wait_seconds)
+    except Timeout:
+        what = "another process is moving a champion"
+        raise TransientError(Problem(what, lock.lock_file, f"{wait_seconds:g} s", "try again")) from None
+    with held:
+        yield
+
+
+def broken(ledger: Ledger, what: str | None = None) -> Problem:
+    act = "restore the file from a backup, or write it anew from the registry: tunegate history NAME --rebuild"
+    return Problem(f"the promotion ledger was changed: {what or ledger.problem}", str(ledger.file), act=act)
+
+
+def _mend(file: Path) -> None:
+    raw = file.read_bytes()
+    with file.open("r+b") as opened_file:
+        opened_file.truncate(raw.rfind(b"\n") + 1)
+        os.fsync(opened_file.fileno())
+
+
+def _keep_name(folder: Path) -> None:
+    """A new file's name is on the disk only when its folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def rewrite(store: Store, entries: list[Entry], told: str) -> Path | None:
+    """Write the file anew with these moves; where the one that was there lies now. For whoever holds the lock."""
+    ledger = Ledger(store.files / FILE)
+    aside = ledger.file.with_name(f"{FILE}.{time.time_ns()}") if ledger.file.exists() else None
+    if aside:
+        ledger.file.rename(aside)
+    for entry in entries:
+        ledger.write(entry.step, entry.move, told, whole=True)
+    return aside
+
+
+def _digest(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()

@@ -1,0 +1,107 @@
+"""Before a version is released: loaded from the registry in a fresh process, is it the model that was evaluated?"""
+
+import math
+import shutil
+import time
+import uuid
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_contracts.errors import Problem, StoreError
+from data_contracts.reports import EvalReport, LoadedBack, ModelVersion, ReleaseCheck, SampleAnswer
+from data_contracts.run_spec import StoreSpec
+from tasks.release.registry import EXAMPLE, Registered, resolve, to_load
+from tasks.runtime.processes import run_worker
+from tasks.runtime.store import Store
+
+# How far log-probabilities may lie from the evaluation's, in nats: measured in docs/release.md. bf16: on either side.
+TOLERANCE_NATS = {"fp32": 1e-3, "bf16": 0.3}
+_EXAMPLE = SampleAnswer(question=EXAMPLE, reference="", answer="")
+
+
+class Limits(NamedTuple):
+    """Dials of the run that made the version, as its gates read them; None: no limit."""
+
+    sample_tokens: int
+    max_ms_per_token: float | None = None
+    max_memory_gb: float | None = None
+
+
+class Checked(NamedTuple):
+    check: ReleaseCheck
+    answers: list[str]
+
+
+def check_release(
+    store: StoreSpec, version: Registered, evaluated: list[SampleAnswer], precision: str | None, limits: Limits
+) -> Checked:
+    """Load the version, answer the sample questions, compare what may follow each prompt with what was evaluated."""
+    kept = {"question", "prompt", "next_tokens"}
+    spec: dict[str, Any] = {
+        **to_load(store, version),
+        "samples": [sample.model_dump(mode="json", include=kept) for sample in evaluated or [_EXAMPLE]],
+        "max_new_tokens": limits.sample_tokens,
+    }
+    out, started = Store(Path(store.root)).files / "checks" / uuid.uuid4().hex, time.monotonic()
+    found = run_worker("tasks.release.workers.check_release", spec, out, f"check {version.label}")
+    shutil.rmtree(out)  # only a failed one is kept, with its log
+    return Checked(_judged(found, evaluated, precision, limits, time.monotonic() - started), found["answers"])
+
+
+def _judged(
+    found: dict[str, Any], evaluated: list[SampleAnswer], precision: str | None, limits: Limits, seconds: float
+) -> ReleaseCheck:
+    differences = [each for each in found["differences"] if each is not None]
+    tolerance = max(TOLERANCE_NATS[name] for name in (found["precision"], precision or "fp32"))
+    check = ReleaseCheck(
+        questions=len(found["answers"]),
+        answered_alike=sum(then.answer == now for then, now in zip(evaluated, found["answers"], strict=False)),
+        difference_nats=max(differences, default=None),
+        tolerance_nats=tolerance,
+        precision=found["precision"],
+        ms_per_token=found["ms_per_token"],
+        peak_bytes=found["peak_bytes"],
+        seconds=seconds,
+        refusals=[],
+    )
+    silent = any(then.answer and not now for then, now in zip(evaluated, found["answers"], strict=False))
+    refusals = ["it answers nothing"] if silent else []
+    return check.model_copy(update={"refusals": [*refusals, *_refusals(check, bool(evaluated), limits)]})
+
+
+def _refusals(check: ReleaseCheck, has_samples: bool, limits: Limits) -> list[str]:
+    told: list[str] = []
+    if check.difference_nats is not None and check.difference_nats > check.tolerance_nats:
+        told.append(
+            f"it is not the model that was evaluated: log-probabilities of next tokens differ by {check.difference_nats:.3g}"
+            f" nats, at most {check.tolerance_nats:g} is rounding"
+        )
+    if has_samples and check.difference_nats is None:
+        told.append("its evaluation kept no log-probabilities to compare with: tunegate gate evaluates it again")
+    if check.ms_per_token > (limits.max_ms_per_token or math.inf):
+        told.append(f"{check.ms_per_token:.3g} ms per token, gates.max_ms_per_token is {limits.max_ms_per_token:g}")
+    if check.peak_bytes / 1e9 > (limits.max_memory_gb or math.inf):
+        told.append(f"{check.peak_bytes / 1e9:.3g} GB at the peak, gates.max_memory_gb is {limits.max_memory_gb:g}")
+    return told
+
+
+def load_back(store: StoreSpec, model: ModelVersion, scores: EvalReport, sample_tokens: int) -> LoadedBack:
+    """Check the version that a run has just registered. Raises StoreError if it is not what the run evaluated; time and
+    memory were for the gates."""
+    version = resolve(store, f"models:/{model.name}/{model.version}")
+    check, answers = check_release(store, version, scores.answers, scores.precision, Limits(sample_tokens))
+    if check.refusals and _has_numbers(scores):
+        act = "it was not promoted; look at its run"
+        raise StoreError(*(Problem(told, version.label, act=act) for told in check.refusals))
+    sample = scores.answers[0] if scores.answers else None
+    return LoadedBack(
+        question=(sample or _EXAMPLE).question,
+        answer=answers[0],
+        as_evaluated=answers[0] == sample.answer if sample else None,
+        check=check,
+    )
+
+
+def _has_numbers(scores: EvalReport) -> bool:
+    """A model that computes no numbers has its verdict already: its gates fail."""
+    return all(sample.next_tokens for sample in scores.answers)

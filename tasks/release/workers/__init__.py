@@ -1,0 +1,1 @@
+"""The registered model itself, and processes that load a version back and ask it."""

@@ -1,0 +1,1 @@
+"""A registered version made again from its lineage and compared: `reproduce`, `dataset`."""

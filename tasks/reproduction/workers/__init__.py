@@ -1,0 +1,1 @@
+"""The process that compares two adapters."""

@@ -1,0 +1,1 @@
+"""What every subject stands on: `store.Store`, `processes.run_worker`, `partitions`, `fingerprint`."""

@@ -1,0 +1,1 @@
+"""The OpenAI endpoint and the shadow: `endpoint.Endpoint`, `shadow`."""

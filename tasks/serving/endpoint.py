@@ -1,0 +1,172 @@
+"""A server for a registered version: a worker that holds the model, and here who follows the registry and tells it.
+
+The worker's stdin says whom to serve and is its lifeline: when this process is gone, however it went, the worker goes too.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_contracts.errors import ConfigError, Problem
+from data_contracts.run_spec import StoreSpec
+from tasks.release.registry import CHAMPION, Registered, alias_version, resolve
+from tasks.reporting.mlflow_run import connect
+from tasks.runtime.processes import Display, Event, Watch, follow, worker_environment, worker_error
+from tasks.runtime.store import Store
+
+API_KEY = "TUNEGATE_API_KEY"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_MODULE = "tasks.serving.workers.serve_model"
+_SECONDS_TO_END = 40.0
+Tell = Callable[[str], None]
+
+
+def shadow_file(store: StoreSpec, name: str) -> Path:
+    """Where the answers of a model and of its challenger are kept, a line for each question."""
+    return Store(Path(store.root)).files.resolve() / "shadow" / f"{name}.jsonl"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A name as a user writes it: NAME (its champion), NAME@ALIAS or NAME/VERSION."""
+
+    name: str
+    alias: str | None
+    version: str | None
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}@{self.alias}" if self.alias else f"models:/{self.name}/{self.version}"
+
+
+def wanted(text: str, option: str) -> Wanted:
+    """What a user has named. Raises ConfigError for what cannot be one."""
+    plain = text.removeprefix("models:/")
+    name, at, label = plain.partition("@") if "@" in plain else plain.partition("/")
+    if not name or (at and not label):
+        act = "NAME, NAME@champion or NAME/3"
+        raise ConfigError(Problem(f"not a model: {text!r}", option, act=act))
+    if not at:
+        return Wanted(name, CHAMPION, None)
+    return Wanted(name, label, None) if at == "@" else Wanted(name, None, label)
+
+
+class Followed:
+    """Where the names point now, and whether that has changed since the last look."""
+
+    def __init__(self, store: StoreSpec, served: Wanted, shadow: Wanted | None) -> None:
+        self._store, self._client = store, connect(store)
+        self._served, self._shadow = served, shadow
+        self._seen: tuple[str | None, str | None] | None = None
+
+    def look(self) -> dict[str, Any] | None:
+        """Whom to serve, if that is somebody else than at the last look. Raises ConfigError if there is nobody."""
+        seen = (self._version(self._served), self._version(self._shadow) if self._shadow else None)
+        if seen == self._seen:
+            return None
+        served = _told(resolve(self._store, self._served.uri, "serve"), self._served)
+        shadow = _told(resolve(self._store, self._shadow.uri, "--shadow"), self._shadow) if self._shadow else None
+        self._seen = seen
+        if shadow and (shadow["name"], shadow["version"]) == (served["name"], served["version"]):
+            shadow = None  # the challenger has become champion, or is not trained yet
+        return {"served": served, "shadow": shadow}
+
+    def _version(self, one: Wanted) -> str | None:
+        return alias_version(self._client, one.name, one.alias) if one.alias else one.version
+
+
+def _told(found: Registered, asked: Wanted) -> dict[str, Any]:
+    adapter = Path(found.adapter)
+    return {
+        "name": found.name,
+        "version": found.version,
+        "alias": asked.alias,
+        "adapter": str(adapter),
+        "meta": str(adapter.with_name("meta.json")),
+        "adapter_sha256": found.adapter_sha256,
+    }
+
+
+class Endpoint:
+    """A worker that answers over HTTP, on `port` once it has started."""
+
+    def __init__(self, store: StoreSpec, spec: dict[str, Any], tell: Tell, key: str | None = None) -> None:
+        """key: what clients must show; if left out that of the environment, if there is one."""
+        self._spec, self._tell = spec, tell
+        place = Store(Path(store.root))
+        self.out = place.files / "serving" / uuid.uuid4().hex
+        self._environment = {"TUNEGATE_STORE_DIR": str(place.root.resolve())} | worker_environment()
+        self._environment |= {API_KEY: key} if key else {}
+        self._changed = threading.Event()
+        self.port: int | None = None
+
+    def start(self) -> None:
+        """Return when it answers. Raises what the worker raised."""
+        self.out.mkdir(parents=True)
+        spec_file = self.out / "spec.json"
+        spec_file.write_text(json.dumps(self._spec, indent=1))
+        command = [sys.executable, "-m", _MODULE, str(spec_file), str(self.out)]
+        with (self.out / "worker.log").open("w") as log:
+            # Its own session: Ctrl-C reaches only us, and we end it in order.
+            self.child = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                env=self._environment, start_new_session=True,
+            )  # fmt: skip
+        try:
+            with Display("loading the model") as display:
+                self._reader = threading.Thread(target=self._follow, args=[display.show], daemon=True)
+                self._reader.start()
+                self._changed.wait()
+            self.check()
+        except BaseException:
+            self.stop()
+            raise
+
+    def check(self) -> None:
+        """Raise what the worker ended with, if it has ended by itself."""
+        if self.child.poll() is not None:
+            raise worker_error(self.child.returncode, _MODULE, self.out)
+
+    def serve(self, told: dict[str, Any]) -> None:
+        """Say whom to serve from now on. It goes on with the old ones if it cannot."""
+        assert self.child.stdin is not None  # asked for with PIPE
+        self.child.stdin.write(json.dumps(told) + "\n")
+        self.child.stdin.flush()
+
+    def stop(self) -> dict[str, int]:
+        """End it when it has answered what was asked. How many answers it gave, by version."""
+        self.child.terminate()
+        try:
+            self.child.wait(timeout=_SECONDS_TO_END)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            self.child.kill()
+            self.child.wait()
+        self._reader.join()
+        report = self.out / "report.json"
+        if not report.exists():
+            return {}  # what is left is kept: its log says why
+        answered = dict(json.loads(report.read_text())["answered"])
+        shutil.rmtree(self.out)
+        return answered
+
+    def _follow(self, show: Watch) -> None:
+        with self.child:  # at its end its pipes are closed
+            follow(self.child, show, self._hear)
+        self._changed.set()  # it may have ended before it was ready
+
+    def _hear(self, event: Event) -> None:
+        if event["event"] == "ready":
+            self.port = event["port"]
+            self._changed.set()
+        elif event["event"] == "serves":
+            beside = f", beside it {event['shadow']}" if event["shadow"] else ""
+            self._tell(f"now {event['label']} answers{beside}")
+        elif event["event"] == "kept":
+            self._tell(f"{event['text']}; {event['label']} goes on answering")

@@ -1,0 +1,1 @@
+"""The server process: `serve_model`, `openai_api`, the models it holds."""

@@ -1,0 +1,1 @@
+"""Pure: the memory formulas of the planner and which cards a step fits."""

@@ -1,0 +1,149 @@
+"""Where an arm starts that is to go on from the champion, and which rows it then sees; or why it starts from scratch."""
+
+import json
+import shutil
+from pathlib import Path
+
+from data_contracts.data_reports import FileRef
+from data_contracts.errors import ConfigError, Problem, StoreError
+from data_contracts.method_rules import LORA_ARMS
+from data_contracts.reports import AdapterRef, BaseModelRef, Origin, Start
+from data_contracts.run_spec import StoreSpec
+from tasks.data.curation.row_ids import ids_of, publish_ids, read_ids
+from tasks.models.base import ADAPTER_FILE, adapter_ref
+from tasks.release import registry
+from tasks.release.registry import Registered
+from tasks.runtime.drafts import content_key
+from tasks.runtime.store import Store, digest
+from tasks.training.replay import Form, choose, differences
+
+CONFIG_FILE = "adapter_config.json"
+
+
+def origin_of(store: StoreSpec, name: str, train: Path) -> tuple[Origin, list[str]]:
+    """The newest version in the champion's line that some training row is new to, and the versions that were passed over.
+
+    So the same command over the same rows starts where it started before, also when what it made is champion by now. No
+    version is named if there is no champion, or all of its line has seen every row, or a version's rows are not known.
+    """
+    here = set(ids_of(train))
+    passed: list[str] = []
+    found = registry.champion(store, name)
+    if found is None:
+        return Origin(told=f"{name} has no champion yet"), []
+    while True:
+        if problem := _unknown(found):
+            return Origin(told=problem), passed
+        if here - set(read_ids(_trained(found))):
+            return origin_at(found), passed
+        passed.append(f"{found.label} was trained on every row that is here")
+        if found.started_from is None:
+            return Origin(told=f"nothing is new to {found.label}, which started from scratch"), passed
+        try:
+            found = registry.resolve(store, f"models:/{name}/{found.started_from}")
+        except ConfigError:
+            gone = f"version {found.started_from}, from which it went on, is no longer registered"
+            return Origin(told=f"nothing is new to {found.label}, and {gone}"), passed
+
+
+def _unknown(found: Registered) -> str | None:
+    """Why nobody knows which rows a version was trained on; None if it is known."""
+    if found.trained is None:
+        return f"{found.label} has no tag {registry.TRAINED_TAG}: it was registered before its training rows were kept"
+    if not Path(found.trained.path).exists():
+        return f"{Path(found.trained.path).name}, the training rows of {found.label}, is gone from the registry"
+    return None
+
+
+def _trained(found: Registered) -> Path:
+    assert found.trained
+    return _checked(Path(found.trained.path), found.trained.sha256, found.label)
+
+
+def _checked(file: Path, sha256: str, label: str) -> Path:
+    """A file of a registered version. Raises StoreError if it is not there or not the one that its tag names."""
+    found = digest(file) if file.exists() else "no file"
+    if found != sha256:
+        what = f"{file.name} of {label} is not the file that was registered ({found[:12]} instead of {sha256[:12]})"
+        act = "restore the registry's artifacts from a backup, roll back to a whole version, or set train.warm_start=never"
+        raise StoreError(Problem(what, str(file.parent), act=act))
+    return file
+
+
+def origin_at(found: Registered) -> Origin:
+    """A version as what a warm start goes on from."""
+    return Origin(
+        told=found.label,
+        version=found.version,
+        method=found.method,
+        base_digest=found.base_digest,
+        adapter=AdapterRef(folder=found.adapter, sha256=found.adapter_sha256),
+        trained=found.trained,
+    )
+
+
+def scratch(store: Store, train: FileRef, why: str) -> Start:
+    """A fresh start on all training rows."""
+    count = len(ids_of(store.path(train)))
+    return Start(
+        version=None, told=why, adapter=None, rows=train, new_rows=count, old_rows=0, replayed_rows=0, trained=None
+    )
+
+
+def choose_start(
+    store: Store, origin: Origin, base: BaseModelRef, step0: AdapterRef, train: FileRef, held_out: list[FileRef],
+    replay_share: float,
+) -> Start:  # fmt: skip
+    """Go on from a version's adapter, on the rows that are new to it and a share of the others; or start from scratch.
+
+    step0: the arm's fresh adapter, whose form the version's must have. Raises StoreError if a file of the version is not
+    the one that was registered.
+    """
+    assert origin.trained and origin.adapter  # of a version
+    if origin.base_digest != base.digest:
+        return scratch(store, train, f"{origin.told} stands on another base")
+    if origin.method not in LORA_ARMS:
+        return scratch(store, train, f"{origin.told} was trained with {origin.method}, and this arm has LoRA layers")
+    folder, fresh = Path(origin.adapter.folder), store.path(step0.folder)
+    weights = _checked(folder / ADAPTER_FILE, origin.adapter.sha256, origin.told)
+    if unlike := differences(_form(folder), _form(fresh)):
+        return scratch(store, train, f"{origin.told} has another adapter: {'; '.join(unlike)}")
+    known = set(read_ids(_checked(Path(origin.trained.path), origin.trained.sha256, origin.told)))
+    if leaked := sum(row in known for file in held_out for row in ids_of(store.path(file))):
+        return scratch(store, train, f"{origin.told} was trained on {leaked:,} rows that are held out here")
+    return _publish(store, origin, weights, fresh, train, known, replay_share)
+
+
+def _form(adapter: Path) -> Form:
+    from safetensors import safe_open
+
+    with safe_open(adapter / ADAPTER_FILE, "numpy") as file:
+        return Form(json.loads((adapter / CONFIG_FILE).read_text()), list(file.keys()))
+
+
+def _publish(
+    store: Store, origin: Origin, weights: Path, fresh: Path, train: FileRef, known: set[str], replay_share: float
+) -> Start:
+    """Keep the start in the store: the version's weights under the arm's own configuration, and the chosen rows."""
+    lines = store.path(train).read_text(encoding="utf-8").splitlines(keepends=True)
+    row_ids = ids_of(store.path(train))
+    chosen = choose(row_ids, known, replay_share)
+    taken = {*chosen.new, *chosen.replayed}
+    key = content_key(digest(weights), digest(fresh), train.sha256, *sorted(taken))[:32]
+    with store.publish("starts", key) as folder:
+        (folder / "adapter").mkdir()
+        shutil.copyfile(fresh / CONFIG_FILE, folder / "adapter" / CONFIG_FILE)
+        shutil.copyfile(weights, folder / "adapter" / ADAPTER_FILE)
+        text = "".join(line for row, line in zip(row_ids, lines, strict=True) if row in taken)
+        (folder / "train.jsonl").write_text(text, encoding="utf-8")
+    made = store.files / "starts" / key
+    return Start(
+        version=origin.version,
+        told=origin.told,
+        adapter=adapter_ref(store, made / "adapter"),
+        rows=store.ref(made / "train.jsonl"),
+        new_rows=len(chosen.new),
+        old_rows=len(chosen.old),
+        replayed_rows=len(chosen.replayed),
+        trained=publish_ids(store, known.union(chosen.new)),
+    )

@@ -1,0 +1,1 @@
+"""The training process: `train_adapter`, its trainer, callbacks and checkpoints."""

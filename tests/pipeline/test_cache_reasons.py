@@ -1,0 +1,196 @@
+"""Why a stage ran, told by real runs of the data stages: new rows, a dial, code, libraries, a lost result.
+
+Run: pytest tests/pipeline/test_cache_reasons.py
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+from prefect.tasks import Task
+
+from data_contracts.data_reports import FileRef, Report
+from data_contracts.reports import AdapterRef, Stage
+from data_contracts.run_spec import RunSpec, TrainSpec
+from flows.retrain import prepare_data
+from tasks.pipeline import cache_reasons as reasons
+from tasks.pipeline import stages
+from tasks.pipeline.cache_reasons import Reasons
+from tasks.pipeline.policies import NOT_IDENTITY
+from tasks.runtime import fingerprint
+from tasks.runtime.store import Store
+
+ROOT = Path(__file__).parents[2]
+WRITTEN = {"model": {"name": "m"}, "curate": {"decontaminate": False}}
+
+
+def write(file: Path, first: int, last: int) -> None:
+    with file.open("a") as out:
+        for i in range(first, last):
+            row = {
+                "prompt": f"question {i} about topic {i * 7}",
+                "completion": f"answer number {i} is {i * i}, as we know",
+            }
+            out.write(json.dumps(row) + "\n")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("reasons")
+
+
+@pytest.fixture(scope="module")
+def run(place, prefect) -> Callable[..., dict[str, str]]:
+    """Run the data stages; answer with each one's status and why."""
+
+    def run(force: bool = False, **changes: dict) -> dict[str, str]:
+        dials = WRITTEN | {"data": {"source": [str(place / "rows.jsonl")]}, "store": {"root": str(place / "store")}}
+        told = prepare_data(RunSpec.model_validate({**dials, **changes}), force)[1]
+        return {stage.name: f"{stage.status} {stage.why}".strip() for stage in told}
+
+    return run
+
+
+def edit(file: Path, more: str) -> None:
+    file.write_text(file.read_text() + more)
+    fingerprint.read_module.cache_clear()
+
+
+# The tests from here to the line below are one story, in this order: each begins with the store as the one before left it.
+
+
+def test_the_first_time_is_said_and_the_second_has_nothing_to_say(place, run):
+    write(place / "rows.jsonl", 0, 60)
+    assert run() == dict.fromkeys(("ingest", "validate", "curate"), "ran first time")
+    assert run() == dict.fromkeys(("ingest", "validate", "curate"), "cached")
+
+
+def test_new_rows_are_counted(place, run):
+    write(place / "rows.jsonl", 60, 67)
+    assert run() == {
+        "ingest": "ran file:rows.jsonl changed",
+        "validate": "ran data changed, the batch before changed",
+        "curate": "ran data changed: 7 new rows of 67",
+    }
+
+
+def test_a_changed_dial_is_named_with_both_values_and_only_its_stage_runs(run):
+    changed = run(curate={"decontaminate": False, "shingle_words": 4})
+    assert changed == {"ingest": "cached", "validate": "cached", "curate": "ran curate.shingle_words 5 -> 4"}
+    assert run()["curate"] == "cached"
+
+
+def test_an_edited_helper_runs_its_stages_and_a_comment_none(run, copy_of_code):
+    minhash = copy_of_code / "tasks" / "data" / "curation" / "core" / "minhash.py"
+    edit(minhash, "\n# why\n\n")
+    edit(copy_of_code / "tasks" / "evaluation" / "core" / "stats.py", "\nUNUSED = 1\n")  # no helper of the data stages
+    assert run() == dict.fromkeys(("ingest", "validate", "curate"), "cached")
+    edit(minhash, "\nUNUSED = 1\n")
+    assert run() == {
+        "ingest": "cached",
+        "validate": "cached",
+        "curate": "ran code changed: tasks.data.curation.core.minhash",
+    }
+    edit(copy_of_code / "data_contracts" / "rows.py", "\nUNUSED = 1\n")
+    assert run() == dict.fromkeys(("ingest", "validate", "curate"), "ran code changed: data_contracts.rows")
+
+
+def test_what_a_failure_is_called_shapes_no_result(run, copy_of_code):
+    edit(copy_of_code / "data_contracts" / "failures.py", "\nUNUSED = 1\n")
+    assert set(run().values()) == {"cached"}
+
+
+def test_a_lost_result_and_a_forced_run_are_told_as_such(place, run):
+    run()
+    for file in (place / "store" / "store" / "results").glob("curate-*"):
+        file.unlink()
+    assert run() == {"ingest": "cached", "validate": "cached", "curate": "ran its cached result is gone"}
+    assert set(run(force=True).values()) == {"ran forced"}
+
+
+def test_what_an_earlier_stage_made_otherwise_runs_the_next_ones_too(run):
+    run()
+    rules = {"custom": [{"name": "no_seven", "forbidden": "7"}]}
+    assert run(rules=rules, contract={"max_quarantine_rate": 0.9}) == {
+        "ingest": "cached",
+        "validate": "ran contract.max_quarantine_rate 0.05 -> 0.9, rules.custom changed",
+        "curate": "ran data changed",
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+
+def training(**changes: object) -> dict:
+    """Arguments of the training stage."""
+    same = {
+        "method": "lora",
+        "seed": 17,
+        "base": None,
+        "step0": AdapterRef(folder="a", sha256="1"),
+        "precision": "auto",
+    }
+    rows = {"rows": FileRef(path="r", sha256="1"), "validation": FileRef(path="v", sha256="1"), "dials": TrainSpec()}
+    return {**same, **rows, **changes}
+
+
+def why(place: Path, **changes: object) -> str:
+    told = Reasons(Store(place), "m", "retrain")
+    told.keep("train", "train lora", training())
+    return told.why("train", "train lora", training(**changes))
+
+
+def test_training_tells_its_dials_before_what_follows_from_others(tmp_path):
+    assert why(tmp_path) == reasons.GONE
+    assert why(tmp_path, dials=TrainSpec(learning_rate=4e-3)) == "train.learning_rate 0.0002 -> 0.004"
+    assert why(tmp_path, rows=FileRef(path="r", sha256="2"), validation=FileRef(path="v", sha256="2")) == "data changed"
+    assert (
+        why(tmp_path, step0=AdapterRef(folder="b", sha256="2"), seed=18)
+        == "train.seeds 17 -> 18, start adapter changed"
+    )
+    assert why(tmp_path, rows=FileRef(path="elsewhere", sha256="1"), dials=TrainSpec(threads=1)) == reasons.GONE
+
+
+def test_at_most_three_differences_are_told_one_by_one(tmp_path):
+    dials = TrainSpec(learning_rate=4e-3, rank=8, alpha=16, epochs=7, dropout=0.2)
+    assert why(tmp_path, dials=dials).endswith(" and 2 more")
+    assert why(tmp_path, dials=dials).count("->") == 3
+
+
+def test_another_version_of_a_library_is_told_with_both(tmp_path, monkeypatch):
+    told = Reasons(Store(tmp_path), "m", "retrain")
+    monkeypatch.setattr(reasons, "library_versions", lambda names: dict.fromkeys(names, "2.12"))
+    told.keep("train", "train lora", training())
+    monkeypatch.setattr(reasons, "library_versions", lambda names: dict.fromkeys(names, "2.12") | {"torch": "2.13"})
+    assert told.why("train", "train lora", training()) == "torch 2.12 -> 2.13"
+
+
+def test_what_was_kept_and_cannot_be_read_is_like_the_first_time(tmp_path):
+    told = Reasons(Store(tmp_path), "a/b", "retrain")
+    told.keep("train", "train lora", training())
+    (file,) = (tmp_path / "store" / "keys").rglob("*.json")
+    assert file.relative_to(tmp_path / "store" / "keys").as_posix() == "a%2Fb/retrain/train lora.json"
+    file.write_text("{")
+    assert told.why("train", "train lora", training()) == reasons.FIRST
+
+
+def test_every_argument_of_a_stage_that_earlier_ones_make_has_a_word():
+    made, given = set(), set()
+    for task in (task for task in vars(stages).values() if isinstance(task, Task)):
+        for name, annotation in get_type_hints(task.fn).items():
+            (made if has_report(annotation) else given).add(name)
+    assert made - {"return", *NOT_IDENTITY} == reasons._MADE.keys()
+    assert reasons._GIVEN.keys() <= given
+
+
+def has_report(annotation: object) -> bool:
+    if isinstance(annotation, type) and issubclass(annotation, Report):
+        return True
+    return any(map(has_report, get_args(annotation)))
+
+
+def test_a_reason_and_a_report_written_before_there_were_any_go_together():
+    assert Stage.model_validate({"name": "ingest", "status": "ran", "seconds": 1.0}).why == ""

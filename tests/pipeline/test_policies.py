@@ -1,0 +1,83 @@
+"""Stage keys change with content and code, not with places. Run: pytest tests/pipeline/test_policies.py"""
+
+from pathlib import Path
+
+import pytest
+
+from data_contracts.data_reports import FileRef
+from data_contracts.data_spec import CurateSpec
+from data_contracts.errors import ConfigError, Problem, TransientError
+from data_contracts.run_spec import TrainSpec
+from tasks.pipeline.policies import POLICIES, stage, stage_key
+from tasks.runtime import fingerprint
+from tasks.runtime.store import Store
+
+
+class Failed:
+    """A Prefect state, as far as a retry condition looks at it."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def result(self, raise_on_failure):
+        assert raise_on_failure is False
+        return self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (TransientError(Problem("killed by signal 9")), True),
+        (ConnectionError("refused"), True),
+        (RuntimeError("sqlite3.OperationalError: database is locked"), True),
+        (ConfigError(Problem("no such base")), False),
+        (ValueError("a bug"), False),
+    ],
+)
+def test_only_an_error_that_may_pass_is_retried(error, again):
+    task = stage("gate")(lambda: None)
+    assert task.retry_condition_fn(task, None, Failed(error)) is again
+
+
+def test_a_key_does_not_depend_on_where_the_store_lies():
+    keys = {stage_key("curate", {"store": Store(Path(root)), "spec": CurateSpec()}) for root in ("a", "b")}
+    assert len(keys) == 1
+
+
+def test_a_key_depends_on_a_files_content_not_on_its_path():
+    def key(path, sha256):
+        return stage_key("train", {"rows": FileRef(path=path, sha256=sha256)})
+
+    assert key("a", "1") == key("b", "1") != key("a", "2")
+
+
+def test_dials_that_change_the_result_change_the_key_and_others_do_not():
+    def key(**dials):
+        return stage_key("train", {"dials": TrainSpec(**dials)})
+
+    assert key() == key(threads=1) == key(checkpoint_steps=7) == key(methods=["qlora"])
+    assert key() != key(learning_rate=1e-5)
+
+
+def test_the_code_of_a_helper_is_part_of_the_key_and_a_comment_is_not(tmp_path, monkeypatch):
+    package = tmp_path / "tasks"
+    package.mkdir()
+    monkeypatch.setattr(fingerprint, "_ROOT", tmp_path)
+
+    def digest(stage_code, helper_code):
+        (package / "stage.py").write_text(stage_code)
+        (package / "helper.py").write_text(helper_code)
+        fingerprint.read_module.cache_clear()
+        return fingerprint.code_digest(("tasks.stage",))
+
+    first = digest("from tasks import helper\n", "x = 1\n")
+    assert first == digest("from tasks import helper  # why\n", "\nx = 1\n")
+    assert first != digest("from tasks import helper\n", "x = 2\n")
+    fingerprint.read_module.cache_clear()
+
+
+def test_every_stage_names_modules_and_libraries_that_exist():
+    assert len(POLICIES) > 10
+    for name, policy in POLICIES.items():
+        assert all(fingerprint._file(module) for module in policy.code), name
+        assert fingerprint.library_versions(policy.libraries).keys() == set(policy.libraries)

@@ -1,0 +1,96 @@
+"""Ray works as this machine's own processes do: Ray Data on the parts of the data, Ray Train on arms; the same bytes.
+
+Needs `pip install 'tunegate[ray]'`; skipped with this reason where it is not installed.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
+from data_contracts.errors import TransientError, WorkerError
+from data_contracts.failures import may_pass
+from data_contracts.run_spec import TrainSpec
+from tasks.data.curation.curate import curate
+from tasks.data.ingestion.ingest import ingest
+from tasks.data.validation.validate import validate
+from tasks.runtime.processes import run_worker
+from tasks.runtime.store import Store
+from tasks.training.slots import slots_of
+from tests.support.faults import adapter, run_together, training_spec
+from tests.training.test_parallel import Place
+
+ray = pytest.importorskip("ray", reason="tunegate[ray] is not installed")
+pytest.importorskip("ray.data", reason="tunegate[ray] is not installed")
+pytest.importorskip("ray.train", reason="tunegate[ray] is not installed")
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_ray_workers_give_the_same_data_set_as_the_local_engine(tmp_path, cluster, monkeypatch):
+    monkeypatch.setattr("tasks.data.ingestion.ingest.PART_ROWS", 30)
+    rows = [{"prompt": f"What is {i}?", "completion": f"It is item {i * i} of the {i % 7} lists."} for i in range(120)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = {}
+    for engine in ("local", "ray"):
+        store = Store(tmp_path / engine)
+        found = ingest(store, DataSpec(source=[str(file)]))
+        validated = validate(store, found, RulesSpec(), ContractSpec(), engine=engine)
+        made[engine] = curate(store, validated, CurateSpec(test_fraction=0.3), "m", engine=engine)
+    assert made["ray"] == made["local"]
+
+
+@pytest.fixture
+def on_ray(tiny_base, tmp_path, monkeypatch) -> dict:
+    """An arm of two workers on a Ray cluster of its own."""
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    return training_spec(tiny_base, tmp_path) | {"workers": 2, "engine": "ray"}
+
+
+@pytest.mark.slow
+def test_two_ray_workers_train_the_adapter_of_two_local_ones(on_ray, tmp_path):
+    assert run_together(on_ray, tmp_path / "local") == [0, 0]
+    report = run_worker("tasks.training.workers.train_adapter", on_ray, tmp_path / "ray")
+    assert report["workers"] == 2
+    assert adapter(tmp_path / "ray") == adapter(tmp_path / "local")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_arms_at_a_time_on_a_cluster_are_what_they_are_alone(tiny_base, tmp_path, prefect, cluster, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    places = {name: tmp_path / name for name in ("ray", "local")}
+    for folder in places.values():
+        folder.mkdir()
+    together = Place(places["ray"], tiny_base).train(slots_of(TrainSpec(parallel=2, engine="ray")), engine="ray")
+    alone = Place(places["local"], tiny_base).train([])
+    assert max(start for start, _ in together.times) < min(end for _, end in together.times)
+    assert [arm.adapter.sha256 for arm in together.arms] == [arm.adapter.sha256 for arm in alone.arms]
+    assert [(arm.side_by_side, arm.threads) for arm in together.arms] == [(2, 1)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "error", "told"),
+    [
+        ("break_down", WorkerError, "rank 1: RuntimeError: shapes do not fit"),
+        ("die", TransientError, "Ray ended it: .*goes on from its last checkpoint"),
+    ],
+)
+def test_a_rank_that_raises_is_not_tried_again_and_one_that_dies_is(on_ray, tmp_path, monkeypatch, fault, error, told):
+    monkeypatch.setenv("TUNEGATE_FAULT", f"1:4:{fault}")
+    with pytest.raises(error, match=f"(?s){told}") as ended:
+        run_worker("tests.support.faulty_rank", on_ray, tmp_path / "ray")
+    assert may_pass(ended.value) == (error is TransientError)
