@@ -6,6 +6,7 @@ cluster (no engine at hand). The `gpu` tests skip without a CUDA device and fail
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -76,3 +77,17 @@ def tiny_base(tmp_path_factory) -> Path:
     from tasks.models.workers.prepare_base import prepare
 
     return Path(prepare({"base": "builtin:tiny-llama", "revision": None}, tmp_path_factory.mktemp("base"))["path"])
+
+
+@pytest.fixture
+def copy_of_code(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A copy of our code, which stands for it where the code that a stage uses is looked at."""
+    from tasks.runtime import fingerprint
+
+    for package in ("flows", "tasks", "data_contracts"):
+        source = Path(__file__).parents[1] / package
+        shutil.copytree(source, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(fingerprint, "_ROOT", tmp_path)
+    fingerprint.read_module.cache_clear()
+    yield tmp_path
+    fingerprint.read_module.cache_clear()

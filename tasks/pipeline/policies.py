@@ -2,8 +2,8 @@
 
 Which errors are tried again says data_contracts/failures.py.
 
-A stage's cache key is its name, its arguments (the configuration it uses and the digests of its inputs), the code of the
-modules it uses and the versions of the libraries that shape its result. It holds no run id and no path.
+A stage's cache key is its name, its arguments (the configuration it uses and the digests of its inputs), the code that
+shapes its result (tasks/runtime/fingerprint.py) and the versions of the libraries that do. It holds no run id and no path.
 """
 
 import hashlib
@@ -56,17 +56,22 @@ _MODEL_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 @dataclass(frozen=True)
 class Policy:
-    code: tuple[str, ...]  # modules whose code, with what they import of ours, is part of the key
+    code: tuple[str, ...]  # modules whose code, with what they import and shapes results, is part of the key
     libraries: tuple[str, ...] = ()
     timeout_seconds: float = 1 * _HOURS
     device: bool = False  # it fills the GPU, or the cores: one such stage at a time (tasks/pipeline/device_lock.py)
 
 
+# The one contract with formulas: ids of rows, and what each reason leads to.
+_ROWS = ("data_contracts.rows", "data_contracts.rules")
+
 POLICIES = {
-    "ingest": Policy(("tasks.data.ingestion.ingest", "tasks.data.ingestion.workers.build_python_docs"), ("pyarrow",)),
-    "validate": Policy(("tasks.data.validation.validate",), ("great-expectations", *LIBRARIES)),
+    "ingest": Policy(
+        (*_ROWS, "tasks.data.ingestion.ingest", "tasks.data.ingestion.workers.build_python_docs"), ("pyarrow",)
+    ),
+    "validate": Policy((*_ROWS, "tasks.data.validation.validate"), ("great-expectations", *LIBRARIES)),
     "benchmarks": Policy(("tasks.evaluation.workers.benchmark_items",), ("lm-eval",)),
-    "curate": Policy(("tasks.data.curation.curate",), ("rensa",)),
+    "curate": Policy((*_ROWS, "tasks.data.curation.curate"), ("rensa",)),
     "prepare_base": Policy(("tasks.models.workers.prepare_base",), ("transformers",), 6 * _HOURS),
     "init_adapter": Policy(("tasks.models.workers.init_adapter",), ("torch", "peft"), device=True),
     "choose_start": Policy(("tasks.training.warm_start",)),

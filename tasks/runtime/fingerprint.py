@@ -1,4 +1,8 @@
-"""What a stage's result depends on, besides its inputs: our code that it uses, and library versions."""
+"""What a stage's result depends on, besides its settings and inputs: the code that shapes it, and library versions.
+
+A module counts by its syntax tree without docstrings, comments and annotations. Imports are followed, but not into code
+that shapes no result, so that a corrected help text or a new table costs nobody a training.
+"""
 
 import ast
 import hashlib
@@ -8,34 +12,46 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]
 _OURS = ("tasks", "data_contracts", "flows")
-# What a failure is called, and whether it is tried again, shapes no result.
-_WITHOUT_RESULT = frozenset({"data_contracts.errors", "data_contracts.failures"})
+# Followed by no import. A stage whose result such a module does shape names it, as it names its own (tasks/pipeline/policies.py).
+_SHAPES_NO_RESULT = (
+    "data_contracts",  # specs: a stage's settings are in its key by value; reports: fields, which the code that fills them shows
+    "flows",
+    "tasks.pipeline",
+    "tasks.reporting",
+    "tasks.runtime",  # where files are stored, how a process starts, what the console shows
+    "tasks.training.plan",
+    "tasks.training.core",  # the memory formulas: a plan is compared with what was measured
+    "tasks.training.workers.planned_memory",
+    "tasks.training.workers.describe_base",
+)
+# But these in it do.
+_SHAPES_RESULTS = ("tasks.runtime.workers.device", "tasks.runtime.workers.ranks")
 
 
 def code_digest(modules: tuple[str, ...]) -> str:
-    """Hex sha256 over the named modules and everything of ours that they import, directly or not."""
+    """Hex sha256 over the named modules and everything of ours that they import, directly or not, and that shapes results."""
     lines = (f"{name} {digest}" for name, digest in sorted(code_digests(modules).items()))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def code_digests(modules: tuple[str, ...]) -> dict[str, str]:
-    """The same module by module. Taken over the syntax tree, so a comment or a blank line changes nothing."""
+    """The same module by module. A package's `__init__` holds no code, so it has no digest."""
     found: dict[str, str] = {}
     waiting = list(modules)
     while waiting:
         name = waiting.pop()
         file = _file(name)
-        if name in found or name in _WITHOUT_RESULT or file is None:
+        if name in found or file is None:
             continue
         found[name], imported = read_module(file)
-        waiting += imported
+        waiting += filter(_shapes_results, imported)
     return found
 
 
 @cache
 def read_module(file: Path) -> tuple[str, list[str]]:
     """Digest of a module, and what it imports. Once in a process: what runs is the code of its start."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = _Bare().visit(ast.parse(file.read_text(encoding="utf-8")))
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), _imports(tree)
 
 
@@ -44,11 +60,47 @@ def library_versions(names: tuple[str, ...]) -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
+class _Bare(ast.NodeTransformer):
+    """Leaves what runs: no docstrings (of settings, too), no annotations, no imports for annotations only."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if text else self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        typing_only = isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        return None if typing_only else self.generic_visit(node)
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        node.annotation = None
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        node.annotation = ast.Constant(None)  # a field stays a field
+        return self.generic_visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
+        node.returns = None
+        return self.generic_visit(node)
+
+
+def _shapes_results(module: str) -> bool:
+    return _within(module, _SHAPES_RESULTS) or not _within(module, _SHAPES_NO_RESULT)
+
+
+def _within(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
 def _file(module: str) -> Path | None:
     if module.partition(".")[0] not in _OURS:
         return None
-    base = _ROOT.joinpath(*module.split("."))
-    return next((file for file in (base.with_suffix(".py"), base / "__init__.py") if file.exists()), None)
+    file = _ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    return file if file.exists() else None
 
 
 def _imports(tree: ast.Module) -> list[str]:

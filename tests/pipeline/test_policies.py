@@ -8,8 +8,7 @@ from data_contracts.data_reports import FileRef
 from data_contracts.data_spec import CurateSpec
 from data_contracts.errors import ConfigError, Problem, TransientError
 from data_contracts.run_spec import TrainSpec
-from tasks.pipeline.policies import POLICIES, stage, stage_key
-from tasks.runtime import fingerprint
+from tasks.pipeline.policies import stage, stage_key
 from tasks.runtime.store import Store
 
 
@@ -57,27 +56,3 @@ def test_dials_that_change_the_result_change_the_key_and_others_do_not():
 
     assert key() == key(threads=1) == key(checkpoint_steps=7) == key(methods=["qlora"])
     assert key() != key(learning_rate=1e-5)
-
-
-def test_the_code_of_a_helper_is_part_of_the_key_and_a_comment_is_not(tmp_path, monkeypatch):
-    package = tmp_path / "tasks"
-    package.mkdir()
-    monkeypatch.setattr(fingerprint, "_ROOT", tmp_path)
-
-    def digest(stage_code, helper_code):
-        (package / "stage.py").write_text(stage_code)
-        (package / "helper.py").write_text(helper_code)
-        fingerprint.read_module.cache_clear()
-        return fingerprint.code_digest(("tasks.stage",))
-
-    first = digest("from tasks import helper\n", "x = 1\n")
-    assert first == digest("from tasks import helper  # why\n", "\nx = 1\n")
-    assert first != digest("from tasks import helper\n", "x = 2\n")
-    fingerprint.read_module.cache_clear()
-
-
-def test_every_stage_names_modules_and_libraries_that_exist():
-    assert len(POLICIES) > 10
-    for name, policy in POLICIES.items():
-        assert all(fingerprint._file(module) for module in policy.code), name
-        assert fingerprint.library_versions(policy.libraries).keys() == set(policy.libraries)
