@@ -46,15 +46,15 @@ def main() -> None:
     print(f"{'items, seeds':<42}{'false pass':>16}{'false fail':>14}{'inconclusive':>16}")
     for seeds in (1, 3):
         for items in (200, 1000, 5000):
-            tell(f"{items:,}, {seeds}", Case(items, seeds), arguments)
+            note(f"{items:,}, {seeds}", Case(items, seeds), arguments)
     for clusters in (20, 100):
-        tell(f"1,000 in {clusters} clusters, 1", Case(1000, 1, clusters), arguments)
-    tell("1,000 in 100 clusters, 1, not named", Case(1000, 1, 100, named=False), arguments)
+        note(f"1,000 in {clusters} clusters, 1", Case(1000, 1, clusters), arguments)
+    note("1,000 in 100 clusters, 1, not named", Case(1000, 1, 100, named=False), arguments)
     stats.seed_weights = resampled_plainly
-    tell("1,000, 3, seeds resampled plainly", Case(1000, 3), arguments)
+    note("1,000, 3, seeds resampled plainly", Case(1000, 3), arguments)
 
 
-def tell(name: str, case: Case, arguments: argparse.Namespace) -> None:
+def note(name: str, case: Case, arguments: argparse.Namespace) -> None:
     margin, none_lost = (errors(case, kept, arguments) for kept in (MARGIN, 1.0))
     shares = (margin["pass"], none_lost["fail"], none_lost["inconclusive"])
     false_pass, false_fail, open_ = (count / margin.total() for count in shares)

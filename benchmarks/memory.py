@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from data_contracts.run_spec import TrainSpec
+from data_contracts.train_spec import TrainSpec
 from tasks.runtime.processes import run_worker
 
 RUNS = {

@@ -20,8 +20,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 
-from data_contracts.run_spec import TrainSpec
-from tasks.evaluation.core.choice import TestRow, choose_distractors
+from data_contracts.train_spec import TrainSpec
+from tasks.evaluation.core.items import TestRow, choose_distractors
 from tasks.evaluation.workers.packed_lm import PackedLM
 from tasks.models.core.packing import Scored
 from tasks.models.workers.chat_template import Chat, load_chat

@@ -54,7 +54,7 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Base, step-0 adapter, rows as text and as tokens; what every way gets."""
-    from data_contracts.run_spec import TrainSpec
+    from data_contracts.train_spec import TrainSpec
     from tasks.models.workers.chat_template import load_chat
     from tasks.models.workers.prepare_base import prepare as prepare_base
     from tasks.runtime.processes import run_worker

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.reports import RunReport
-from flows.cli.prepared import prepared_spec
+from flows.cli.options import prepared_spec
 from tasks.evaluation.core.candidate import NLL
 from tasks.evaluation.core.comparison import bootstrap
 from tasks.evaluation.core.samples import Metric, gather, read_facts, read_samples
@@ -47,7 +47,7 @@ def main() -> None:
     files = [rows_of(arguments, package) for package in (arguments.old, arguments.new)]
     first = run(arguments, files[:1], [])
     second = run(arguments, files, VARIANTS)
-    tell(first, second, Path(arguments.store), [file.name for file in files])
+    note(first, second, Path(arguments.store), [file.name for file in files])
 
 
 def rows_of(arguments: argparse.Namespace, package: str) -> Path:
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace, files: list[Path], variants: list[dict[st
     return report
 
 
-def tell(first: RunReport, second: RunReport, root: Path, sources: list[str]) -> None:
+def note(first: RunReport, second: RunReport, root: Path, sources: list[str]) -> None:
     store = Store(root)
     read = {item.target: read_samples(store.path(item.samples).read_text().splitlines()) for item in second.evaluations}
     facts = read_facts(store.path(second.evaluations[0].facts).read_text().splitlines())

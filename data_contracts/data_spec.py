@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from data_contracts.rules import LEAKS, UNREADABLE, Action, Reason
+from data_contracts.rows import LEAKS, UNREADABLE, Action, Reason
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Format = Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion"]

@@ -4,7 +4,7 @@ from typing import Literal
 
 from data_contracts.data_reports import Report
 from data_contracts.reports import ModelVersion, ReleaseCheck, SampleAnswer
-from data_contracts.verdict import Decision, Verdict
+from data_contracts.verdict import Decision, Estimate, Verdict
 
 OVERRIDE_TAG = "tunegate.override"  # of a version: why it became champion against what said no
 JUDGED_TAG = "tunegate.gate.verdict"  # of a version: the verdict of the newest `tunegate gate` of it
@@ -90,3 +90,52 @@ class History(Report):
     entries: list[Entry]
     reconciled: list[str]  # unfinished moves that were set right just now
     problems: list[str]
+
+
+class Given(Report):
+    """An answer. tokens: the stop token too; seconds: of writing, not of waiting; stopped: ended by itself."""
+
+    version: str
+    answer: str
+    tokens: int
+    seconds: float
+    stopped: bool
+
+
+class Pair(Report):
+    """A line of the shadow's file; texts are masked."""
+
+    unix_seconds: float
+    messages: list[dict[str, str]]
+    champion: Given
+    challenger: Given
+
+
+class Side(Report):
+    version: str
+    tokens: float  # mean
+    ms_per_token: float  # median over answers
+    stopped: Estimate
+
+
+class Difference(Report):
+    """A question that both answer differently."""
+
+    question: str
+    champion: str
+    challenger: str
+    rouge_l: float
+
+
+class ShadowReport(Report):
+    """One pair of versions. same: share of answers alike but for white space; rouge_l: mean nearness, 1 is alike."""
+
+    prompts: int
+    since_unix_seconds: float
+    until_unix_seconds: float
+    champion: Side
+    challenger: Side
+    same: Estimate
+    rouge_l: float
+    most_different: list[Difference]
+    other_pairs: int  # of versions that were compared before

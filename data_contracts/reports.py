@@ -8,7 +8,7 @@ import math
 from typing import Any, Literal
 
 from data_contracts.data_reports import DatasetManifest, FileRef, Report
-from data_contracts.run_spec import Method, QuantType
+from data_contracts.train_spec import Method, QuantType
 from data_contracts.verdict import Comparison, GateReport, Interval
 
 # --- models -------------------------------------------------------------------------------------------------

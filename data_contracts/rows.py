@@ -5,8 +5,10 @@ Example: Row(messages=[Message("user", "hi"), Message("assistant", "hello")], so
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from enum import StrEnum
+from typing import Final, Literal, NamedTuple
 
 Role = Literal["system", "user", "assistant"]
 
@@ -53,3 +55,82 @@ def as_json(messages: tuple[Message, ...]) -> str:
 def from_json(text: str) -> tuple[Message, ...]:
     """The messages that `as_json` wrote."""
     return tuple(Message(role, content) for role, content in json.loads(text))
+
+
+Action = Literal["quarantine", "flag", "off"]
+
+
+class Reason(StrEnum):
+    """Every reason a row can be rejected for; the values stand in quarantine files and reports."""
+
+    # found while the row is read: nothing but a repaired source brings these back
+    UNPARSABLE = "unparsable"  # not JSON, or a CSV record whose cells do not fit the header
+    UNDECODABLE = "undecodable"  # bytes that are not in the source's encoding, or a lone surrogate
+    DUPLICATE_KEY = "duplicate_key"  # a JSON object that names one field twice
+    NOT_AN_OBJECT = "not_an_object"  # JSON, but a list, a number, a string
+    MISSING_FIELD = "missing_field"
+    WRONG_TYPE = "wrong_type"
+    UNKNOWN_ROLE = "unknown_role"  # tool turns, for example
+    # found by the row rules: the shape of the conversation
+    NO_FINAL_ANSWER = "no_final_answer"
+    WRONG_ROLE_ORDER = "wrong_role_order"
+    EMPTY_PROMPT = "empty_prompt"
+    EMPTY_ANSWER = "empty_answer"
+    TEMPLATE_TOKEN = "template_token"
+    TOO_LONG = "too_long"
+    # the answer
+    ANSWER_EQUALS_PROMPT = "answer_equals_prompt"
+    PROMPT_LEAKS_ANSWER = "prompt_leaks_answer"
+    PLACEHOLDER_ANSWER = "placeholder_answer"
+    PLACEHOLDER_FIELD = "placeholder_field"  # a template's {{name}} that was never filled in
+    REFUSAL = "refusal"
+    TRUNCATED_ANSWER = "truncated_answer"
+    UNBALANCED_CODE_FENCE = "unbalanced_code_fence"
+    BABBLE = "babble"  # the same words again and again
+    URL_ONLY = "url_only"
+    MISSING_IMAGE = "missing_image"
+    # the text
+    MARKUP = "markup"
+    BROKEN_TEXT = "broken_text"  # replacement characters, or mojibake that cannot be repaired
+    CONTROL_CHARACTERS = "control_characters"
+    WRONG_LANGUAGE = "wrong_language"
+    MIXED_LANGUAGE = "mixed_language"
+    PERSONAL_DATA = "personal_data"
+    SECRET = "secret"
+    CUSTOM = "custom"  # a rule of the user's own; the detail names it
+    # found by comparing rows
+    CONTRADICTION = "contradiction"  # another row answers the same prompt differently
+    NEAR_TEST_ITEM = "near_test_item"  # a near copy of a held-out row
+    BRIDGES_SPLITS = "bridges_splits"  # near rows of two splits
+    CONTAMINATED = "contaminated"  # shares most of a held-out or benchmark item
+
+
+# A repaired source brings these rows back, an overruled reason cannot: there is no conversation, or it would leak.
+UNREADABLE: Final = frozenset(
+    {
+        Reason.UNPARSABLE, Reason.UNDECODABLE, Reason.DUPLICATE_KEY, Reason.NOT_AN_OBJECT, Reason.MISSING_FIELD,
+        Reason.WRONG_TYPE, Reason.UNKNOWN_ROLE, Reason.NO_FINAL_ANSWER, Reason.WRONG_ROLE_ORDER, Reason.EMPTY_PROMPT,
+        Reason.EMPTY_ANSWER, Reason.TEMPLATE_TOKEN,
+    }
+)  # fmt: skip
+LEAKS: Final = frozenset({Reason.NEAR_TEST_ITEM, Reason.BRIDGES_SPLITS, Reason.CONTAMINATED})
+# Signs that are right too often to quarantine for unasked: measured on real sets, see docs/data.md.
+FLAGGED: Final = frozenset(
+    {
+        Reason.REFUSAL, Reason.PROMPT_LEAKS_ANSWER, Reason.MARKUP, Reason.MIXED_LANGUAGE, Reason.CONTRADICTION,
+        Reason.TRUNCATED_ANSWER,
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A reason, and a detail that names fields, lengths and limits but never quotes the row."""
+
+    reason: Reason
+    detail: str = ""
+
+
+def action_of(reason: Reason, actions: Mapping[Reason, Action]) -> Action:
+    """What is done about a reason: as configured, else its default."""
+    return actions.get(reason, "flag" if reason in FLAGGED else "quarantine")

@@ -9,12 +9,12 @@ from pathlib import Path
 from data_contracts.errors import ConfigError, Problem, WorkerError
 from data_contracts.exports import Exported
 from data_contracts.run_spec import StoreSpec
-from flows.cli.output import tell
 from tasks.export import card as export_card
 from tasks.export import request as export_subject
 from tasks.export import steps as export
 from tasks.export.request import Wish
 from tasks.release import registry
+from tasks.runtime.console import note
 from tasks.runtime.store import Store
 
 
@@ -25,7 +25,7 @@ def export_version(store: StoreSpec, uri: str, to: Path, wish: Wish) -> Exported
     subject = export_subject.subject_of(store, version)
     export_subject.check(subject, wish)
     with scratch(Store(Path(store.root))) as work, draft_of(to) as draft:
-        tell(f"exporting {version.label} as {wish.format}")
+        note(f"exporting {version.label} as {wish.format}")
         measured = export.measure_forms(subject, wish, work)
         notes = export.write_files(subject, wish, measured, work, draft)
         found = export.check_files(subject, wish, measured, work, draft, notes)

@@ -9,8 +9,9 @@ from data_contracts.errors import ConfigError, Problem
 from data_contracts.reports import AdapterRef, EvalTarget
 from data_contracts.run_spec import RunSpec, StoreSpec
 from data_contracts.verdict import Decision
-from flows.retrain import data_stages, evaluate, in_store, serve
-from flows.runner import Stages
+from flows.prepare_data import data_stages
+from flows.retrain import evaluate, serve
+from flows.runner import Stages, in_store
 from flows.services.crashed_runs import hold
 from tasks.models.base import base_identity
 from tasks.pipeline import stages

@@ -10,7 +10,6 @@ from data_contracts.errors import Problem, TunegateError
 from data_contracts.releases import History, Moved
 from data_contracts.reports import ReleaseCheck
 from data_contracts.run_spec import StoreSpec
-from flows.cli.output import page, tell
 from flows.services.crashed_runs import hold
 from tasks.pipeline import notifications as notify
 from tasks.release import history as moves
@@ -18,6 +17,7 @@ from tasks.release import promotion, registry
 from tasks.release.promotion import Plan
 from tasks.release.registry import Registered
 from tasks.release.release_check import Limits, check_release
+from tasks.runtime.console import note, page
 
 
 @flow(name="promote", on_running=[hold])
@@ -35,7 +35,7 @@ def rollback_flow(store: StoreSpec, name: str, override: bool = False, reason: s
 
 def _reconcile(store: StoreSpec) -> None:
     for told in moves.reconcile(store):
-        tell(told)
+        note(told)
 
 
 def _carry_out(store: StoreSpec, plan: Plan, override: bool, reason: str) -> Moved:
@@ -86,7 +86,7 @@ def history(store: StoreSpec, name: str, rebuild: bool) -> History:
     """Every move of a model's champion. rebuild: write a ledger that was changed anew from the registry first."""
     with page(sys.stderr).status("asking the registry"):
         if rebuild:
-            tell(moves.rebuild(store))
+            note(moves.rebuild(store))
         return moves.history(store, name)
 
 

@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING
 from prefect import flow
 
 from data_contracts.errors import ConfigError, Problem
-from data_contracts.lineage import EVIDENCE
-from data_contracts.reproduction import Reproduction
+from data_contracts.lineage import EVIDENCE, Reproduction
 from data_contracts.run_spec import RunSpec, StoreSpec
-from flows.cli.output import tell
 from flows.config.load import load_spec
 from flows.services.crashed_runs import hold
 from tasks.pipeline.device_lock import device_slot
 from tasks.pipeline.policies import POLICIES
 from tasks.release import registry
-from tasks.reporting.mlflow_run import SPEC_FILE
 from tasks.reproduction.dataset import rebuild
 from tasks.reproduction.reproduce import (
     base_again,
@@ -30,7 +27,9 @@ from tasks.reproduction.reproduce import (
     train_again,
     working_place,
 )
+from tasks.runtime.console import note
 from tasks.runtime.fingerprint import code_digest
+from tasks.runtime.mlflow_client import SPEC_FILE
 from tasks.runtime.store import Store
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def reproduce_flow(spec: RunSpec, uri: str, threads: int | None = None) -> Repro
     checked_adapter(version, then)
     with working_place(store, version) as place, device_slot(f"reproduce {version.label}"):
         rows = rebuild(store, place, spec, then, recorded_dataset(version))
-        tell(f"rows: {rows.told}")
+        note(f"rows: {rows.told}")
         base = base_again(store, place, spec, then)
         begin = begin_again(spec, place, base, then, rows)
         arm = train_again(place, base, begin, rows, then, threads or then.machine.threads)

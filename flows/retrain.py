@@ -7,22 +7,16 @@ from prefect import flow
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from data_contracts.arms import arms_of, candidate_arm
-from data_contracts.data_reports import DatasetManifest, DataState, FileRef, Snapshot
-from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget, RunReport, Slot, Stage, TrainReport
-from data_contracts.rules import Reason, action_of
+from data_contracts.data_reports import DatasetManifest, FileRef
+from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget, RunReport, Slot, TrainReport
 from data_contracts.run_spec import DOMAIN_TASKS, Form, RunSpec
+from data_contracts.train_spec import arms_of, candidate_arm
 from data_contracts.verdict import Served
-from flows.cli.output import tell
-from flows.runner import Stages
+from flows.prepare_data import data_stages
+from flows.runner import Stages, in_store
 from flows.services.crashed_runs import bury, hold
-from flows.starts import beginnings
-from flows.train_arms import train_arms
+from flows.train_arms import beginnings, train_arms
 from tasks.data import watermark
-from tasks.data.curation import row_ledger as ledger
-from tasks.data.curation.explain import write_state
-from tasks.data.ingestion.sources import source_digests
-from tasks.data.validation.validate import promised
 from tasks.evaluation.evaluate import task_files
 from tasks.models.base import base_identity
 from tasks.pipeline import notifications as notify
@@ -33,6 +27,7 @@ from tasks.release import history as moves
 from tasks.release import registry
 from tasks.release.champion import Rival
 from tasks.reporting import prefect_artifacts as artifacts
+from tasks.runtime.console import note
 from tasks.runtime.store import Store
 from tasks.training.slots import slots_of
 
@@ -45,27 +40,6 @@ def retrain(spec: RunSpec, force: bool = False, reason: str = BY_HAND) -> RunRep
     return report
 
 
-def prepare_data(spec: RunSpec, force: bool = False) -> tuple[DatasetManifest, list[Stage]]:
-    """Ingest, validate and split only."""
-    prepared: tuple[DatasetManifest, list[Stage]] = in_store(prepare_data_flow, spec)(spec, force)
-    return prepared
-
-
-def in_store(flow_: Any, spec: RunSpec) -> Any:
-    # Paths are resolved: the flow's results must be found again from any working directory.
-    results = Store(Path(spec.store.root)).files.resolve() / "results"
-    results.mkdir(parents=True, exist_ok=True)
-    return flow_.with_options(result_storage=results)
-
-
-@flow(name="prepare-data", result_serializer="json", on_running=[hold])
-def prepare_data_flow(spec: RunSpec, force: bool = False) -> Any:
-    """The data set and how each stage went."""
-    run = Stages.of(spec, force)
-    dataset = data_stages(run, spec)
-    return run.end((dataset, run.done))
-
-
 @flow(
     name="retrain", result_serializer="json", on_running=[hold, notify.run_begins], on_completion=[notify.run_ends],
     on_failure=[notify.run_fails], on_crashed=[notify.run_fails],
@@ -73,7 +47,7 @@ def prepare_data_flow(spec: RunSpec, force: bool = False) -> Any:
 def retrain_flow(spec: RunSpec, force: bool = False, reason: str = BY_HAND) -> Any:
     """The run's RunReport, or a state named Skipped if another run works in this store and `when_busy` says so."""
     store = Store(Path(spec.store.root))
-    with turn(store, me(flow_run.id, flow_run.name), spec.schedule.when_busy, tell) as own:
+    with turn(store, me(flow_run.id, flow_run.name), spec.schedule.when_busy, note) as own:
         if not own.mine:
             return Completed(name="Skipped", message=f"at work already: {own.other or 'another run'}", data=None)
         if own.other:
@@ -85,7 +59,7 @@ def chain(run: Stages, spec: RunSpec, reason: str) -> Any:
     """Every stage, in order."""
     store = Store(Path(spec.store.root))
     for line in moves.reconcile(spec.store):
-        tell(line)
+        note(line)
     slots = slots_of(spec.train)
     dataset = data_stages(run, spec)
     base, arms = train_stages(run, spec, dataset, slots)
@@ -119,33 +93,6 @@ def chain(run: Stages, spec: RunSpec, reason: str) -> Any:
     watermark.finish(store, spec.model.name, dataset.snapshot_id, report.run_id)
     artifacts.show_report(report)
     return run.end(report)
-
-
-def data_stages(run: Stages, spec: RunSpec) -> DatasetManifest:
-    """Raw rows to splits."""
-    store = Store(Path(spec.store.root))
-    store.check_room()
-    scope, engine = spec.model.name, spec.data.engine
-    snapshot = ingested(run, store, spec)
-    released = [(row.row_id, row.reason) for row in ledger.releases(store, scope)]
-    before = ledger.batch_before(store, scope, snapshot.id)
-    promises = promised(spec.rules, spec.contract)
-    validated = run.run(stages.check, store, snapshot, spec.rules, spec.contract, promises, released, before, engine)
-    further = sorted(set(spec.evaluate.tasks) - set(DOMAIN_TASKS))
-    wanted = further and spec.curate.decontaminate
-    items = run.run(stages.benchmarks, store, further, task_files(spec.evaluate)) if wanted else None
-    contradictions = action_of(Reason.CONTRADICTION, spec.rules.actions)
-    dataset: DatasetManifest = run.run(
-        stages.curate, store, validated, spec.curate, scope, contradictions, items, engine
-    )
-    artifacts.show_data(store, dataset)
-    write_state(store, scope, DataState(snapshot=snapshot, validated=validated, dataset=dataset))
-    return dataset
-
-
-def ingested(run: Stages, store: Store, spec: RunSpec) -> Snapshot:
-    snapshot: Snapshot = run.run(stages.ingest, store, spec.data, source_digests(spec.data))
-    return snapshot
 
 
 def train_stages(

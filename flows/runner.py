@@ -20,10 +20,10 @@ from data_contracts.errors import TunegateError
 from data_contracts.failures import explained
 from data_contracts.reports import Stage
 from data_contracts.run_spec import RunSpec
-from flows.cli.output import page
 from tasks.pipeline.cache_reasons import FORCED, Reasons
 from tasks.pipeline.device_lock import device_slot
 from tasks.pipeline.policies import POLICIES, stage_key
+from tasks.runtime.console import page
 from tasks.runtime.store import Store
 
 _COLOURS = {"ran": "green", "cached": "cyan", "skipped": "yellow", "failed": "red"}
@@ -137,3 +137,10 @@ def _result(state: Any, name: str) -> Any:
         if known is error:
             raise
         raise known from error
+
+
+def in_store(flow_: Any, spec: RunSpec) -> Any:
+    # Paths are resolved: the flow's results must be found again from any working directory.
+    results = Store(Path(spec.store.root)).files.resolve() / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    return flow_.with_options(result_storage=results)

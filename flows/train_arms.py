@@ -1,18 +1,28 @@
 """Every arm of a run, one after the other or several at the same time."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from data_contracts.arms import Arm
-from data_contracts.data_reports import DatasetManifest
-from data_contracts.reports import BaseModelRef, Slot, TrainReport
+from data_contracts.data_reports import DatasetManifest, FileRef
+from data_contracts.reports import AdapterRef, BaseModelRef, Slot, Start, TrainReport
 from data_contracts.run_spec import RunSpec
-from flows.cli.output import tell
+from data_contracts.train_spec import LORA_ARMS, Arm
 from flows.runner import Stages
-from flows.starts import Begin
+from tasks.models.base import start_dials
 from tasks.pipeline import stages
 from tasks.reporting import prefect_artifacts as artifacts
+from tasks.reporting.sentences import started
+from tasks.runtime.console import note
 from tasks.runtime.store import Store
+from tasks.training.warm_start import origin_of, scratch
+
+
+class Begin(NamedTuple):
+    """adapter: None starts from the base itself; start: None if no warm start was asked for."""
+
+    adapter: AdapterRef | None
+    rows: FileRef
+    start: Start | None
 
 
 def train_arms(
@@ -21,7 +31,7 @@ def train_arms(
 ) -> list[TrainReport]:  # fmt: skip
     """In the order of the arms. slots: where those of a group train; none if each trains alone."""
     if slots:
-        tell(f"{len(slots)} arms train at a time, each on {slots[0].threads} threads: {slots[0].why}")
+        note(f"{len(slots)} arms train at a time, each on {slots[0].threads} threads: {slots[0].why}")
     store = Store(Path(spec.store.root))
     calls = [
         (arm, (arm.method, arm.seed, base, begin.adapter, begin.rows, data.validation, arm.dials, spec.model.precision))
@@ -58,4 +68,58 @@ def groups(keys: list[str], most: int) -> list[list[int]]:
             found[-1].append(number)
         else:
             found.append([number])
+    return found
+
+
+def beginnings(run: Stages, spec: RunSpec, base: BaseModelRef, data: DatasetManifest, arms: list[Arm]) -> list[Begin]:
+    """One for each arm. LoRA's arms share a fresh adapter, and so what a warm start puts in its place."""
+    fresh = fresh_adapters(run, Store(Path(spec.store.root)), base, arms, spec.model.precision)
+    starts = warm_starts(run, spec, base, data, arms, fresh)
+    return [
+        Begin((start and start.adapter) or adapter, start.rows if start else data.train, start)
+        for adapter, start in zip(fresh, starts, strict=True)
+    ]
+
+
+def fresh_adapters(
+    run: Stages, store: Store, base: BaseModelRef, arms: list[Arm], precision: str
+) -> list[AdapterRef | None]:
+    """Each arm's fresh step-0 adapter, or None; the same one where it is made from the same dials."""
+    dials = [start_dials(arm.method, arm.seed, arm.dials, precision) for arm in arms]
+    made: dict[str, AdapterRef] = {}
+    for own in dials:
+        if own and str(own) not in made:
+            made[str(own)] = run.run(stages.init_adapter, store, base, own)
+    return [made.get(str(own)) for own in dials]
+
+
+def warm_starts(
+    run: Stages, spec: RunSpec, base: BaseModelRef, data: DatasetManifest, arms: list[Arm],
+    fresh: list[AdapterRef | None],
+) -> list[Start | None]:  # fmt: skip
+    """Each arm's start if it was to go on from the champion, else None; every one is said aloud with its reason."""
+    if all(arm.dials.warm_start == "never" for arm in arms):
+        return [None] * len(arms)
+    store, held_out = Store(Path(spec.store.root)), [data.validation, data.test]
+    origin, passed = origin_of(spec.store, spec.model.name, store.path(data.train))
+    for line in passed:
+        note(line)
+    if origin.version is None:
+        run.skip("choose_start", f"from scratch: {origin.told}")
+    made: dict[str, Start] = {}
+    found: list[Start | None] = []
+    for arm, adapter in zip(arms, fresh, strict=True):
+        key = f"{adapter and adapter.sha256} {arm.dials.replay_share}"
+        if arm.dials.warm_start == "never":
+            start = None
+        elif origin.version is None:
+            start = scratch(store, data.train, origin.told)
+        elif arm.method not in LORA_ARMS or adapter is None:
+            start = scratch(store, data.train, f"the method {arm.method} has no LoRA layers to go on with")
+        else:
+            inputs = (store, origin, base, adapter, data.train, held_out, arm.dials.replay_share)
+            start = made[key] = made.get(key) or run.run(stages.choose_start, *inputs)
+        if start and origin.version:
+            note(f"{arm.name} {started(start)}")
+        found.append(start)
     return found

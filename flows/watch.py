@@ -13,14 +13,15 @@ from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed
 
+from data_contracts.data_reports import Look, Watched
 from data_contracts.run_spec import RunSpec
-from data_contracts.watch_reports import Look, Watched
-from flows.cli.output import tell
-from flows.retrain import in_store, ingested, retrain
-from flows.runner import Stages
+from flows.prepare_data import ingested
+from flows.retrain import retrain
+from flows.runner import Stages, in_store
 from flows.services.crashed_runs import hold, reap_beside_a_worker
 from tasks.data import freshness as fresh
 from tasks.release import champion as rivals
+from tasks.runtime.console import note
 from tasks.runtime.store import Store
 
 FRESH_EVENT = "tunegate.data.fresh"
@@ -49,7 +50,7 @@ def watch_flow(spec: RunSpec) -> Any:
     look, due, why = fresh.decide(store, spec, snapshot, age)
     if not due:
         return _skipped(Watched(due=False, why=why, look=look))
-    tell(f"due: {why}")
+    note(f"due: {why}")
     _tell_automations(spec.model.name, look, why)
     return _start(spec, Watched(due=True, why=why, look=look))
 
@@ -60,7 +61,7 @@ def _tell_automations(name: str, look: Look, why: str) -> None:
 
 
 def _skipped(found: Watched) -> Any:
-    tell(f"no retrain: {found.why}")
+    note(f"no retrain: {found.why}")
     return Completed(name="Skipped", message=found.why, data=found)
 
 
@@ -84,7 +85,7 @@ def _start(spec: RunSpec, found: Watched) -> Any:
         run = client.create_flow_run_from_deployment(
             deployment.id, parameters=parameters, idempotency_key=keys[number], tags=["fresh-data"]
         )
-    tell(f"started {DEPLOYMENT}: {run.name}")
+    note(f"started {DEPLOYMENT}: {run.name}")
     return found.model_copy(update={"run": run.name})
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from data_contracts.errors import ConfigError, Problem
 from data_contracts.run_spec import StoreSpec
-from flows.cli.output import page, tell
+from tasks.runtime.console import note, page
 from tasks.serving.endpoint import Endpoint, Followed, wanted
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def chat(store: StoreSpec, model: str, base: bool, most_tokens: int, shows: bool
         "requests": 2,
     }  # one that was stopped may still be at its last token
     spec = served | {"host": _LOOPBACK, "port": 0, "on_loopback": True, "limits": limits, "shadow_file": None}
-    endpoint = Endpoint(store, spec, tell, key)
+    endpoint = Endpoint(store, spec, note, key)
     endpoint.start()
     try:
         client = OpenAI(base_url=f"http://{_LOOPBACK}:{endpoint.port}/v1", api_key=key, max_retries=0, timeout=None)
@@ -128,7 +128,7 @@ def _questions() -> Iterator[str]:
     if is_person:
         import readline  # noqa: F401 input() edits and remembers lines with it
 
-        tell(f"{_RESET} begins anew, {_QUIT} or Ctrl-D ends")
+        note(f"{_RESET} begins anew, {_QUIT} or Ctrl-D ends")
     try:
         while True:
             if question := input("> " if is_person else "").strip():
@@ -147,7 +147,7 @@ def _shown(talk: Talk, question: str) -> Turn:
         turn = talk.ask(question, lambda answers: None)
         console.print(_columns(turn.answers))
     if turn.error:
-        tell(turn.error)
+        note(turn.error)
     return turn
 
 

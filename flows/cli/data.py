@@ -7,9 +7,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from flows.cli.options import AsJson, Changes, Force, Preset
+from flows.cli.options import AsJson, Changes, Force, Preset, prepared_spec
 from flows.cli.output import Outcome
-from flows.cli.prepared import prepared_spec
 
 
 class _ShowByDefault(TyperGroup):
@@ -21,6 +20,7 @@ class _ShowByDefault(TyperGroup):
 
 
 data_app = typer.Typer(
+    name="data",
     cls=_ShowByDefault,
     help="Ingest, validate and split only, with a report on every row; `explain` a row, `release` rows.",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -31,7 +31,7 @@ data_app = typer.Typer(
 def show(preset: Preset = None, changes: Changes = None, force: Force = False, as_json: AsJson = False) -> Outcome:
     """Ingest, validate and split only, with a report on every row."""
     spec = prepared_spec(preset, changes)
-    from flows.retrain import prepare_data
+    from flows.prepare_data import prepare_data
 
     return _page(spec, prepare_data(spec, force=force))
 
@@ -46,11 +46,11 @@ def explain(
     """Tell one row's whole story: as it came in, what was done to it, where it is, its history."""
     from flows.cli.pages.data import show_stories
     from flows.config.load import load_spec
-    from tasks.data.curation.explain import explain as tell
+    from tasks.data.curation.explain import explain as stories_of
     from tasks.runtime.store import Store
 
     spec = load_spec(preset, changes or []).spec
-    stories = tell(Store(Path(spec.store.root)), spec.model.name, row)
+    stories = stories_of(Store(Path(spec.store.root)), spec.model.name, row)
     return Outcome({"rows": [story.model_dump(mode="json") for story in stories]}, partial(show_stories, stories))
 
 
@@ -65,7 +65,7 @@ def release(
 ) -> Outcome:
     """Bring rows back from quarantine: all that a reason rejected, or some. Who did it and why is kept."""
     spec = prepared_spec(preset, changes)
-    from flows.data_release import release as bring_back
+    from flows.prepare_data import release as bring_back
 
     return _page(spec, bring_back(spec, reason, why, rows or []))
 

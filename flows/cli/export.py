@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.options import AsJson, StoreChanges
+from flows.cli.options import AsJson, Changes, StoreChanges, prepared_store
 from flows.cli.output import Outcome
-from flows.cli.prepared import prepared_store
 
 # Between what rounding costs and what another base costs, by measurement: docs/export.md.
 _TOLERANCE_NATS = 0.01
@@ -43,3 +42,21 @@ def export(
 
     found = export_version(store, model, to, Wish.of(form, base, dtype, tolerance_nats, items))
     return Outcome({"to": str(to), **found.model_dump(mode="json")}, partial(show_export, found, to))
+
+
+_CODES = {"identical": 0, "equal within tolerance": 0, "different": 1}
+
+
+@export_app.command()
+def reproduce(
+    model: Annotated[str, typer.Argument(metavar="URI", help="models:/NAME/VERSION or models:/NAME@ALIAS.")],
+    changes: Changes = None,
+    as_json: AsJson = False,
+) -> Outcome:
+    """Make a version again from its lineage: identical, equal within tolerance, or what differs and why."""
+    store = prepared_store([change for change in changes or [] if change.startswith("store.")])
+    from flows.reproduce import reproduce as make_again
+    from flows.reproduce import show_reproduction
+
+    found = make_again(store, model, changes or [])
+    return Outcome(found.payload(), partial(show_reproduction, found), _CODES[found.result])

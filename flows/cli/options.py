@@ -1,8 +1,15 @@
 """Arguments and options that several commands share."""
 
-from typing import Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from tasks.runtime.console import page
+
+if TYPE_CHECKING:  # `--help` need not wait for pydantic
+    from data_contracts.run_spec import RunSpec, StoreSpec
+
 
 Preset = Annotated[str | None, typer.Argument(help="Preset (demo, smoke) or a .yaml file; demo if left out.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one dial; repeatable.")]
@@ -13,3 +20,35 @@ StoreChanges = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 Force = Annotated[bool, typer.Option("--force", help="Run every stage again, also those done before.")]
 Name = Annotated[str, typer.Argument(help="Name in the registry.")]
+
+
+def prepared_spec(preset: str | None, changes: list[str] | None) -> "RunSpec":
+    """The spec of a preset or file with its changes."""
+    from flows.config.load import DEFAULT_PRESET, load_spec
+    from flows.services.environment import make_homes, prepare_environment
+
+    spec = load_spec(preset, changes or []).spec
+    prepare_environment(spec.store)
+    make_homes(spec.store)
+    # Prefect's imports and its server take seconds before the first stage can say anything.
+    page(sys.stderr).print(f"{preset or DEFAULT_PRESET}: starting, store {spec.store.root}", style="dim", markup=False)
+    return spec
+
+
+def prepared_store(changes: list[str] | None) -> "StoreSpec":
+    """A store that is there, for commands that need nothing else."""
+    from flows.config.load import load_store
+    from flows.services.environment import prepare_environment, require_store
+
+    store = load_store(changes or [])
+    require_store(store)
+    prepare_environment(store)
+    return store
+
+
+def preset_of(model: str, changes: list[str] | None) -> str:
+    """The spec file that a registered version was made with."""
+    store = prepared_store([change for change in changes or [] if change.startswith("store.")])
+    from flows.gate import recorded_preset
+
+    return recorded_preset(store, model)

@@ -20,10 +20,11 @@ from data_contracts.failures import explained, without_secrets
 if TYPE_CHECKING:  # rich takes 0.1 s to import, which `--help` need not wait for
     from psutil import Process
     from rich.console import Console
+from tasks.runtime.console import page
 
-INTERRUPTED = 130
+EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 3}
+USAGE, INTERRUPTED = 2, 130
 _STOP_SECONDS = 3.0
-_WIDTH_WITHOUT_TERMINAL = 130
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,6 @@ def result_stream(as_json: bool) -> Iterator[TextIO]:
         sys.stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
-
-
-def page(stream: TextIO) -> "Console":
-    """A rich console that does not break lines at 80 columns when it writes to a file or a pipe."""
-    from rich.console import Console
-
-    width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDTH_WITHOUT_TERMINAL
-    return Console(file=stream, width=width, highlight=False)
-
-
-def tell(line: str) -> None:
-    """A line for the person at the terminal, beside the result."""
-    page(sys.stderr).print(f"  {line}", style="dim", markup=False, soft_wrap=True)
 
 
 def say(outcome: Outcome, stream: TextIO, as_json: bool) -> None:

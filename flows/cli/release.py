@@ -6,9 +6,8 @@ from typing import Annotated
 import typer
 
 from data_contracts.errors import ConfigError, Problem
-from flows.cli.options import AsJson, Name, StoreChanges
+from flows.cli.options import AsJson, Name, StoreChanges, prepared_store
 from flows.cli.output import Outcome
-from flows.cli.prepared import prepared_store
 
 release_app = typer.Typer()
 Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why; kept in the promotion ledger.")]

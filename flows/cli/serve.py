@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.options import AsJson, Name, StoreChanges
+from flows.cli.options import AsJson, Name, StoreChanges, prepared_store
 from flows.cli.output import Outcome
-from flows.cli.prepared import prepared_store
 
 serve_app = typer.Typer()
 
@@ -33,8 +32,8 @@ def serve(
 ) -> Outcome:
     """Answer over HTTP as OpenAI's API does. An alias is followed: who it points at answers, without a restart."""
     store = prepared_store(changes)
-    from flows.cli.serve_part import serve as start
-    from flows.cli.serve_part import show_serving
+    from flows.serve import serve as start
+    from flows.serve import show_serving
 
     limits = {"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens, "requests": requests}
     serving = start(store, model, host, port, limits, shadow)
@@ -63,7 +62,7 @@ def chat(
 def shadow(name: Name, changes: StoreChanges = None, as_json: AsJson = False) -> Outcome:
     """How the challenger answered what the champion was asked, where `serve --shadow` has kept both."""
     store = prepared_store(changes)
-    from flows.cli.pages.shadow_pages import show_shadow
+    from flows.cli.pages.export import show_shadow
     from tasks.serving.shadow import compare_shadow
 
     report, file = compare_shadow(store, name)

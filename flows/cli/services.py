@@ -1,4 +1,4 @@
-"""`tunegate up`, `down`, `status`: the pipeline that runs by itself; and `ui`, its pages in the foreground."""
+"""`tunegate up`, `down`, `status`: the pipeline that runs by itself; `ui`, its pages in the foreground; `doctor`."""
 
 from functools import partial
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.options import AsJson, Changes, Preset, StoreChanges
-from flows.cli.output import Outcome
+from flows.cli.output import USAGE, Outcome
 
 services_app = typer.Typer()
 
@@ -83,3 +83,13 @@ def ui(
     start_all(running)
     payload = {server.name.lower(): server.url for server in running}
     return Outcome(payload, partial(show_servers, running), then=partial(wait_for_ctrl_c, running))
+
+
+@services_app.command()
+def doctor(changes: StoreChanges = None, as_json: AsJson = False) -> Outcome:
+    """What is installed, which device and precision and why, what is missing, how to fix it."""
+    from flows.config.load import load_store
+    from flows.services.doctor import examine, healthy, payload, show_checks
+
+    checks = examine(load_store(changes or []))
+    return Outcome(payload(checks), partial(show_checks, checks), 0 if healthy(checks) else USAGE)

@@ -25,9 +25,9 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
-from flows.cli.output import tell
 from flows.services.state import MARK
 from tasks.pipeline.run_lock import Holder
+from tasks.runtime.console import note
 
 FLOWS = ["retrain", "watch", "gate", "promote", "rollback", "reproduce", "prepare-data"]
 """Every flow of ours; each has the hook `hold`."""
@@ -47,7 +47,7 @@ def bury(dead: Holder) -> None:
         if found.state is None or not found.state.is_final():
             message = f"its process {dead.process} on {dead.host} was killed; the next run goes on from what it left"
             client.set_flow_run_state(found.id, Crashed(message=message), force=True)
-    tell(f"an earlier run was killed: {dead.name}; going on from what it left")
+    note(f"an earlier run was killed: {dead.name}; going on from what it left")
 
 
 def hold(flow: Any, flow_run: FlowRun, state: Any) -> None:
@@ -98,7 +98,7 @@ def reap_beside_a_worker() -> None:
     if MARK in os.environ:
         with get_client(sync_client=True) as client:
             for name in reap(client, Path(os.environ["PREFECT_HOME"]), _SECONDS_TO_START):
-                tell(f"an earlier run was killed: {name}")
+                note(f"an earlier run was killed: {name}")
 
 
 def _age(run: FlowRun) -> float:

@@ -11,10 +11,10 @@ from filelock import FileLock, Timeout
 
 from data_contracts.errors import InfrastructureError, Problem
 from data_contracts.run_spec import StoreSpec
-from flows.cli.output import page, tell
 from flows.services import state as services_state
 from flows.services.state import services_folder
 from flows.services.supervisor import IDLE, Supervisor, end
+from tasks.runtime.console import note, page
 from tasks.runtime.processes import SECONDS_TO_END
 
 _SECONDS_TO_STOP = 20.0
@@ -43,7 +43,7 @@ def stop(supervisor: Supervisor, folder: Path) -> Down:
         _pause(folder)
     runs = _stop_runs(folder)
     if supervisor.is_up():
-        tell(f"stopping {', '.join(services)}")
+        note(f"stopping {', '.join(services)}")
         daemon = psutil.Process(supervisor.pid())
         supervisor.shut_down()
         psutil.wait_procs([daemon], timeout=2 * _SECONDS_TO_STOP * len(services))
@@ -71,7 +71,7 @@ def _stop_runs(folder: Path) -> list[str]:
     runs = list(services_state.flow_runs(folder))
     names = [name for _, name in runs]
     if runs:
-        tell(f"{', '.join(names)} at work: asked to end, with a checkpoint; up to {SECONDS_TO_END:.0f} s")
+        note(f"{', '.join(names)} at work: asked to end, with a checkpoint; up to {SECONDS_TO_END:.0f} s")
         with page(sys.stderr).status("waiting for a checkpoint"):
             end([process for process, _ in runs], SECONDS_TO_END + _SECONDS_TO_STOP)
     return names

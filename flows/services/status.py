@@ -11,11 +11,11 @@ from zoneinfo import ZoneInfo
 
 from data_contracts.errors import TransientError
 from data_contracts.run_spec import StoreSpec
-from flows.cli.output import page, tell
 from flows.services import state as services_state
 from flows.services.servers import Server, servers
 from flows.services.state import State, services_folder
 from flows.services.supervisor import Supervisor
+from tasks.runtime.console import note, page
 from tasks.runtime.store import Store
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _models(store: StoreSpec) -> list["Standing"]:
 
     with suppress(TransientError):  # a move is being made this moment
         for told in reconcile(store, wait_seconds=0):
-            tell(told)
+            note(told)
     return standings(store)
 
 

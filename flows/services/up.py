@@ -13,7 +13,6 @@ from pathlib import Path
 
 from data_contracts.errors import ConfigError, InfrastructureError, Problem
 from data_contracts.run_spec import RunSpec, StoreSpec
-from flows.cli.output import page, tell
 from flows.config.load import DEFAULT_PRESET, load_spec
 from flows.services import state as services_state
 from flows.services.doctor import package_problems
@@ -23,6 +22,7 @@ from flows.services.servers import ENVIRONMENT, MLFLOW_PORT, PREFECT_PORT, START
 from flows.services.state import MARK, State, services_folder
 from flows.services.supervisor import IDLE, Process, Program, Supervisor, configuration
 from tasks.reporting.links import MLFLOW_PAGE
+from tasks.runtime.console import note, page
 
 WORKER = "worker"
 
@@ -169,7 +169,7 @@ def _start(spec: RunSpec, supervisor: Supervisor, found: list[Server], missing: 
 def _migrate(server: Server, store: StoreSpec) -> None:
     """Two processes that migrate a fresh MLflow database at the same time break it; this one does it under a lock."""
     if server.name == "MLflow":
-        from tasks.reporting.mlflow_run import connect
+        from tasks.runtime.mlflow_client import connect
 
         connect(store)
 
@@ -209,7 +209,7 @@ def _wait(supervisor: Supervisor, server: Server) -> None:
             time.sleep(0.2)
         else:
             raise server.no_start()
-    tell(f"{server.name} answers at {server.url}")
+    note(f"{server.name} answers at {server.url}")
 
 
 def _wait_for_worker(supervisor: Supervisor, prefect: Server) -> None:

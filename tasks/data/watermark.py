@@ -5,8 +5,7 @@ import time
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-from data_contracts.data_reports import FileRef
-from data_contracts.watch_reports import Look
+from data_contracts.data_reports import FileRef, Look
 from tasks.data.curation.row_ledger import connection
 from tasks.runtime.store import Store
 

@@ -16,10 +16,9 @@ from data_contracts.verdict import Served
 from tasks.evaluation.core.samples import clusters_of, read_facts, read_samples
 from tasks.evaluation.core.stats import proportion
 from tasks.models.integrity import checked_adapter, checked_base
-from tasks.runtime.drafts import content_key
 from tasks.runtime.fingerprint import code_digest
 from tasks.runtime.processes import run_worker
-from tasks.runtime.store import Store, digest
+from tasks.runtime.store import Store, content_key, digest
 
 _FILES = ("samples.jsonl", "facts.jsonl")
 

@@ -12,7 +12,7 @@ from data_contracts.lineage import EVIDENCE, LINEAGE_FILE
 from data_contracts.run_spec import StoreSpec
 from tasks.export.gguf import CONVERTER, CONVERTER_WHEEL, converter
 from tasks.release.registry import Registered
-from tasks.reporting.mlflow_run import connect
+from tasks.runtime.mlflow_client import connect
 from tasks.runtime.store import Store, digest
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.reports import AdapterRef, BaseModelRef
-from data_contracts.run_spec import Method, ModelSpec, TrainSpec
+from data_contracts.run_spec import ModelSpec
+from data_contracts.train_spec import Method, TrainSpec
 from tasks.models.integrity import checked_base
 from tasks.runtime.processes import run_worker
 from tasks.runtime.store import Store, digest

@@ -20,7 +20,7 @@ from data_contracts.errors import Problem, StoreError
 from data_contracts.lineage import EVIDENCE, LINEAGE_FILE, LINEAGE_TAG
 from data_contracts.reports import AdapterRef, BaseModelRef
 from tasks.models.core.adapter_files import WEIGHTS, read_json, scan_adapter, scan_weights
-from tasks.runtime.console import tell
+from tasks.runtime.console import note
 from tasks.runtime.store import Store, digest
 
 CODE_FILE: Final = "served_model.py"
@@ -85,7 +85,7 @@ def _problems(faults: list[Fault], version: Path, label: str) -> Iterator[Proble
 
 @cache
 def _tell_once(line: str) -> None:
-    tell(line)
+    note(line)
 
 
 # --- files --------------------------------------------------------------------------------------------------

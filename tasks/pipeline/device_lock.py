@@ -25,7 +25,7 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 from prefect.variables import Variable
 
-from tasks.runtime.console import tell
+from tasks.runtime.console import note
 
 LIMIT: Final = "tunegate-device"
 _HOLDER: Final = "tunegate_device"  # a Prefect variable: who took the last slot, for whoever waits
@@ -129,9 +129,9 @@ def _take_back_or_tell() -> None:
     holder = _holder()
     if holder and holder["host"] == socket.gethostname() and not _is_alive(holder):
         _give_back(UUID(holder["lease"]))
-        tell(f"{LIMIT} is taken back from {holder['who']}, which was killed")
+        note(f"{LIMIT} is taken back from {holder['who']}, which was killed")
     else:
-        tell(f"waiting for {LIMIT}, held by {holder['who'] if holder else 'another run'}")
+        note(f"waiting for {LIMIT}, held by {holder['who'] if holder else 'another run'}")
 
 
 def _is_alive(holder: Any) -> bool:

@@ -6,6 +6,7 @@ of an error in sending is never shown: it can hold a webhook's address, which is
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from inspect import isawaitable
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,16 @@ from prefect.exceptions import ObjectNotFound
 from prefect.logging.loggers import flow_run_logger
 from prefect.utilities.asyncutils import run_coro_as_sync
 
-from data_contracts.errors import Problem
-from data_contracts.releases import Moved
-from data_contracts.reports import RunReport
+from data_contracts.errors import Problem, TunegateError
+from data_contracts.releases import Move, Moved
+from data_contracts.reports import ModelVersion, RunReport
 from data_contracts.run_spec import ModelSpec, RunSpec, StoreSpec
-from tasks.pipeline import messages
-from tasks.pipeline.messages import Message
+from data_contracts.verdict import GateReport, GateResult
 from tasks.release import registry
 from tasks.reporting.links import mlflow_page, prefect_page
-from tasks.reporting.mlflow_run import connect
-from tasks.runtime.console import Log, aside, warn
+from tasks.reporting.markdown import interval, needs, number
+from tasks.runtime.console import Log, best_effort, warn
+from tasks.runtime.mlflow_client import connect
 from tasks.runtime.store import Store
 
 _TRIES, _FIRST_WAIT_SECONDS = 3, 1.0
@@ -42,6 +43,12 @@ _PAGE = "docs/notifications.md"
 # Runs in which no stage had anything to do so far, and the blocks that were there. Their start is told when the first
 # stage has: a run that finds all done before has nothing to tell.
 _idle: dict[UUID, tuple[FlowRun, list[str]]] = {}
+
+
+@dataclass(frozen=True)
+class Message:
+    subject: str
+    body: str
 
 
 class AppriseUrl(AppriseNotificationBlock):
@@ -54,7 +61,7 @@ class AppriseUrl(AppriseNotificationBlock):
 # --- hooks of a flow: plain functions, which Prefect also calls from the worker whose process was killed ----------------
 
 
-@aside("the blocks were not looked at")
+@best_effort("the blocks were not looked at")
 def run_begins(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Say now, not after hours, if a block is not there."""
     there = [name for name in _names(flow_run) if _load(name, flow_run_logger(flow_run))]
@@ -62,7 +69,7 @@ def run_begins(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> No
         _idle[flow_run.id] = (flow_run, there)
 
 
-@aside("the start was not told")
+@best_effort("the start was not told")
 def work_begins() -> None:
     """Every stage calls it that has something to do: the first one's call tells the start of its run."""
     context = FlowRunContext.get()
@@ -70,11 +77,11 @@ def work_begins() -> None:
     if idle:
         run, there = idle
         spec, reason = RunSpec.model_validate(run.parameters["spec"]), str(run.parameters.get("reason") or "")
-        told = messages.started(spec, run.name, reason, prefect_page(run.id))
+        told = started(spec, run.name, reason, prefect_page(run.id))
         _send(there, told, flow_run_logger(run))
 
 
-@aside("the verdict was not told")
+@best_effort("the verdict was not told")
 def run_ends(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """The verdict; nothing where nothing was new."""
     _idle.pop(flow_run.id, None)
@@ -86,11 +93,11 @@ def run_ends(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None
     champion = registry.alias_version(connect(store), report.model.name, registry.CHAMPION)
     html = (Store(Path(store.root)).files / report.html).resolve()
     pages = (mlflow_page(store, report.recorded.mlflow_run_id), prefect_page(flow_run.id))
-    told = messages.verdict(report, flow_run.name, champion, html, *pages)
+    told = verdict(report, flow_run.name, champion, html, *pages)
     _send(names, told, flow_run_logger(flow_run))
 
 
-@aside("the failure was not told")
+@best_effort("the failure was not told")
 def run_fails(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Which stage, what is wrong and what to do next; also where nothing was new."""
     _idle.pop(flow_run.id, None)
@@ -100,10 +107,10 @@ def run_fails(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> Non
     model = _spec(flow_run).get("model", {}).get("name", ModelSpec().name)
     page = prefect_page(flow_run.id)
     if state.is_crashed():
-        told = messages.crashed(model, flow_run.name, _unfinished(flow_run), page)
+        told = crashed(model, flow_run.name, _unfinished(flow_run), page)
     else:
         error = state.result(raise_on_failure=False)
-        told = messages.failed(model, flow_run.name, getattr(error, "__notes__", []), error, page)
+        told = failed(model, flow_run.name, getattr(error, "__notes__", []), error, page)
     _send(names, told, flow_run_logger(flow_run))
 
 
@@ -127,12 +134,12 @@ def _spec(flow_run: FlowRun) -> dict[str, Any]:
 # --- by hand ------------------------------------------------------------------------------------------------
 
 
-@aside("the move was not told")
+@best_effort("the move was not told")
 def champion_moved(store: StoreSpec, found: Moved) -> None:
     """Tell whom the newest run of this model would tell."""
     spec = Store(Path(store.root)).newest_spec(found.model.name) or {}
     if found.move:
-        _send(spec.get("schedule", {}).get("notify", []), messages.moved(found.model, found.move))
+        _send(spec.get("schedule", {}).get("notify", []), moved(found.model, found.move))
 
 
 # --- sending ------------------------------------------------------------------------------------------------
@@ -179,3 +186,101 @@ def _reason(error: Exception) -> str:
     """The kind of failure, and the status that a server answered with."""
     status = getattr(getattr(error, "response", None), "status_code", "")
     return f"{type(error).__name__} {status}".strip()
+
+
+_GATES_TOLD = 3
+_PROBLEMS_TOLD = 3
+_MOST_CHARACTERS = 300
+# What decides where every gate passed: the others only say that the comparison is a fair one.
+_TELLING = ("not_worse_than_champion", "candidate_beats_base", "qlora_keeps_loras_gain")
+_SERVE = "`tunegate up` serves its page"
+
+
+def started(spec: RunSpec, run: str, reason: str, page: str | None) -> Message:
+    """Why it runs, if somebody gave a reason, and what it trains."""
+    arms = [*spec.train.methods, *(variant.name for variant in spec.train.variants)]
+    seeds = f", {len(spec.train.seeds)} seeds" if len(spec.train.seeds) > 1 else ""
+    lines = [f"reason: {_short(reason)}"] if reason else []
+    lines.append(f"trains {', '.join(arms)} on {spec.model.base}{seeds}")
+    return Message(f"{spec.model.name}: retrain started", _body(lines, run, page))
+
+
+def verdict(
+    report: RunReport, run: str, champion: str | None, html: Path, mlflow: str | None, page: str | None
+) -> Message:
+    """The verdict with the numbers that decide, who is champion now, and where to look."""
+    gate, model = report.gate, report.model
+    passed = sum(item.verdict == "pass" for item in gate.gates)
+    lines = [f"{passed} of {len(gate.gates)} gates passed on {report.comparison.items} held-out items"]
+    lines += [_gate(item) for item in deciding(gate)]
+    now = f"version {champion}" if champion else "none yet"
+    lines.append(f"champion now: {now}{', the new one' if champion == model.version else ''}")
+    lines += [f"report: {html}", f"MLflow: {mlflow or f'run {report.recorded.mlflow_run_id}, {_SERVE}'}"]
+    return Message(f"{model.name} version {model.version}: {gate.verdict.upper()}", _body(lines, run, page))
+
+
+def deciding(gate: GateReport) -> list[GateResult]:
+    """At most three: the gates that failed or could not be decided; where all passed, those that say most."""
+    found = [item for item in gate.gates if item.verdict == gate.verdict]
+    if gate.verdict == "pass":
+        found = [item for name in _TELLING for item in found if item.name == name and item.actual is not None]
+    return found[:_GATES_TOLD]
+
+
+def failed(model: str, run: str, where: Sequence[str], error: BaseException | None, page: str | None) -> Message:
+    """What broke, in which stage, and what to do next.
+
+    An error that is not one of ours is told by its kind only: its text can hold anything.
+    """
+    problems = error.problems if isinstance(error, TunegateError) else [_unexpected(error)]
+    lines = [*where, *(_problem(problem) for problem in problems[:_PROBLEMS_TOLD])]
+    if more := len(problems) - _PROBLEMS_TOLD:
+        lines += [f"and {more} more"] if more > 0 else []
+    return Message(f"{model}: retrain FAILED", _body(lines, run, page))
+
+
+def crashed(model: str, run: str, where: Sequence[str], page: str | None) -> Message:
+    """The process is gone: nothing in it could say why."""
+    lines = [*where, "the process that ran it was stopped or killed", "next: start it again; it goes on from there"]
+    return Message(f"{model}: retrain CRASHED", _body(lines, run, page))
+
+
+def moved(model: ModelVersion, move: Move) -> Message:
+    """Another version is champion because somebody wanted it."""
+    by = "override" if move.overrode else {"promote": "promotion", "rollback": "rollback"}[move.act]
+    lines = [
+        f"before: version {move.before}" if move.before else "before: none",
+        *(f"overruled: {_short(told)}" for told in move.overrode),
+        f"why: {_short(move.why)}",
+        f"who: {move.who}",
+    ]
+    return Message(f"{model.name} version {model.version} is champion now, by {by}", "\n".join(lines))
+
+
+def _gate(item: GateResult) -> str:
+    spread = f" ({interval(item.interval)})" if item.interval else ""
+    must = f", must be {needs(item)}" if item.direction else ""
+    told = "" if item.verdict == "pass" else f": {item.verdict}"
+    return f"- {item.name} {number(item.actual)}{spread}{must}{told}"
+
+
+def _problem(problem: Problem) -> str:
+    """Its first line: a worker's has the end of its log below."""
+    what = problem.what.splitlines()[0] if problem.what else ""
+    parts = [f"{problem.where}: {what}" if problem.where else what]
+    parts += [f"limit: {problem.limit}"] if problem.limit else []
+    parts += [f"next: {problem.act}"] if problem.act else []
+    return "- " + "; ".join(_short(part) for part in parts)
+
+
+def _unexpected(error: BaseException | None) -> Problem:
+    return Problem(type(error).__name__ if error else "no error is known", act="read the run's log")
+
+
+def _body(lines: Sequence[str], run: str, page: str | None) -> str:
+    return "\n".join([*lines, f"Prefect: {page or f'run {run}, {_SERVE}'}"])
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _MOST_CHARACTERS else f"{line[: _MOST_CHARACTERS - 3]}..."

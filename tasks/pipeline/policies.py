@@ -8,9 +8,10 @@ shapes its result (tasks/runtime/fingerprint.py) and the versions of the librari
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from prefect import task
@@ -19,11 +20,13 @@ from prefect.context import TaskRunContext
 from pydantic import BaseModel
 
 from data_contracts.data_reports import FileRef
-from data_contracts.failures import may_pass
+from data_contracts.errors import TunegateError
+from data_contracts.failures import explained, has_secret, may_pass
 from data_contracts.reports import AdapterRef, BaseModelRef
+from data_contracts.run_spec import RunSpec, StoreSpec
 from tasks.data.validation.check_rows import LIBRARIES
-from tasks.pipeline.attempts import explaining
 from tasks.pipeline.notifications import work_begins
+from tasks.runtime.console import note
 from tasks.runtime.fingerprint import code_digest, library_versions
 from tasks.runtime.store import Store
 
@@ -63,7 +66,7 @@ class Policy:
 
 
 # The one contract with formulas: ids of rows, and what each reason leads to.
-_ROWS = ("data_contracts.rows", "data_contracts.rules")
+_ROWS = ("data_contracts.rows", "data_contracts.rows")
 
 POLICIES = {
     "ingest": Policy(
@@ -174,3 +177,46 @@ def _again() -> Callable[[Any, Any, Any], bool]:
         return may_pass(state.result(raise_on_failure=False))
 
     return condition
+
+
+def explaining(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with errors that a person can act on. What is not known to the table is a bug and stays as it is."""
+
+    @wraps(function)
+    def attempt(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            found = explained(error, _place([*args, *kwargs.values()]))
+            if found is None:
+                raise
+            told = _counted(found)
+            if told is error:
+                raise
+            raise told from (None if has_secret(error) else error)
+
+    return attempt
+
+
+def _counted(error: TunegateError) -> TunegateError:
+    """Say that it will be tried again; after the last try the error says how many there were."""
+    context = TaskRunContext.get()
+    if context is None or not may_pass(error):
+        return error
+    tries, most = context.task_run.run_count, 1 + context.task.retries
+    if tries >= most:
+        problems = (replace(problem, what=f"{problem.what} (tried {tries} times)") for problem in error.problems)
+        return type(error)(*problems)
+    what = "; ".join(problem.what for problem in error.problems)
+    note(f"{context.task_run.name}: {what}; that was try {tries} of {most}")
+    return error
+
+
+def _place(arguments: Iterable[Any]) -> Path | None:
+    """Where the stage's store lies, whatever it was told of it."""
+    for argument in arguments:
+        if isinstance(argument, Store):
+            return argument.root
+        if isinstance(argument, RunSpec | StoreSpec):
+            return Path((argument.store if isinstance(argument, RunSpec) else argument).root)
+    return None

@@ -42,7 +42,7 @@ class Turn:
 
 @contextmanager
 def turn(
-    store: Store, holder: Holder, when_busy: Literal["wait", "skip"], tell: Callable[[str], None]
+    store: Store, holder: Holder, when_busy: Literal["wait", "skip"], note: Callable[[str], None]
 ) -> Iterator[Turn]:
     """Hold the store's lock for the block. The system frees it the moment its holder dies, and then it is known who did:
     a holder that ends well takes its name away.
@@ -59,7 +59,7 @@ def turn(
         if when_busy == "skip":
             yield Turn(False, busy)
             return
-        tell(f"waiting for {busy or 'another run'}")
+        note(f"waiting for {busy or 'another run'}")
         lock.acquire(poll_interval=0.5)
     try:
         dead = _read(name)

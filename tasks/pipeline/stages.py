@@ -19,8 +19,9 @@ from data_contracts.reports import (
     Start,
     TrainReport,
 )
-from data_contracts.rules import Action
-from data_contracts.run_spec import EvaluateSpec, GateSpec, Method, RunSpec, StoreSpec, TrainSpec
+from data_contracts.rows import Action
+from data_contracts.run_spec import EvaluateSpec, GateSpec, RunSpec, StoreSpec
+from data_contracts.train_spec import Method, TrainSpec
 from data_contracts.verdict import Comparison, GateReport, Served
 from tasks.data.curation import curate as curation
 from tasks.data.ingestion import ingest as ingestion

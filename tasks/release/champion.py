@@ -9,7 +9,7 @@ from data_contracts.reports import AdapterRef, BaseModelRef, EvalTarget
 from data_contracts.run_spec import StoreSpec
 from tasks.release.history import standing
 from tasks.release.registry import CHAMPION, Registered, alias_version, champion, resolve
-from tasks.reporting.mlflow_run import connect
+from tasks.runtime.mlflow_client import connect
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,30 @@
 """The folder `evidence` of a version: why it may be trusted, and what makes it again, in files that need no store."""
 
+import html
 import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
 from data_contracts.data_reports import Report
 from data_contracts.lineage import EVIDENCE, LINEAGE_FILE, Lineage
+from tasks.data.ingestion.sources import UNKNOWN, distribution_licence
 from tasks.release.lineage import Made, file_digests, lineage_of
-from tasks.release.model_card import CARD_FILE, FIGURES, model_card
-from tasks.release.sbom import sbom
-from tasks.reporting.mlflow_run import SPEC_FILE
+from tasks.reporting.markdown import environment, escape
 from tasks.reporting.plots import figures
+from tasks.reporting.sentences import label_of, sentences, started
+from tasks.reporting.tables import cost_rows, models_of, score_rows
+from tasks.runtime.mlflow_client import SPEC_FILE
 
-SBOM_FILE = "sbom.cdx.json"
+if TYPE_CHECKING:
+    from cyclonedx.model.component import Component, ComponentType
+
+
+SBOM_FILE = "cdx.json"
 
 
 def write_evidence(made: Made, folder: Path, artifacts: dict[str, Path], trained_rows_sha256: str) -> Path:
@@ -57,3 +68,131 @@ def _environment(lineage: Lineage) -> str:
     head = f"# Python {machine.python}, {machine.platform}; tunegate {code.version} from {came}\n"
     pins = (f"{name}=={version}\n" for name, version in machine.packages.items() if name != "tunegate")
     return head + "".join(pins)
+
+
+CARD_FILE = "README.md"
+FIGURES = "figures"
+_METRICS = {"nll_nats": "held-out loss, nats per token", "bits_per_byte": "bits per byte", "accuracy": "accuracy"}
+
+
+def model_card(made: Made, lineage: Lineage, plots: Sequence[str]) -> str:
+    """plots: names of the pictures that lie beside it, in the folder of figures."""
+    from markupsafe import Markup
+
+    models = models_of(made.arms, made.evaluations)
+    # The lineage itself names the card's sha256; packages lie beside it.
+    told = lineage.model_dump_json(indent=1, exclude={"files": True, "spec": True, "machine": {"packages"}})
+    body = environment(escape).get_template("card.md.j2").render(
+        made=made,
+        lineage=lineage,
+        start=started(made.arm.start) if made.arm.start else "starts from scratch",
+        names=[label_of(name) for name in models],
+        tables=(score_rows(models, made.comparison), cost_rows(models)),
+        sentences=list(sentences(made.comparison)),
+        plots={name: Markup(f"{FIGURES}/{name}.png") for name in plots},
+        lineage_json=Markup(html.escape(told, quote=False)),
+    )  # fmt: skip
+    return f"---\n{_head(made, lineage)}\n---\n{body}"
+
+
+def _head(made: Made, lineage: Lineage) -> str:
+    """As huggingface_hub reads it. A base that is no hub id has no place there."""
+    from huggingface_hub import ModelCardData
+
+    is_adapter = lineage.training.method != "full"
+    data = ModelCardData(
+        license=lineage.base_licence.lower() if " " not in lineage.base_licence else "other",
+        base_model=lineage.base.name if lineage.base.revision else None,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["tunegate", lineage.training.method],
+        model_name=lineage.name,
+        eval_results=list(_results(made, lineage)),
+    )
+    return str(data.to_yaml())
+
+
+def _results(made: Made, lineage: Lineage) -> Iterator[Any]:
+    from huggingface_hub import EvalResult
+
+    for metric, name in _METRICS.items():
+        value = getattr(made.scores, metric)
+        if value is not None:
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type="held-out-rows",
+                dataset_name=f"{lineage.name}, test split",
+                dataset_revision=lineage.data.test_sha256,
+                metric_type=metric,
+                metric_name=name,
+                metric_value=value,
+            )
+
+
+_SPACE = uuid.UUID("6f3b8f5e-0c1d-4a57-9f0e-4e5a3c1f7a10")  # ours: the same version gets the same serial number
+
+
+def sbom(lineage: Lineage) -> str:
+    """The bill as JSON, version 1.6 of the standard. The same lineage gives the same bill."""
+    from cyclonedx.model.bom import Bom
+    from cyclonedx.output.json import JsonV1Dot6
+
+    model = _model(lineage)
+    parts = [_base(lineage), _data(lineage), *_packages(lineage)]
+    bill = Bom(components=parts, serial_number=uuid.uuid5(_SPACE, lineage.key))
+    bill.metadata.component = model
+    bill.metadata.timestamp = datetime.fromtimestamp(lineage.made_unix_seconds, UTC)
+    bill.register_dependency(model, parts)
+    return str(JsonV1Dot6(bill).output_as_string(indent=1))
+
+
+def _model(lineage: Lineage) -> "Component":
+    from cyclonedx.model.component import ComponentType
+
+    sha256 = lineage.training.adapter.sha256
+    return _named(ComponentType.MACHINE_LEARNING_MODEL, lineage.name, sha256[:12], sha256, lineage.base_licence)
+
+
+def _base(lineage: Lineage) -> "Component":
+    from cyclonedx.model.component import ComponentType
+
+    base = lineage.base
+    version = base.revision or base.digest[:12]
+    return _named(ComponentType.MACHINE_LEARNING_MODEL, base.name, version, base.digest, lineage.base_licence)
+
+
+def _data(lineage: Lineage) -> "Component":
+    from cyclonedx.model.component import ComponentType
+
+    data = lineage.data
+    name = ", ".join(sorted(data.sources)) or "rows"
+    return _named(ComponentType.DATA, name, data.snapshot_id[:12], data.snapshot_id, data.licence)
+
+
+def _named(kind: "ComponentType", name: str, version: str, sha256: str, licence: str) -> "Component":
+    """sha256: of a file, or of what a folder or a snapshot holds."""
+    from cyclonedx.contrib.license.factories import LicenseFactory
+    from cyclonedx.model import HashAlgorithm, HashType
+    from cyclonedx.model.component import Component
+
+    return Component(
+        type=kind,
+        name=name,
+        version=version,
+        bom_ref=f"{kind.value}:{name}@{version}",
+        hashes=[HashType(alg=HashAlgorithm.SHA_256, content=sha256)],
+        licenses=[LicenseFactory().make_from_string(licence)],
+    )
+
+
+def _packages(lineage: Lineage) -> Iterator["Component"]:
+    from cyclonedx.contrib.license.factories import LicenseFactory
+    from cyclonedx.model.component import Component
+    from packageurl import PackageURL
+
+    licences = LicenseFactory()
+    for name, version in lineage.machine.packages.items():
+        address = PackageURL("pypi", None, name, version)
+        told = distribution_licence(name)
+        known = [] if told == UNKNOWN else [licences.make_from_string(told)]
+        yield Component(name=name, version=version, bom_ref=str(address), purl=address, licenses=known)

@@ -10,7 +10,7 @@ from data_contracts.run_spec import StoreSpec
 from tasks.release import promotion_ledger as ledgers
 from tasks.release.promotion_ledger import Ledger
 from tasks.release.registry import CHALLENGER, CHAMPION, alias_version, offer
-from tasks.reporting.mlflow_run import connect
+from tasks.runtime.mlflow_client import connect
 from tasks.runtime.store import Store
 
 if TYPE_CHECKING:

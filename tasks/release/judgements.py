@@ -17,8 +17,8 @@ from data_contracts.reports import EvalReport, SampleAnswer
 from data_contracts.run_spec import StoreSpec
 from data_contracts.verdict import Decision, Verdict
 from tasks.release.registry import Registered
-from tasks.reporting.mlflow_run import attach, connect, kept_files, kept_text
-from tasks.runtime.console import aside
+from tasks.runtime.console import best_effort
+from tasks.runtime.mlflow_client import attach, connect, kept_files, kept_text
 
 _GATE, _EVALUATIONS, _LATER = "gate.json", "evaluations", "judgements"
 
@@ -97,7 +97,7 @@ def _text(store: StoreSpec, version: Registered, path: str) -> str | None:
     return kept_text(version.run_id, path) if path in kept_files(store, version.run_id, folder) else None
 
 
-@aside("the judgement was not kept with the version, and `tunegate promote` will not know of it")
+@best_effort("the judgement was not kept with the version, and `tunegate promote` will not know of it")
 def keep(store: StoreSpec, version: Registered, rival: str | None, decision: Decision, own: EvalReport) -> None:
     """Keep what `tunegate gate` said with the run that made the version. rival: sha256 of its adapter."""
     now = time.time()

@@ -9,7 +9,6 @@ from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_contracts.arms import arms_of
 from data_contracts.data_reports import DatasetManifest
 from data_contracts.errors import ConfigError, Problem, StoreError
 from data_contracts.lineage import (
@@ -25,9 +24,10 @@ from data_contracts.lineage import (
 )
 from data_contracts.reports import BaseModelRef, EvalReport, RecordedRun, TrainReport
 from data_contracts.run_spec import RunSpec
+from data_contracts.train_spec import arms_of
 from data_contracts.verdict import Comparison, GateReport
 from tasks.data.curation.row_ledger import fates_sha256
-from tasks.data.ingestion.licences import data_licence
+from tasks.data.ingestion.sources import data_licence
 from tasks.runtime.store import Store, digest, without_place
 
 _ROOT = Path(__file__).parents[2]

@@ -29,7 +29,7 @@ from tasks.release.history import champions, end_unfinished, moves_done, place_o
 from tasks.release.judgements import Judged
 from tasks.release.promotion_ledger import Ledger
 from tasks.release.registry import CHALLENGER, CHAMPION, Registered, alias_version, offer, resolve, version_now
-from tasks.reporting.mlflow_run import connect
+from tasks.runtime.mlflow_client import connect
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

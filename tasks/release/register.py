@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from data_contracts.data_reports import FileRef
 from data_contracts.lineage import EVIDENCE, LINEAGE_FILE, LINEAGE_TAG, Lineage
 from data_contracts.reports import ModelVersion
-from tasks.data.curation.row_ids import ids_of, publish_ids
+from tasks.data.curation.dataset_files import ids_of, publish_ids
 from tasks.models.integrity import CODE_FILE, spec_digest
 from tasks.release.evidence import write_evidence
 from tasks.release.lineage import Made
@@ -23,7 +23,8 @@ from tasks.release.registry import (
     TRAINED_TAG,
     version_now,
 )
-from tasks.reporting.mlflow_run import KEY_TAG, attach, connect, log_model_scores, open_experiment, resumed
+from tasks.reporting.mlflow_run import log_model_scores
+from tasks.runtime.mlflow_client import KEY_TAG, attach, connect, open_experiment, resumed
 from tasks.runtime.store import digest, without_place
 
 if TYPE_CHECKING:

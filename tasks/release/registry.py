@@ -12,11 +12,12 @@ from data_contracts.errors import ConfigError, Problem
 from data_contracts.lineage import Lineage
 from data_contracts.releases import OVERRIDE_TAG
 from data_contracts.reports import ModelVersion, Quantisation
-from data_contracts.run_spec import Method, StoreSpec
-from tasks.data.curation.row_ids import NAME
+from data_contracts.run_spec import StoreSpec
+from data_contracts.train_spec import Method
+from tasks.data.curation.dataset_files import NAME
 from tasks.models.integrity import checked_spec, verify_version
 from tasks.release.lineage import read_lineage
-from tasks.reporting.mlflow_run import SPEC_FILE, connect
+from tasks.runtime.mlflow_client import SPEC_FILE, connect
 from tasks.runtime.processes import run_worker
 from tasks.runtime.store import Store
 

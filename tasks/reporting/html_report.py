@@ -10,12 +10,11 @@ from data_contracts.data_reports import DatasetManifest
 from data_contracts.reports import EvalReport, ModelVersion, RecordedRun, TrainReport
 from data_contracts.run_spec import RunSpec
 from data_contracts.verdict import Comparison, GateReport, Interval
-from tasks.reporting.arm_facts import PARTS, choices, memory_parts
-from tasks.reporting.mlflow_run import attach
 from tasks.reporting.plots import figures, svg
 from tasks.reporting.sentences import sentences, started
-from tasks.runtime.drafts import content_key
-from tasks.runtime.store import Store
+from tasks.reporting.tables import PARTS, choices, memory_parts
+from tasks.runtime.mlflow_client import attach
+from tasks.runtime.store import Store, content_key
 
 
 def write_report(

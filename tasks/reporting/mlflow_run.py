@@ -6,60 +6,22 @@ MLflow takes seconds to import, so it is imported in the functions that use it.
 import json
 import math
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from data_contracts.data_reports import DatasetManifest, FileRef
 from data_contracts.reports import EvalReport, RecordedRun, TrainReport
-from data_contracts.run_spec import RunSpec, StoreSpec
+from data_contracts.run_spec import RunSpec
 from data_contracts.verdict import Comparison, GateReport
-from tasks.reporting.arm_facts import memory_parts
 from tasks.reporting.plots import figures
+from tasks.reporting.tables import memory_parts
 from tasks.runtime.store import Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+from tasks.runtime.mlflow_client import KEY_TAG, SPEC_FILE, connect, open_experiment
 
-KEY_TAG = "tunegate.key"
-SPEC_FILE = "spec.yaml"
-# Advice of MLflow's that is not followed on purpose (served_model.py leaves type hints off).
-_HINTS = ".*(Add type hints to the `predict`|Inferred schema contains integer|can be interpreted in multiple ways)"
 _DIGEST_CHARS = 32  # MLflow takes at most 36
-
-
-def connect(store: StoreSpec) -> "MlflowClient":
-    """Point MLflow at the store's database, or at the server of `store.mlflow_uri`."""
-    import mlflow
-
-    warnings.filterwarnings("ignore", message=_HINTS)
-    place = Store(Path(store.root))
-    uri = store.mlflow_uri or place.database_uri
-    if uri == place.database_uri:
-        place.root.mkdir(parents=True, exist_ok=True)
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    # Two processes that migrate a fresh database at the same time break it.
-    place.files.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.files / "mlflow.lock", timeout=120):
-        client = mlflow.MlflowClient()
-        client.search_experiments(max_results=1)
-    return client
-
-
-def open_experiment(client: "MlflowClient", store: StoreSpec, name: str) -> str:
-    """Make the experiment of a model name the active one, and the first time make it; returns its id."""
-    import mlflow
-
-    found = client.get_experiment_by_name(name)
-    place = None if store.mlflow_uri else Store(Path(store.root)).artifacts.as_uri()
-    experiment = str(found.experiment_id if found else client.create_experiment(name, artifact_location=place))
-    mlflow.set_experiment(experiment_id=experiment)
-    return experiment
 
 
 def record_run(
@@ -230,36 +192,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
-
-
-def attach(store: StoreSpec, run_id: str, file: Path, folder: str | None = None) -> None:
-    """Add a file to a run that has ended."""
-    connect(store).log_artifact(run_id, str(file), folder)
-
-
-def kept_files(store: StoreSpec, run_id: str, folder: str | None = None) -> list[str]:
-    """Paths of a run's artifacts in a folder of theirs; none if there is no such run or folder."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return [found.path for found in connect(store).list_artifacts(run_id, folder) if not found.is_dir]
-    except MlflowException as error:
-        if error.get_http_status_code() not in (400, 404):
-            raise
-        return []
-
-
-def kept_text(run_id: str, path: str) -> str:
-    """A text file among a run's artifacts; `kept_files` says which there are."""
-    import mlflow
-
-    return str(mlflow.artifacts.load_text(f"runs:/{run_id}/{path}"))
-
-
-@contextmanager
-def resumed(run_id: str) -> Iterator[None]:
-    """Log into a run that has ended."""
-    import mlflow
-
-    with mlflow.start_run(run_id=run_id):
-        yield

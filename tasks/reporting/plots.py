@@ -9,7 +9,7 @@ from typing import Any
 
 from data_contracts.reports import TrainReport
 from data_contracts.verdict import Comparison, Estimate
-from tasks.reporting.arm_facts import PARTS, memory_parts
+from tasks.reporting.tables import PARTS, memory_parts
 
 _COLOURS = {"lora": "#0969da", "qlora": "#bf3989", "full": "#1a7f37", "prefix": "#9a6700"}
 _OTHERS = ("#8250df", "#cf222e", "#0550ae", "#116329", "#953800")

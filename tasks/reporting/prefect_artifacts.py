@@ -23,12 +23,11 @@ from data_contracts.data_reports import DatasetManifest
 from data_contracts.reports import EvalReport, LossPoint, RunReport, TrainReport
 from data_contracts.run_spec import StoreSpec
 from data_contracts.verdict import Comparison, GateReport, GateResult
-from tasks.reporting.arm_facts import PARTS, choices, memory_parts
 from tasks.reporting.links import data_files, mlflow_page, model_uri, prefect_page
 from tasks.reporting.markdown import backslashed, environment, interval, needs, number
 from tasks.reporting.sentences import label_of, sentences
-from tasks.reporting.tables import cost_rows, models_of, score_rows, size
-from tasks.runtime.console import aside
+from tasks.reporting.tables import PARTS, choices, cost_rows, memory_parts, models_of, score_rows, size
+from tasks.runtime.console import best_effort
 from tasks.runtime.store import Store
 
 _SECONDS_BETWEEN_UPDATES = 5.0
@@ -36,21 +35,21 @@ _CURVE_ROWS = 10
 _FAILED = "not shown in Prefect"
 
 
-@aside(_FAILED)
+@best_effort(_FAILED)
 def show_data(store: Store, data: DatasetManifest) -> None:
     """Every row by what became of it, drift, and where the files lie."""
     files = {name: path.relative_to(store.files) for name, path in data_files(data, store).items()}
     _markdown("data", "data.md.j2", data=data, files=files, store=store.files.resolve())
 
 
-@aside(_FAILED)
+@best_effort(_FAILED)
 def show_training(arm: TrainReport) -> None:
     """A trained arm: its loss over the steps, and what it took."""
     told = {"curve": _curve(arm), "memory": memory_parts(arm), "choices": choices(arm), "labels": PARTS}
     _markdown(training_key(arm.name), "training.md.j2", arm=arm, label=label_of(arm.arm), size=size, **told)
 
 
-@aside(_FAILED)
+@best_effort(_FAILED)
 def show_verdict(
     arms: Sequence[TrainReport], evaluations: Sequence[EvalReport], comparison: Comparison, gates: GateReport
 ) -> None:
@@ -63,7 +62,7 @@ def show_verdict(
     create_table_artifact([_gate_row(gate) for gate in gates.gates], "gates", f"**{gates.verdict.upper()}**{off}")
 
 
-@aside(_FAILED)
+@best_effort(_FAILED)
 def show_report(report: RunReport) -> None:
     """Where to look next: the report, the MLflow run, the version."""
     spec = StoreSpec.model_validate(report.spec["store"])
@@ -97,7 +96,7 @@ class LiveTraining:
             self.works = False
             self._update(event["step"], event["of"], event["loss_nats"])
 
-    @aside(_FAILED)
+    @best_effort(_FAILED)
     def _update(self, step: int, of: int, loss_nats: float) -> None:
         percent, told = 100 * step / of, f"step {step} of {of}, loss {loss_nats:.3f} nats/token"
         if self.artifact is None:

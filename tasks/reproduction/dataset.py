@@ -8,9 +8,8 @@ import pyarrow as pa
 from data_contracts.data_reports import DatasetManifest, FileRef, Snapshot, SourceFile
 from data_contracts.data_spec import DataSpec
 from data_contracts.errors import DataError, Problem, TunegateError
-from data_contracts.lineage import DataLineage, Lineage
-from data_contracts.reproduction import Compared
-from data_contracts.rules import Reason, action_of
+from data_contracts.lineage import Compared, DataLineage, Lineage
+from data_contracts.rows import Reason, action_of
 from data_contracts.run_spec import DOMAIN_TASKS, RunSpec
 from tasks.data.curation import row_ledger as ledger
 from tasks.data.curation.curate import curate

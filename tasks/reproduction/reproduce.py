@@ -10,10 +10,10 @@ from filelock import FileLock, Timeout
 
 from data_contracts.data_reports import DatasetManifest, FileRef
 from data_contracts.errors import ConfigError, Problem, StoreError
-from data_contracts.lineage import EVIDENCE, Code, Lineage, Machine
+from data_contracts.lineage import EVIDENCE, Code, Compared, Lineage, Machine, Reproduction, result_of
 from data_contracts.reports import AdapterRef, BaseModelRef, EvalTarget, TrainReport
-from data_contracts.reproduction import Compared, Reproduction, result_of
-from data_contracts.run_spec import RunSpec, TrainSpec
+from data_contracts.run_spec import RunSpec
+from data_contracts.train_spec import TrainSpec
 from tasks.evaluation.evaluate import evaluate_targets
 from tasks.models.base import ADAPTER_FILE, init_adapter, prepare_base, start_dials
 from tasks.release import registry

@@ -1,25 +1,50 @@
-"""What a run does beside its work, such as messages and artifacts: if it fails that is told, and the run goes on."""
+"""Lines for the person at the terminal, and side effects that never fail a run. Prefect and rich are imported where used:
+`tunegate --help` waits for neither."""
 
+import os
+import sys
 from collections.abc import Callable
 from functools import wraps
 from logging import Logger, LoggerAdapter
-from typing import Any, ParamSpec
-
-from prefect.context import FlowRunContext
-from prefect.logging import get_logger, get_run_logger
-from rich.console import Console
-from rich.text import Text
+from typing import TYPE_CHECKING, Any, ParamSpec, TextIO
 
 from data_contracts.errors import Problem
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 P = ParamSpec("P")
 Log = Logger | LoggerAdapter[Any]
+_WIDTH_WITHOUT_TERMINAL = 130
 
 
-def aside(what: str, act: str = "") -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Make a function that never raises: what went wrong is told as `what` and the kind of error.
+def page(stream: TextIO) -> "Console":
+    """A rich console that does not break lines at 80 columns when it writes to a file or a pipe."""
+    from rich.console import Console
 
-    Not with the error's own text, which can hold the address of a webhook, and with it its secret.
+    width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDTH_WITHOUT_TERMINAL
+    return Console(file=stream, width=width, highlight=False)
+
+
+def note(line: str) -> None:
+    """A line on stderr, next to those of the stages."""
+    page(sys.stderr).print(f"  {line}", style="dim", markup=False, soft_wrap=True)
+
+
+def warn(problem: Problem, log: Log | None = None) -> None:
+    """On stderr, and in the log: the run's, if there is one."""
+    from prefect.context import FlowRunContext
+    from prefect.logging import get_logger, get_run_logger
+
+    page(sys.stderr).print(f"warning: {problem}", style="yellow", markup=False, soft_wrap=True)
+    own = log or (get_run_logger() if FlowRunContext.get() else get_logger("tunegate"))
+    own.warning("%s", problem)
+
+
+def best_effort(what: str, act: str = "") -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Make a function that never raises: a failure is a warning with `what` and the kind of error.
+
+    Without the error's own text, which can hold the address of a webhook, and with it its secret.
     """
 
     def make(function: Callable[P, None]) -> Callable[P, None]:
@@ -33,15 +58,3 @@ def aside(what: str, act: str = "") -> Callable[[Callable[P, None]], Callable[P,
         return guarded
 
     return make
-
-
-def tell(line: str) -> None:
-    """A line for the person at the terminal, beside the stages'."""
-    Console(stderr=True).print(f"  {line}", style="dim", markup=False, soft_wrap=True)
-
-
-def warn(problem: Problem, log: Log | None = None) -> None:
-    """On stderr, and in the log: the run's, if there is one."""
-    Console(stderr=True).print(Text(f"warning: {problem}"), style="yellow", soft_wrap=True)
-    own = log or (get_run_logger() if FlowRunContext.get() else get_logger("tunegate"))
-    own.warning("%s", problem)

@@ -17,7 +17,7 @@ from typing import Any
 from data_contracts.errors import ConfigError, Problem
 from data_contracts.run_spec import StoreSpec
 from tasks.release.registry import CHAMPION, Registered, alias_version, resolve
-from tasks.reporting.mlflow_run import connect
+from tasks.runtime.mlflow_client import connect
 from tasks.runtime.processes import Display, Event, Watch, follow, worker_environment, worker_error
 from tasks.runtime.store import Store
 

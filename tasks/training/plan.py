@@ -9,7 +9,8 @@ from pathlib import Path
 
 import data_contracts
 from data_contracts.errors import ConfigError, Problem
-from data_contracts.run_spec import Method, ModelSpec, RunSpec, TrainSpec
+from data_contracts.run_spec import ModelSpec, RunSpec
+from data_contracts.train_spec import Method, TrainSpec
 from tasks.runtime.processes import run_worker
 from tasks.training.core.architecture import Architecture, decoder, from_json
 from tasks.training.core.fitting import CARDS_GB, Card, Change, card, changes, needed, usable_bytes

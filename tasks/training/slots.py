@@ -8,7 +8,7 @@ from typing import Any
 
 from data_contracts.errors import ConfigError, Problem, WorkerError
 from data_contracts.reports import Slot
-from data_contracts.run_spec import TrainSpec
+from data_contracts.train_spec import TrainSpec
 from tasks.runtime.processes import free_cores, worker_environment
 
 _SECONDS = 120

@@ -5,7 +5,7 @@ from typing import Any
 
 from data_contracts.data_reports import FileRef
 from data_contracts.reports import AdapterRef, BaseModelRef, LossPoint, Slot, TrainReport
-from data_contracts.run_spec import Method, TrainSpec
+from data_contracts.train_spec import Method, TrainSpec
 from tasks.models.base import adapter_ref
 from tasks.models.integrity import checked_adapter, checked_base
 from tasks.runtime.processes import Watch, run_worker

@@ -1,23 +1,45 @@
 """Where an arm starts that is to go on from the champion, and which rows it then sees; or why it starts from scratch."""
 
+import hashlib
 import json
+import math
 import shutil
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Final, NamedTuple
 
 from data_contracts.data_reports import FileRef
 from data_contracts.errors import ConfigError, Problem, StoreError
-from data_contracts.method_rules import LORA_ARMS
 from data_contracts.reports import AdapterRef, BaseModelRef, Origin, Start
 from data_contracts.run_spec import StoreSpec
-from tasks.data.curation.row_ids import ids_of, publish_ids, read_ids
+from data_contracts.train_spec import LORA_ARMS
+from tasks.data.curation.dataset_files import ids_of, publish_ids, read_ids
 from tasks.models.base import ADAPTER_FILE, adapter_ref
 from tasks.release import registry
 from tasks.release.registry import Registered
-from tasks.runtime.drafts import content_key
-from tasks.runtime.store import Store, digest
-from tasks.training.replay import Form, choose, differences
+from tasks.runtime.store import Store, content_key, digest
 
 CONFIG_FILE = "adapter_config.json"
+
+
+class Form(NamedTuple):
+    """An adapter as PEFT's configuration and the names of its tensors tell it."""
+
+    config: Mapping[str, Any]
+    tensors: Collection[str]
+
+    @property
+    def layers(self) -> set[str]:
+        """target_modules can name the same layers in several ways."""
+        return {name.partition(".lora_")[0].removeprefix("base_model.model.") for name in self.tensors}
+
+
+class Chosen(NamedTuple):
+    """Row ids of a warm start."""
+
+    new: list[str]
+    old: list[str]
+    replayed: list[str]
 
 
 def origin_of(store: StoreSpec, name: str, train: Path) -> tuple[Origin, list[str]]:
@@ -147,3 +169,40 @@ def _publish(
         replayed_rows=len(chosen.replayed),
         trained=publish_ids(store, known.union(chosen.new)),
     )
+
+
+_SALT: Final = "tunegate-replay-v1:"
+_ALIKE: Final = {
+    "peft_type": "kind",
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
+"""What two adapters must share, as PEFT calls it and as people do. Dropout may differ: it is no part of what was learnt."""
+
+
+def choose(row_ids: Sequence[str], known: Collection[str], share: float) -> Chosen:
+    """Every row that is not known, and so many known ones that they make `share` of all; all of them if they are too few.
+
+    Replayed are those whose ids have the lowest hash: the same ones each time, whatever else comes. In the given order.
+    """
+    new = [row for row in row_ids if row not in known]
+    old = [row for row in row_ids if row in known]
+    wanted = len(old) if share == 1.0 else math.floor(len(new) * share / (1.0 - share) + 0.5)
+    lowest = set(sorted(old, key=_hash)[:wanted])
+    return Chosen(new, old, [row for row in old if row in lowest])
+
+
+def _hash(row_id: str) -> str:
+    return hashlib.sha256(f"{_SALT}{row_id}".encode()).hexdigest()
+
+
+def differences(theirs: Form, ours: Form) -> list[str]:
+    """In what an adapter is of another form than a fresh one of an arm; none if it fits."""
+    pairs = {name: (theirs.config.get(key), ours.config.get(key)) for key, name in _ALIKE.items()}
+    found = [f"{name} {there} there and {here} here" for name, (there, here) in pairs.items() if there != here]
+    if layers := theirs.layers ^ ours.layers:
+        more = f"such as {min(layers)}"
+        found.append(f"{len(theirs.layers)} adapted layers there and {len(ours.layers)} here, not the same ({more})")
+    return found

@@ -10,11 +10,11 @@ import pytest
 
 from data_contracts.data_spec import DataSpec
 from data_contracts.errors import ConfigError, StoreError
-from data_contracts.run_spec import ModelSpec, StoreSpec, VariantSpec
+from data_contracts.run_spec import ModelSpec, StoreSpec
+from data_contracts.train_spec import VariantSpec
 from flows.cli.app import main
 from flows.config.load import load_spec
-from tasks.data.ingestion.downloads import local_copies
-from tasks.data.ingestion.sources import find_sources
+from tasks.data.ingestion.sources import find_sources, local_copies
 from tasks.runtime.store import Store
 
 SECRET = "hunter2zzz"

@@ -12,7 +12,7 @@ from data_contracts.data_reports import DatasetManifest, DataState, Snapshot, Va
 from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
 from data_contracts.errors import ConfigError, DataError
 from flows.cli.app import main
-from flows.data_release import release as bring_back
+from flows.prepare_data import release as bring_back
 from tasks.data.curation import row_ledger as ledger
 from tasks.data.curation.curate import curate
 from tasks.data.curation.dataset_files import SPLITS

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from data_contracts.errors import DataError
-from data_contracts.rows import Message
-from data_contracts.rules import Reason, Rejection
+from data_contracts.rows import Message, Reason, Rejection
 from tasks.data.ingestion.core.formats import Conversation, check_columns, converter, detect_format
 
 HELLO = (Message("user", "hi"), Message("assistant", "hello"))

@@ -16,7 +16,7 @@ import pytest
 from data_contracts.data_reports import DatasetManifest, FileRef, Snapshot
 from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
 from data_contracts.errors import DataError
-from data_contracts.rules import Reason
+from data_contracts.rows import Reason
 from tasks.data.curation.curate import curate
 from tasks.data.ingestion.ingest import ingest
 from tasks.data.ingestion.readers import read_source

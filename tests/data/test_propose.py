@@ -14,7 +14,7 @@ from data_contracts.data_reports import ValidatedData
 from data_contracts.data_spec import ContractSpec, DataSpec, RulesSpec
 from data_contracts.errors import ConfigError, DataError
 from flows.cli.app import main
-from flows.cli.init_spec import Look, init
+from flows.config.init_spec import Look, init
 from flows.config.load import load_spec
 from tasks.data.ingestion.ingest import ingest
 from tasks.data.ingestion.sources import find_sources
@@ -251,7 +251,7 @@ def test_a_preset_that_cannot_be_written_leaves_no_suite_behind(monkeypatch: pyt
     def refuse(*_: Any) -> None:
         raise ConfigError
 
-    monkeypatch.setattr("flows.cli.init_spec.write_spec", refuse)
+    monkeypatch.setattr("flows.config.init_spec.write_spec", refuse)
     with pytest.raises(ConfigError):
         proposal(english(3))
     assert not Path("my.suite.json").exists()

@@ -14,8 +14,8 @@ import pytest
 
 from data_contracts.data_spec import DataSpec
 from data_contracts.errors import DataError, InfrastructureError
-from data_contracts.rules import Rejection
-from flows.cli.init_spec import init
+from data_contracts.rows import Rejection
+from flows.config.init_spec import init
 from tasks.data.ingestion.encodings import open_text, resolve_encoding
 from tasks.data.ingestion.ingest import ingest
 from tasks.data.ingestion.raw_rows import RawRow, printable

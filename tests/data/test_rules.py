@@ -3,8 +3,7 @@
 import pytest
 
 from data_contracts.data_spec import CustomRule, RulesSpec
-from data_contracts.rows import Message, Role, Row
-from data_contracts.rules import FLAGGED, Reason
+from data_contracts.rows import FLAGGED, Message, Reason, Role, Row
 from tasks.data.validation.core.row_rules import RULES, Checked, check_row
 
 LIMIT = 5000

@@ -19,12 +19,11 @@ from pydantic import ValidationError
 
 from data_contracts.data_spec import DataSpec
 from data_contracts.errors import DataError, TransientError
-from flows.cli.init_spec import init
+from flows.config.init_spec import init
 from flows.config.load import load_spec
 from tasks.data.ingestion import urls
-from tasks.data.ingestion.downloads import local_copies
 from tasks.data.ingestion.ingest import ingest
-from tasks.data.ingestion.sources import find_sources, source_digests
+from tasks.data.ingestion.sources import find_sources, local_copies, source_digests
 from tasks.runtime.store import Store
 
 

@@ -1,6 +1,6 @@
 """Distractors are near, different, and independent of the order of rows. Run: pytest tests/evaluation/test_choice.py"""
 
-from tasks.evaluation.core.choice import CHOICES, TestRow, choose_distractors, true_place, word_overlap_guess
+from tasks.evaluation.core.items import CHOICES, TestRow, choose_distractors, true_place, word_overlap_guess
 
 TestRow.__test__ = False  # its name looks like a test class to pytest
 TOPICS = {

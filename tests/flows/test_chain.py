@@ -420,7 +420,7 @@ def test_promotion_needs_a_passed_gate_or_a_reason_and_can_be_rolled_back(second
     from flows.promote import promote, rollback
     from tasks.release.promotion import promote_version
     from tasks.release.registry import champion
-    from tasks.reporting.mlflow_run import connect
+    from tasks.runtime.mlflow_client import connect
 
     store, name = StoreSpec(root=str(place / "store")), "tunegate-smoke"
     connect(store).set_model_version_tag(name, "2", "tunegate.verdict", "fail")

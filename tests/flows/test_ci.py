@@ -216,7 +216,7 @@ def deciding(monkeypatch: pytest.MonkeyPatch, decision: Decision) -> list[tuple]
         return decision
 
     monkeypatch.setattr("flows.gate.gate", decide)
-    monkeypatch.setattr("flows.cli.pages.verdict_tables.show_decision", lambda *found: None)
+    monkeypatch.setattr("flows.cli.pages.run.show_decision", lambda *found: None)
     return asked
 
 

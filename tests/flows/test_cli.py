@@ -17,7 +17,7 @@ from data_contracts.verdict import GateReport, GateResult
 from flows.cli import output as console
 from flows.cli.app import EXIT_CODES, main
 from flows.cli.output import Outcome, result_stream, say
-from flows.cli.pages.verdict_tables import show_decision
+from flows.cli.pages.run import show_decision
 from flows.services.doctor import _package
 from flows.services.environment import prepare_environment
 from flows.services.servers import Server, port_is_free, start_all, stop_all

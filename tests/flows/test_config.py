@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from data_contracts.data_spec import DataSpec
 from data_contracts.errors import ConfigError, Problem
-from data_contracts.run_spec import RunSpec, TrainSpec
+from data_contracts.run_spec import RunSpec
+from data_contracts.train_spec import TrainSpec
 from flows.config.load import load_changes, load_spec, load_store, write_spec
 from flows.config.validation_errors import dials
 

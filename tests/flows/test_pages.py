@@ -38,11 +38,11 @@ from data_contracts.verdict import (
 from flows.cli.app import main
 from flows.cli.output import Outcome, say
 from flows.cli.pages.data import show_data
-from flows.cli.pages.payloads import report_file, summary
-from flows.cli.pages.run import show_run
-from flows.cli.pages.verdict_tables import show_comparison
-from tasks.reporting.arm_facts import memory_parts
+from flows.cli.pages.payloads import summary
+from flows.cli.pages.run import show_comparison, show_run
+from tasks.reporting.finished_runs import report_file
 from tasks.reporting.plots import memory
+from tasks.reporting.tables import memory_parts
 from tasks.runtime.store import Store
 from tests.support.planted import comparison, estimate
 

@@ -14,7 +14,7 @@ import pytest
 
 from data_contracts.run_spec import StoreSpec
 from tasks.release.registry import resolve
-from tasks.reporting.mlflow_run import connect
+from tasks.runtime.mlflow_client import connect
 from tests.support.servers import COMMAND, prefect_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -10,15 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from data_contracts.data_reports import Look
 from data_contracts.data_spec import DataSpec
 from data_contracts.errors import GateError
-from data_contracts.run_spec import RunSpec
-from data_contracts.schedule_spec import ScheduleSpec
-from data_contracts.watch_reports import Look
+from data_contracts.run_spec import RunSpec, ScheduleSpec
 from tasks.data import watermark
 from tasks.data.curation.curate import curate
-from tasks.data.freshness import decide, still_changing
-from tasks.data.freshness_part import drifted, reason_to_retrain
+from tasks.data.freshness import decide, drifted, reason_to_retrain, still_changing
 from tasks.data.ingestion.ingest import ingest
 from tasks.data.validation.validate import validate
 from tasks.pipeline.run_lock import Holder, me, turn
@@ -186,11 +184,11 @@ def test_a_second_run_skips_if_it_is_told_to(tmp_path, holder):
 def test_a_second_run_waits_for_the_first_and_says_for_whom(tmp_path, holder):
     told = []
 
-    def tell(line: str) -> None:
+    def note(line: str) -> None:
         told.append(line)
         holder[1].send("end")
 
-    with turn(Store(tmp_path), SECOND, "wait", tell) as own:
+    with turn(Store(tmp_path), SECOND, "wait", note) as own:
         assert own.mine
         assert own.other is None, "the first one ended well"
     assert "waiting for first (process" in told[0]

@@ -9,9 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.models.core.packing import Scored, pack
-from tasks.models.workers.fused_layers import fuse_lora
-from tasks.models.workers.fused_mlp import fuse_mlp
-from tasks.models.workers.fused_norm import fuse_norms
+from tasks.models.workers.fused_layers import fuse_lora, fuse_mlp, fuse_norms
 from tasks.models.workers.head_loss import HeadLoss
 from tasks.models.workers.lora_init import take_off_start
 from tasks.models.workers.scoring import Scoring, choose_way, scored_logits, scored_losses, to_tensors

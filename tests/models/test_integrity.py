@@ -25,7 +25,7 @@ from tasks.evaluation import evaluate
 from tasks.models.core.adapter_files import WEIGHTS
 from tasks.models.integrity import checked_adapter, checked_base, digest_of, verify_version
 from tasks.release import registry
-from tasks.reporting.mlflow_run import connect
+from tasks.runtime.mlflow_client import connect
 from tasks.runtime.store import digest
 from tasks.training.workers import checkpoints
 from tests.models.test_adapter_scan import mutate_bytes, mutate_json

@@ -4,8 +4,7 @@ Run: pytest tests/pipeline/test_cache_reasons.py
 """
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -14,8 +13,9 @@ from prefect.tasks import Task
 
 from data_contracts.data_reports import FileRef, Report
 from data_contracts.reports import AdapterRef, Stage
-from data_contracts.run_spec import RunSpec, TrainSpec
-from flows.retrain import prepare_data
+from data_contracts.run_spec import RunSpec
+from data_contracts.train_spec import TrainSpec
+from flows.prepare_data import prepare_data
 from tasks.pipeline import cache_reasons as reasons
 from tasks.pipeline import stages
 from tasks.pipeline.cache_reasons import Reasons

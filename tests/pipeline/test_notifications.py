@@ -34,7 +34,7 @@ from data_contracts.run_spec import RunSpec, StoreSpec
 from data_contracts.verdict import GateReport, GateResult
 from flows.retrain import retrain_flow
 from flows.runner import Stages
-from tasks.pipeline import messages
+from tasks.pipeline import notifications
 from tasks.pipeline import notifications as notify
 from tasks.pipeline.policies import stage
 from tasks.reporting import links
@@ -198,7 +198,7 @@ def test_no_secret_of_a_block_is_in_what_prefect_or_a_terminal_shows(first):
 
 
 def test_what_may_pass_is_tried_again_and_a_status_is_told_without_the_address(hook, capfd):
-    message = messages.Message("subject", "body")
+    message = notifications.Message("subject", "body")
     hook["failures"] += [503, 429]
     notify._send([hook["block"]], message)
     assert hook["messages"] == [("subject", "body")]
@@ -211,7 +211,7 @@ def test_what_may_pass_is_tried_again_and_a_status_is_told_without_the_address(h
 
 def test_a_block_of_another_kind_is_told_apart(capfd):
     Secret(value="x").save("plain", overwrite=True)
-    notify._send(["secret/plain"], messages.Message("subject", "body"))
+    notify._send(["secret/plain"], notifications.Message("subject", "body"))
     assert "secret/plain cannot notify\n    limit: a notification block" in capfd.readouterr().err
 
 
@@ -259,7 +259,7 @@ def test_an_apprise_url_sends_e_mail_by_smtp():
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"mailto://127.0.0.1:{server.server_address[1]}?from=a@example.org&to=b@example.org&format=text"
         notify.AppriseUrl(url=url).save("mail", overwrite=True)
-        notify._send(["apprise-url/mail"], messages.Message("m version 1: PASS", "line one\nline two"))
+        notify._send(["apprise-url/mail"], notifications.Message("m version 1: PASS", "line one\nline two"))
         server.shutdown()
     assert "Subject: m version 1: PASS" in server.mail
     assert "\r\nline one\r\nline two\r\n" in server.mail
@@ -275,9 +275,9 @@ def gate(name: str, verdict: str, actual: float | None = 0.5) -> GateResult:
     )
 
 
-def verdict_of(verdict: str, gates: list[GateResult], root: Path, champion: str | None) -> messages.Message:
+def verdict_of(verdict: str, gates: list[GateResult], root: Path, champion: str | None) -> notifications.Message:
     report = planted(root).model_copy(update={"gate": GateReport(gates=gates, off=[], verdict=verdict)})
-    return messages.verdict(report, "r", champion, root / "report.html", "http://m/#/runs/1", "http://p/runs/1")
+    return notifications.verdict(report, "r", champion, root / "report.html", "http://m/#/runs/1", "http://p/runs/1")
 
 
 def test_a_verdict_names_the_gates_that_decide_and_who_is_champion(tmp_path):
@@ -313,7 +313,7 @@ def test_a_verdict_names_the_gates_that_decide_and_who_is_champion(tmp_path):
     ],
 )
 def test_a_failure_shows_no_text_that_could_hold_a_secret(error, told):
-    assert messages.failed("m", "r", ["in stage x"], error, None).body.splitlines() == [
+    assert notifications.failed("m", "r", ["in stage x"], error, None).body.splitlines() == [
         "in stage x",
         told,
         "Prefect: run r, `tunegate up` serves its page",

@@ -7,7 +7,7 @@ import pytest
 from data_contracts.data_reports import FileRef
 from data_contracts.data_spec import CurateSpec
 from data_contracts.errors import ConfigError, Problem, TransientError
-from data_contracts.run_spec import TrainSpec
+from data_contracts.train_spec import TrainSpec
 from tasks.pipeline.policies import stage, stage_key
 from tasks.runtime.store import Store
 

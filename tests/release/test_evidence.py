@@ -18,25 +18,24 @@ from cyclonedx.validation.json import JsonStrictValidator
 from huggingface_hub import ModelCard
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from data_contracts.arms import arms_of
 from data_contracts.data_reports import DatasetManifest
 from data_contracts.errors import ConfigError, DataError, StoreError
-from data_contracts.lineage import LINEAGE_TAG, Lineage
+from data_contracts.lineage import LINEAGE_TAG, Lineage, Reproduction, result_of
 from data_contracts.reports import BaseModelRef, ModelVersion, RecordedRun, TrainReport
-from data_contracts.reproduction import Reproduction, result_of
 from data_contracts.run_spec import RunSpec
+from data_contracts.train_spec import arms_of
 from flows.reproduce import recorded_spec, reproduce_flow
 from tasks.data.curation import row_ledger as ledger
 from tasks.data.curation.curate import curate
 from tasks.data.ingestion.ingest import ingest
-from tasks.data.ingestion.licences import data_licence
+from tasks.data.ingestion.sources import data_licence
 from tasks.data.validation.validate import validate
 from tasks.models.base import init_adapter, start_dials
 from tasks.release import lineage as lineages
 from tasks.release import registry
 from tasks.release.lineage import Made
 from tasks.release.register import register_version
-from tasks.reporting.mlflow_run import connect, open_experiment
+from tasks.runtime.mlflow_client import connect, open_experiment
 from tasks.runtime.store import Store, digest, without_place
 from tasks.training.train import train_arm
 from tests.data.test_curate import facts

@@ -19,7 +19,6 @@ from data_contracts.releases import OVERRIDE_TAG, Move
 from data_contracts.reports import ReleaseCheck, SampleAnswer
 from data_contracts.run_spec import StoreSpec
 from data_contracts.verdict import Decision, GateReport
-from flows.cli.output import page
 from flows.cli.pages.release import show_history
 from tasks.release import history as moves
 from tasks.release import judgements as judged
@@ -28,7 +27,8 @@ from tasks.release import promotion_ledger as ledgers
 from tasks.release.champion import rival
 from tasks.release.promotion import promote_version, rollback_version
 from tasks.release.registry import CHAMPION, champion, resolve
-from tasks.reporting.mlflow_run import connect
+from tasks.runtime.console import page
+from tasks.runtime.mlflow_client import connect
 from tasks.runtime.store import Store
 from tests.flows.test_pages import planted
 from tests.support.releases import NAME, Registry, evaluation, promote_and_die, try_to_promote

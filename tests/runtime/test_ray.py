@@ -11,7 +11,7 @@ import pytest
 from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
 from data_contracts.errors import TransientError, WorkerError
 from data_contracts.failures import may_pass
-from data_contracts.run_spec import TrainSpec
+from data_contracts.train_spec import TrainSpec
 from tasks.data.curation.curate import curate
 from tasks.data.ingestion.ingest import ingest
 from tasks.data.validation.validate import validate

@@ -22,13 +22,13 @@ from prefect.flows import load_flow_from_entrypoint
 
 from data_contracts.errors import InfrastructureError
 from data_contracts.run_spec import RunSpec, StoreSpec
-from flows.cli.output import page
 from flows.cli.pages.services import show_status
 from flows.services import crashed_runs as runs_left
 from flows.services import deployments as deploy
 from flows.services.state import MARK, State, open_here, processes, services_folder, write_state
 from flows.services.status import Deployed, LastRun, NextRun, Service, Status
 from flows.services.supervisor import Program, Supervisor, configuration
+from tasks.runtime.console import page
 from tasks.runtime.processes import is_worker
 from tests.support.servers import Tunegate, free_port
 

@@ -21,13 +21,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_contracts.errors import ConfigError
+from data_contracts.releases import Given, Pair
 from data_contracts.run_spec import StoreSpec
-from data_contracts.shadow_reports import Given, Pair
 from flows.cli.chat import Talk
 from tasks.runtime.store import digest
 from tasks.serving.endpoint import Endpoint, Wanted, wanted
-from tasks.serving.shadow_pairs import compare_pairs
-from tasks.serving.workers.stop_strings import Cutter
+from tasks.serving.shadow import compare_pairs
+from tasks.serving.workers.generation import Cutter
 from tests.support.servers import COMMAND, Server, free_port, prefect_server
 
 SYSTEM = "Answer in numbers."

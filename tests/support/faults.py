@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from data_contracts.run_spec import TrainSpec
+from data_contracts.train_spec import TrainSpec
 from tasks.runtime.store import digest
 from tasks.runtime.workers.harness import main
 from tasks.runtime.workers.ranks import MEETING, loopback

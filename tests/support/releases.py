@@ -83,7 +83,7 @@ class Registry:
         from mlflow.models import infer_signature
 
         from tasks.release.registry import CHALLENGER
-        from tasks.reporting.mlflow_run import connect, open_experiment
+        from tasks.runtime.mlflow_client import connect, open_experiment
 
         client, adapter = connect(self.store), self.adapter(seed)
         open_experiment(client, self.store, NAME)

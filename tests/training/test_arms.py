@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 from pydantic import ValidationError
 
-from data_contracts.arms import arms_of, candidate_arm
-from data_contracts.run_spec import TrainSpec
+from data_contracts.train_spec import TrainSpec, arms_of, candidate_arm
 from tasks.models.base import start_dials
 from tasks.pipeline.policies import stage_key
 

@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from data_contracts.errors import ConfigError, TransientError, WorkerError
-from data_contracts.run_spec import TrainSpec
+from data_contracts.train_spec import TrainSpec
 from tasks.models.core.packing import Scored, shares
 from tasks.pipeline.policies import stage_key
 from tasks.runtime.processes import run_worker, worker_error

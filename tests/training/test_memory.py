@@ -26,11 +26,9 @@ from transformers import (
 )
 
 import data_contracts
-from data_contracts.run_spec import TrainSpec
+from data_contracts.train_spec import TrainSpec
 from tasks.models.core.packing import Scored, pack
-from tasks.models.workers.fused_layers import fuse_lora
-from tasks.models.workers.fused_mlp import fuse_mlp
-from tasks.models.workers.fused_norm import fuse_norms
+from tasks.models.workers.fused_layers import fuse_lora, fuse_mlp, fuse_norms
 from tasks.models.workers.head_loss import HeadLoss
 from tasks.models.workers.loading import load_base
 from tasks.models.workers.lora_init import take_off_start
@@ -39,8 +37,7 @@ from tasks.runtime.workers.device import Device
 from tasks.training.core.activations import block_bytes, logit_bytes
 from tasks.training.core.architecture import Architecture, decoder
 from tasks.training.core.memory import constant_bytes, predict
-from tasks.training.core.memory_settings import Settings, Stack, on_cpu, settings_of
-from tasks.training.core.optimisers import NAMES, state_bytes
+from tasks.training.core.memory_settings import NAMES, Settings, Stack, on_cpu, settings_of, state_bytes
 from tasks.training.workers.describe_base import architecture_of
 from tasks.training.workers.planned_memory import planned_memory
 

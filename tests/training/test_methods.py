@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_contracts.errors import ConfigError
-from data_contracts.run_spec import TrainSpec
+from data_contracts.train_spec import TrainSpec
 from flows.config.load import load_spec
 from tasks.models.base import start_dials
 from tasks.models.core.packing import Scored

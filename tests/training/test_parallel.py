@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import pytest
 
-from data_contracts.arms import arms_of
 from data_contracts.data_reports import DatasetManifest
 from data_contracts.errors import ConfigError, DataError, StoreError, TunegateError
 from data_contracts.reports import BaseModelRef, Slot, TrainReport
-from data_contracts.run_spec import RunSpec, StoreSpec, TrainSpec
+from data_contracts.run_spec import RunSpec, StoreSpec
+from data_contracts.train_spec import TrainSpec, arms_of
 from tasks.evaluation.core.costs import claims, measure_costs
 from tasks.models.base import adapter_ref
 from tasks.pipeline.policies import stage_key
@@ -159,8 +159,7 @@ class Place:
         from prefect import flow
 
         from flows.runner import Stages
-        from flows.starts import Begin
-        from flows.train_arms import train_arms
+        from flows.train_arms import Begin, train_arms
 
         spec = RunSpec(train=TrainSpec(**SHORT | dials), store=StoreSpec(root=str(self.store.root)))
         arms, data = arms_of(spec.train), self.data()

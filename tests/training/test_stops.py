@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 
 from data_contracts.errors import ConfigError, DataError, StoreError, TransientError
-from data_contracts.run_spec import TrainSpec
+from data_contracts.train_spec import TrainSpec
 from tasks.models.workers.chat_template import load_chat
 from tasks.models.workers.loading import load_base
 from tasks.models.workers.scoring import to_tensors

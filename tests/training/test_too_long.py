@@ -3,7 +3,7 @@
 import pytest
 
 from tasks.models.core.packing import Scored
-from tasks.training.workers.too_long import fit
+from tasks.training.workers.training_rows import fit
 
 
 def row(prompt: int, answer: int) -> Scored:

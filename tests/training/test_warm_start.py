@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 import pytest
 
-from data_contracts.arms import arms_of
 from data_contracts.data_reports import DatasetManifest, FileRef
 from data_contracts.errors import ConfigError, GateError, StoreError
 from data_contracts.lineage import LINEAGE_TAG
 from data_contracts.reports import AdapterRef, BaseModelRef, Origin, RecordedRun, Start, TrainReport
-from data_contracts.run_spec import ModelSpec, RunSpec, StoreSpec, TrainSpec
+from data_contracts.run_spec import ModelSpec, RunSpec, StoreSpec
+from data_contracts.train_spec import TrainSpec, arms_of
 from data_contracts.verdict import GateReport
-from tasks.data.curation.row_ids import ids_of, publish_ids, read_ids
+from tasks.data.curation.dataset_files import ids_of, publish_ids, read_ids
 from tasks.models.base import init_adapter, start_dials
 from tasks.pipeline.policies import stage_key
 from tasks.release import registry
@@ -28,13 +28,12 @@ from tasks.release.champion import rival
 from tasks.release.lineage import Made
 from tasks.release.promotion import promote_version, rollback_version
 from tasks.release.register import register_version
-from tasks.reporting.mlflow_run import connect, open_experiment
 from tasks.reproduction.dataset import Rows
 from tasks.reproduction.reproduce import begin_again, train_again
+from tasks.runtime.mlflow_client import connect, open_experiment
 from tasks.runtime.store import Store, digest
 from tasks.training import train
-from tasks.training.replay import Form, choose, differences
-from tasks.training.warm_start import choose_start, origin_of, scratch
+from tasks.training.warm_start import Form, choose, choose_start, differences, origin_of, scratch
 from tests.data.test_curate import facts
 from tests.data.test_curate import run as curate_rows
 from tests.flows.test_pages import planted, scores

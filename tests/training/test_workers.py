@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from data_contracts.errors import ConfigError, DataError
-from data_contracts.run_spec import EvaluateSpec, TrainSpec
+from data_contracts.run_spec import EvaluateSpec
+from data_contracts.train_spec import TrainSpec
 from tasks.evaluation.evaluate import task_files
 from tasks.models.core.packing import Scored
 from tasks.models.workers.chat_template import load_chat

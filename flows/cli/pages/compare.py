@@ -13,10 +13,10 @@ from data_contracts.errors import ConfigError, Problem
 from data_contracts.reports import EvalReport, RunReport
 from data_contracts.run_spec import GateSpec
 from data_contracts.verdict import Estimate
-from flows.cli.pages.payloads import find_report, store_of, summary
-from flows.cli.pages.run import show_verdict
-from flows.cli.pages.verdict_tables import COLOURS
+from flows.cli.pages.payloads import summary
+from flows.cli.pages.run import COLOURS, show_verdict
 from tasks.evaluation.compare import difference
+from tasks.reporting.finished_runs import find_report, store_of
 from tasks.reporting.sentences import estimate, number
 from tasks.runtime.store import Store
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from data_contracts.data_reports import DatasetManifest, RowStory
 from data_contracts.reports import Stage
-from data_contracts.rules import LEAKS, UNREADABLE
+from data_contracts.rows import LEAKS, UNREADABLE
 from flows.cli.pages.payloads import data_summary
 from flows.cli.pages.run import show_stages
 from tasks.reporting.links import data_files

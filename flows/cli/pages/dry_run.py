@@ -6,8 +6,8 @@ from rich.table import Table
 from rich.text import Text
 
 from data_contracts.errors import DataError
-from data_contracts.method_rules import without_effect
 from data_contracts.run_spec import RunSpec
+from data_contracts.train_spec import without_effect
 from flows.config.load import LoadedSpec, yaml_inline
 from flows.config.validation_errors import dials
 from tasks.data.ingestion.sources import find_sources

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from data_contracts.data_reports import CheckedRows, DatasetManifest, FileRef, ValidatedData
 from data_contracts.data_spec import CurateSpec
 from data_contracts.errors import DataError, Problem
-from data_contracts.rules import Action, Reason
+from data_contracts.rows import Action, Reason
 from tasks.data.curation.core.groups import cluster_key, join
 from tasks.data.curation.core.minhash import near_pairs, similar
 from tasks.data.curation.core.near_duplicates import (
@@ -32,10 +32,9 @@ from tasks.data.curation.dataset_files import SPLITS, Decision, items, publish_d
 from tasks.data.curation.decontaminate import contaminated
 from tasks.data.curation.row_ledger import Entry, HeldOut, exclusive, held_out, known_clusters, known_splits, record
 from tasks.data.curation.signatures import Signatures, sign, sign_part
-from tasks.runtime.drafts import content_key
 from tasks.runtime.fingerprint import code_digest, library_versions
 from tasks.runtime.partitions import Job, map_parts
-from tasks.runtime.store import Store
+from tasks.runtime.store import Store, content_key
 
 _FACT_WORDS: Final = 4  # a shorter answer is a label
 _FACT_ROWS: Final = 10  # a more frequent one is boilerplate

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_contracts.data_spec import CurateSpec
-from data_contracts.rules import Reason
+from data_contracts.rows import Reason
 from tasks.data.curation.core.contamination import Detector
 from tasks.data.curation.dataset_files import Decision, Item, items
 from tasks.data.curation.row_ledger import HeldOut

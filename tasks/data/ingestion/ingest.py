@@ -14,18 +14,15 @@ import pyarrow.parquet as pq
 from data_contracts.data_reports import Snapshot, SourceFile
 from data_contracts.data_spec import DataSpec
 from data_contracts.errors import DataError, Problem
-from data_contracts.rows import as_json
-from data_contracts.rules import Rejection
+from data_contracts.rows import Rejection, as_json
 from tasks.data.ingestion.core.formats import Converter, cluster_of, converter, slice_of
-from tasks.data.ingestion.downloads import local_copies
 from tasks.data.ingestion.encodings import AUTO, resolve_encoding
 from tasks.data.ingestion.preflight import probe
 from tasks.data.ingestion.raw_rows import RawRow
 from tasks.data.ingestion.readers import is_text, read_source
-from tasks.data.ingestion.sources import Source, find_sources
-from tasks.runtime.drafts import content_key, draft_folder, publish_draft
+from tasks.data.ingestion.sources import Source, find_sources, local_copies
 from tasks.runtime.processes import Display, run_worker
-from tasks.runtime.store import Store, digest
+from tasks.runtime.store import Store, content_key, digest, draft_folder, publish_draft
 
 # Rows in one part: what a later stage works on at once, and what it need not look at again while it stays the same.
 PART_ROWS = 20_000

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_contracts.data_spec import DataSpec
 from data_contracts.errors import DataError, Problem
-from data_contracts.rules import Reason, Rejection
+from data_contracts.rows import Reason, Rejection
 from tasks.data.ingestion.core.formats import check_columns, converter, detect_format
 from tasks.data.ingestion.encodings import (
     AUTO,

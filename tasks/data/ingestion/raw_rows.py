@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from data_contracts.rules import Reason, Rejection
+from data_contracts.rows import Reason, Rejection
 
 _DETAIL_CHARS = 80
 _KEY_CHARS = 40

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from data_contracts.data_spec import DataSpec
 from data_contracts.errors import DataError, InfrastructureError, Problem, TransientError
-from data_contracts.rules import Reason, Rejection
+from data_contracts.rows import Reason, Rejection
 from tasks.data.ingestion.encodings import AUTO, data_suffix, open_text, resolve_encoding
 from tasks.data.ingestion.json_records import read_json
 from tasks.data.ingestion.raw_rows import RawRow, decodes, undecodable

@@ -6,17 +6,20 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.machinery import PathFinder
+from importlib.metadata import PackageNotFoundError, metadata, packages_distributions
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from data_contracts.data_spec import DataSpec
-from data_contracts.errors import ConfigError, Problem
+from data_contracts.errors import ConfigError, Problem, TransientError
 from tasks.data.ingestion import urls
 from tasks.data.ingestion.encodings import data_suffix
-from tasks.runtime.store import digest
+from tasks.runtime.processes import Display
+from tasks.runtime.store import Store, digest
 
 SUFFIXES: Final = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 BUILTINS: Final = ("python-docs",)
@@ -188,3 +191,83 @@ def _short_names(paths: Sequence[PurePath]) -> list[str]:
     for tail in (tail for options in tails for tail in options):
         taken[tail] = taken.get(tail, 0) + 1
     return [next((tail for tail in options if taken[tail] == 1), options[-1]) for options in tails]
+
+
+_QUIET_SECONDS = 2.0
+_MEGABYTE = 1_000_000
+_UNUSUAL = re.compile(r"[^\w. -]")  # in a file's name: another machine chose it
+_MOST_CHARS = 60
+
+
+def local_copies(store: Store, sources: list[Source]) -> list[Source]:
+    """The same sources; those at URLs as files in `downloads/`, which may be deleted: they are fetched again."""
+    with Display("download", after=_QUIET_SECONDS) as display:
+        return [_local_copy(store, source, display) if source.kind == "url" else source for source in sources]
+
+
+def _local_copy(store: Store, source: Source, display: Display) -> Source:
+    # The entry's pattern is no part of it: the same file by another pattern is the same file.
+    named = f"{source.entry.partition('://')[0]} {source.place} {source.version}"
+    key = hashlib.sha256(named.encode()).hexdigest()
+    name = _UNUSUAL.sub("_", PurePosixPath(source.place).name)[-_MOST_CHARS:]
+    file = store.files / "downloads" / key / name
+    if not file.exists():
+        with store.publish("downloads", key) as folder:
+            _fetch(source, folder / name, display)
+    return replace(source, kind="file", address=str(file))
+
+
+def _fetch(source: Source, to: Path, display: Display) -> None:
+    """Raises TransientError if it came incomplete, or is another file by now."""
+    from fsspec.callbacks import Callback
+
+    def show(size: int | None, value: int, **_: Any) -> None:
+        of = size // _MEGABYTE if size else None
+        display.show({"event": "progress", "what": f"{source.name}, MB", "done": value // _MEGABYTE, "of": of})
+
+    with urls.errors_of(source.entry):
+        urls.file_system(source.entry)[0].get_file(source.address, str(to), callback=Callback(hooks={"show": show}))
+        now = urls.info(source.entry, source.address)
+    if now.version != source.version:
+        raise TransientError(Problem("changed while it was read", source.name, act="try again"))
+    if now.size is not None and now.size != to.stat().st_size:
+        limit = f"{now.size} bytes"
+        raise TransientError(Problem(f"only {to.stat().st_size} bytes came", source.name, limit, "try again"))
+
+
+UNKNOWN = "unknown"
+_STDLIB = "PSF-2.0"
+
+
+def data_licence(data: DataSpec) -> str:
+    """What the preset says; else of the built-in data the packages' own; else "unknown"."""
+    if data.licence:
+        return data.licence
+    if data.source != ["builtin:python-docs"]:
+        return UNKNOWN
+    return " AND ".join(sorted({package_licence(package) for package in data.packages}))
+
+
+def package_licence(package: str) -> str:
+    """Of an importable package, by the metadata of its distribution."""
+    name = package.partition(".")[0]
+    if name == "stdlib" or name in sys.stdlib_module_names:
+        return _STDLIB
+    found = _distributions().get(name)
+    return distribution_licence(found[0]) if found else UNKNOWN
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """By importable name; a second to find out."""
+    return packages_distributions()
+
+
+def distribution_licence(name: str) -> str:
+    """The SPDX expression (PEP 639), or an older field if it is one line; "unknown" if the distribution is not here."""
+    try:
+        found = metadata(name)
+    except PackageNotFoundError:
+        return UNKNOWN
+    told = next((found[field] for field in ("License-Expression", "License") if field in found), "")
+    return told if told and "\n" not in told else UNKNOWN

@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 
 from data_contracts.data_spec import RulesSpec
 from data_contracts.errors import ConfigError, Problem
-from data_contracts.rows import Message, Row, as_json, from_json
-from data_contracts.rules import Reason, Rejection
+from data_contracts.rows import Message, Reason, Rejection, Row, as_json, from_json
 from tasks.data.validation.core.languages import language
 from tasks.data.validation.core.personal_data import find, is_about_personal_data, mask
 from tasks.data.validation.core.repairs import repair

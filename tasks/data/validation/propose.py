@@ -10,8 +10,7 @@ from typing import Any, Final, NamedTuple
 import pyarrow.parquet as pq
 
 from data_contracts.data_spec import ContractSpec, DataSpec, RulesSpec
-from data_contracts.rows import Row, from_json
-from data_contracts.rules import Reason, Rejection
+from data_contracts.rows import Reason, Rejection, Row, from_json
 from data_contracts.run_spec import RunSpec
 from tasks.data.ingestion.core.formats import converter
 from tasks.data.ingestion.ingest import RowTuple, as_table, as_tuple

@@ -18,10 +18,9 @@ from data_contracts.rows import from_json
 from tasks.data.validation.check_rows import LIBRARIES, check_part, summaries
 from tasks.data.validation.contract import Outcome, Suites, load_suites, run_suites
 from tasks.data.validation.core.drift import LENGTHS, SHARES, Profile, drift, labels, largest_label_share, profile
-from tasks.runtime.drafts import content_key, draft_folder, publish_draft
 from tasks.runtime.fingerprint import code_digest, library_versions
 from tasks.runtime.partitions import Job, map_parts
-from tasks.runtime.store import Store, digest
+from tasks.runtime.store import Store, content_key, digest, draft_folder, publish_draft
 
 _FILES: Final = ["quarantine.jsonl", "profile.json", "contract.json", "data_docs"]
 _NUMBERS: Final = ["row_id", "source", "language", "prompt_chars", "completion_chars", "turns", "answer_hash"]

@@ -13,8 +13,15 @@ from lm_eval.api.task import ConfigurableTask
 
 from data_contracts.errors import DataError, Problem
 from tasks.data.curation.core.groups import join
-from tasks.evaluation.core.choice import CHOICES, TestRow, choose_distractors, true_place, word_overlap_guess
-from tasks.evaluation.core.items import shared, slices
+from tasks.evaluation.core.items import (
+    CHOICES,
+    TestRow,
+    choose_distractors,
+    shared,
+    slices,
+    true_place,
+    word_overlap_guess,
+)
 from tasks.evaluation.core.text_scores import exact_match, repetition, rouge_l
 from tasks.models.workers.chat_template import Chat
 from tasks.models.workers.generation import Written

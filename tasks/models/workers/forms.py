@@ -10,9 +10,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig
 
-from data_contracts.method_rules import LORA_ARMS
-from tasks.models.workers.adapters import checked_adapter, checked_weights
-from tasks.models.workers.loading import load_base
+from data_contracts.train_spec import LORA_ARMS
+from tasks.models.workers.loading import checked_adapter, checked_weights, load_base
 from tasks.runtime.workers.device import Device
 
 Target = dict[str, Any]

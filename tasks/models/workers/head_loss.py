@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tasks.training.core.activations import BLOCK_COLUMNS, BLOCK_ROWS
+from tasks.models.core.packing import BLOCK_COLUMNS, BLOCK_ROWS
 
 
 class HeadLoss(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """Make a step-0 adapter: `python -m tasks.models.workers.init_adapter spec.json out/`.
 
-spec: base (folder), seed, and by kind the dials of data_contracts.run_spec.TrainSpec: `lora` rank, alpha, dropout,
+spec: base (folder), seed, and by kind the dials of data_contracts.train_spec.TrainSpec: `lora` rank, alpha, dropout,
 target_modules, use_rslora, use_dora, init, for init=loftq quant_type, double_quant and precision too; `prefix`
 prefix_tokens. Writes out/adapter/.
 """
@@ -13,8 +13,7 @@ from peft import LoraConfig, PeftConfig, PrefixTuningConfig, TaskType, get_peft_
 from transformers import AutoModelForCausalLM, set_seed
 
 from data_contracts.errors import ConfigError, Problem
-from tasks.models.workers.adapters import save_adapter
-from tasks.models.workers.loading import load_base
+from tasks.models.workers.loading import load_base, save_adapter
 from tasks.models.workers.lora_init import adapted, make_up_for_quantisation
 from tasks.runtime.workers.device import choose_device
 from tasks.runtime.workers.harness import main

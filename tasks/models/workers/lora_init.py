@@ -16,8 +16,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear
 
-from tasks.models.workers.adapters import sort_names
-from tasks.models.workers.loading import dequantised
+from tasks.models.workers.loading import dequantised, sort_names
 
 WEIGHTS = "adapter_model.safetensors"
 TAKEN_OFF = ("pissa", "olora")

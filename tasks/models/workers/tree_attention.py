@@ -15,9 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from tasks.models.core.packing import Tree
+from tasks.models.core.packing import MASK_TOKENS, QUERIES, Tree
 from tasks.runtime.workers.device import arithmetic
-from tasks.training.core.activations import MASK_TOKENS, QUERIES
 
 NAME = "prefix_tree"
 

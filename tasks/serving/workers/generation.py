@@ -12,10 +12,10 @@ from transformers import GenerationConfig
 from transformers.cli.serving.utils import GenerateManager
 
 from data_contracts.errors import Problem, WorkerError
-from tasks.serving.workers.stop_strings import Cutter
 
 if TYPE_CHECKING:
-    from tasks.serving.workers.model_pool import Voice
+    from tasks.serving.workers.loaded_model import Voice
+from collections.abc import Sequence
 
 
 @dataclass(frozen=True)
@@ -100,3 +100,29 @@ class Answer:
 
     async def text(self) -> str:
         return "".join([piece async for piece in self.pieces()])
+
+
+class Cutter:
+    """What may be the beginning of a stop string is held back until the next piece says."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops, self._held, self.found = stops, "", False
+
+    def feed(self, piece: str) -> str:
+        """What can be passed on now; nothing any more once a stop string was found."""
+        if self.found:
+            return ""
+        text = self._held + piece
+        # The stop string that is complete first ends the text, however it was cut into pieces.
+        found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:
+            self.found, self._held = True, ""
+            return text[: min(found)[1]]
+        begun = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        keep = len(text) - max(begun, default=0)
+        self._held = text[keep:]
+        return text[:keep]
+
+    def rest(self) -> str:
+        """What was held back in vain, at the end of the text."""
+        return self._held

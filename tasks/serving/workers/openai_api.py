@@ -25,7 +25,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from tasks.serving.workers.generation import Answer, Wish
-from tasks.serving.workers.model_pool import BASE, Voice, Voices
+from tasks.serving.workers.loaded_model import BASE, Voice
+from tasks.serving.workers.model_pool import Voices
 from tasks.serving.workers.openai_requests import ApiError, ChatRequest, read_request
 
 KEY_VARIABLE = "TUNEGATE_API_KEY"
@@ -169,7 +170,7 @@ async def _stream(answer: Answer, asked: ChatRequest, heard: Heard) -> AsyncIter
             text += piece
             if piece:
                 yield event({"content": piece})
-    except Exception as error:  # noqa: BLE001 the status is sent already: the failure can only be told in the stream
+    except Exception as error:  # noqa: BLE001 the status is sent already: only the stream can report the failure
         traceback.print_exception(error)  # into the worker's log
         yield format_sse_event(data_str=json.dumps(ApiError(500, "failed", _failure(error)).body))
         return

@@ -16,7 +16,8 @@ from typing import Any
 from tasks.data.validation.core.personal_data import find, mask
 from tasks.runtime.workers.harness import say
 from tasks.serving.workers.generation import Answer, Wish
-from tasks.serving.workers.model_pool import BASE, Voice, Voices
+from tasks.serving.workers.loaded_model import BASE, Voice
+from tasks.serving.workers.model_pool import Voices
 from tasks.serving.workers.openai_requests import ChatRequest
 
 _MOST_WAITING = 1000
@@ -56,7 +57,7 @@ class Shadow:
                 pair = self._waiting.popleft()
                 try:
                     await self._ask(challenger, pair)
-                except Exception as error:  # noqa: BLE001 whatever the challenger does, the champion goes on
+                except Exception as error:  # noqa: BLE001 whatever the challenger does, the champion keeps answering
                     traceback.print_exception(error)  # into the worker's log
                     say(
                         "note",

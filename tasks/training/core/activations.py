@@ -6,19 +6,15 @@ and its output, a gated feed-forward part keeps three tensors of its inner width
 
 from typing import Literal
 
+from tasks.models.core.packing import BLOCK_COLUMNS, BLOCK_ROWS, MASK_TOKENS, QUERIES
 from tasks.training.core.architecture import Architecture
 from tasks.training.core.memory_settings import FP32, Settings
 
 Moment = Literal["loss", "final norm backward", "first block backward", "last block backward"]
 Alive = dict[Moment, tuple[int, int]]
 """(activations, logits) at each moment."""
-
-BLOCK_ROWS = BLOCK_COLUMNS = 2048
-"""Scored tokens and words of the vocabulary whose logits tasks/models/workers/head_loss.py has at a time: 16 MiB in fp32."""
-QUERIES, MASK_TOKENS = 128, 1024
-"""Queries that tasks/models/workers/tree_attention.py takes at a time on a CPU, and in which steps their one mask grows."""
 NORM_BACKWARD = 2
-"""fp32 tensors of its input's size that an RMSNorm makes while it goes backward (tasks/models/workers/fused_norm.py)."""
+"""fp32 tensors of its input's size that an RMSNorm makes while it goes backward (tasks/models/workers/fused_layers.py)."""
 
 
 def alive(arch: Architecture, settings: Settings) -> Alive:

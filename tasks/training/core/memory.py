@@ -9,8 +9,7 @@ from typing import Literal
 
 from tasks.training.core.activations import Moment, alive
 from tasks.training.core.architecture import Architecture
-from tasks.training.core.memory_settings import FP32, Settings
-from tasks.training.core.optimisers import state_bytes
+from tasks.training.core.memory_settings import FP32, Settings, state_bytes
 
 NF4_BLOCK, CONSTANTS_BLOCK = 64, 256
 # Code books kept with each quantised tensor: 16 NF4 levels; with double quantisation 256 levels and one offset, fp32.

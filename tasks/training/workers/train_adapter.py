@@ -1,7 +1,7 @@
 """Train one arm from its start: `python -m tasks.training.workers.train_adapter spec.json out/`.
 
 spec: method, base, step0 (folders; step0 is null for the method full, which starts from the base), train, validation (JSONL of rows), model.precision and the dials of
-data_contracts.run_spec.TrainSpec. Killed and started again with the same out/, it goes on from its last checkpoint.
+data_contracts.train_spec.TrainSpec. Killed and started again with the same out/, it goes on from its last checkpoint.
 Writes out/adapter/ (with all weights, if the method is full) and out/report.json; out/rows_too_long.jsonl names the rows that were left out, truncated or split.
 """
 
@@ -18,14 +18,11 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import TrainerState
 
 from data_contracts.errors import ConfigError, DataError, Problem
-from data_contracts.method_rules import LORA_ARMS
+from data_contracts.train_spec import LORA_ARMS
 from tasks.models.core.packing import Scored, plan_batches
-from tasks.models.workers.adapters import checked_adapter, save_adapter
 from tasks.models.workers.chat_template import Chat, load_chat
-from tasks.models.workers.fused_layers import fuse_lora
-from tasks.models.workers.fused_mlp import fuse_mlp
-from tasks.models.workers.fused_norm import fuse_norms
-from tasks.models.workers.loading import adapters_bytes, load_base, weights_bytes
+from tasks.models.workers.fused_layers import fuse_lora, fuse_mlp, fuse_norms
+from tasks.models.workers.loading import adapters_bytes, checked_adapter, load_base, save_adapter, weights_bytes
 from tasks.models.workers.lora_init import TAKEN_OFF, as_plain_lora, take_off_start
 from tasks.models.workers.scoring import Scoring, choose_way
 from tasks.runtime.workers.device import Device, bytes_now, choose_device, peak_bytes, peak_rss_bytes, reset_peak_rss

@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from data_contracts.errors import DataError, Problem
-from tasks.models.core.packing import Scored, pack
+from tasks.models.core.packing import Ids, Scored, pack
 from tasks.models.workers.chat_template import Chat
-from tasks.training.workers.too_long import TooLong, fit
 
 _CHECKED_ROWS = 64  # decoded before training starts
+
+
+TooLong = Literal["leave_out", "truncate", "split"]
 
 
 def encode_rows(
@@ -45,3 +48,40 @@ def check_batch(chat: Chat, rows: list[Scored]) -> None:
         if not text.endswith(chat.stops):
             raise DataError(Problem(f"a completion ends without a stop token: ...{text[-20:]!r}", "first rows",
                                     f"one of {list(chat.stops)}", "check the base's chat template"))  # fmt: skip
+
+
+def fit(row: Scored, limit: int, policy: TooLong) -> list[Scored]:
+    """The sequences of at most `limit` tokens (16 or more) that stand for a row; none if it is left out.
+
+    truncate: one sequence; the answer gets what it needs up to half of the limit, or more if the prompt needs less.
+    split: as many as it takes, each with the prompt (up to half of the limit) and the last of the answer that came
+    before as context. Every answer token is scored exactly once.
+    """
+    if len(row.ids) <= limit:
+        return [row]
+    if policy == "leave_out":
+        return []
+    prompt, answer = list(row.ids[: row.start]), list(row.ids[row.start :])
+    if policy == "truncate":
+        answer = answer[: limit - min(len(prompt), limit // 2)]
+        prompt = _without_middle(prompt, limit - len(answer))
+        return [Scored([*prompt, *answer], len(prompt))]
+    return _windows(_without_middle(prompt, max(limit - len(answer), limit // 2)), answer, limit)
+
+
+def _without_middle(ids: list[int], most: int) -> list[int]:
+    if len(ids) <= most:
+        return ids
+    head = most // 2
+    return [*ids[:head], *ids[len(ids) - (most - head) :]]
+
+
+def _windows(prompt: list[int], answer: Ids, limit: int) -> list[Scored]:
+    """The answer in pieces; a later piece has half of its room for the answer that came before it."""
+    room = limit - len(prompt)
+    windows = [Scored([*prompt, *answer[:room]], len(prompt))]
+    overlap = room // 2
+    for start in range(room, len(answer), room - overlap):
+        context = [*prompt, *answer[start - overlap : start]]
+        windows.append(Scored([*context, *answer[start : start + room - overlap]], len(context)))
+    return windows

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from data_contracts.errors import DataError, Problem
-from data_contracts.rows import Message, Role
-from data_contracts.rules import Reason, Rejection
+from data_contracts.rows import Message, Reason, Rejection, Role
 
 Object = Mapping[str, Any]
 Conversation = tuple[Message, ...]

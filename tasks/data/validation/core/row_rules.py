@@ -9,8 +9,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from data_contracts.data_spec import CustomRule, RulesSpec
-from data_contracts.rows import Row
-from data_contracts.rules import UNREADABLE, Reason, Rejection, action_of
+from data_contracts.rows import UNREADABLE, Reason, Rejection, Row, action_of
 from tasks.data.validation.core import answer_rules, text_rules
 from tasks.data.validation.core.text_rules import Case, OwnFunction
 

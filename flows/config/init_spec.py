@@ -12,15 +12,15 @@ from data_contracts.data_spec import ContractSpec, DataSpec
 from data_contracts.errors import ConfigError, DataError, Problem
 from data_contracts.run_spec import RunSpec
 from flows.config.load import DEFAULT_PRESET, load_changes, load_spec, write_new, write_spec
-from tasks.data.ingestion.downloads import local_copies
 from tasks.data.ingestion.preflight import probe
 from tasks.data.ingestion.readers import read_source
-from tasks.data.ingestion.sources import Source, find_sources
+from tasks.data.ingestion.sources import Source, find_sources, local_copies
 from tasks.data.validation.propose import Proposed, Sample, draw, propose
 from tasks.runtime.store import Store
 
 if TYPE_CHECKING:
     from rich.console import Console
+
 
 # Names people give the two columns that matter, most telling first.
 _PROMPTS = ("prompt", "question", "query", "ask", "instruction", "problem", "input", "user", "message")

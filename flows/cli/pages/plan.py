@@ -9,12 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from data_contracts.errors import ConfigError, Problem
-from data_contracts.run_spec import Method, RunSpec
+from data_contracts.run_spec import RunSpec
+from data_contracts.train_spec import Method
 from flows.config.load import load_changes, load_spec, preset_names
 from tasks.training.plan import Plan, plan_methods, room_of
 
 if TYPE_CHECKING:
     from rich.console import Console
+
 
 _METHODS = get_args(Method)
 _GIGABYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:gi?b)?\s*", re.IGNORECASE)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from data_contracts.errors import ConfigError, Problem
 from data_contracts.run_spec import StoreSpec
-from flows.cli.output import tell
+from tasks.runtime.console import note
 from tasks.serving.endpoint import API_KEY, LOOPBACK, Endpoint, Followed, shadow_file, wanted
 
 if TYPE_CHECKING:
     from rich.console import Console
+
 
 _LOOK_SECONDS, _TROUBLED_SECONDS = 2.0, 30.0
 
@@ -39,17 +40,17 @@ class Serving:
         finally:
             answered = self.endpoint.stop()
         told = ", ".join(f"{count} by {label}" for label, count in answered.items())
-        tell(f"answered: {told or 'nothing'}")
+        note(f"answered: {told or 'nothing'}")
 
     def _look(self) -> None:
         """A registry that is away or has nobody under the alias changes nothing, and is told once."""
         try:
             told = self.followed.look()
             trouble = ""
-        except Exception as error:  # noqa: BLE001 whatever it is: the version that answers goes on answering
+        except Exception as error:  # noqa: BLE001 whatever it is: the version that answers keeps answering
             told, trouble = None, f"{type(error).__name__}: {error}"
         if trouble and trouble != self.trouble:
-            tell(f"the registry: {trouble}; the same version goes on answering")
+            note(f"the registry: {trouble}; the same version goes on answering")
         self.trouble = trouble
         if told:
             self.endpoint.serve(told)
@@ -68,14 +69,14 @@ def serve(store: StoreSpec, model: str, host: str, port: int, limits: dict[str, 
     first = followed.look()
     assert first  # the first look finds somebody or raises
     if file:
-        tell(f"shadow: prompts and both answers are kept in {file}, for you alone, personal data masked")
+        note(f"shadow: prompts and both answers are kept in {file}, for you alone, personal data masked")
     spec = first | {
         "host": host, "port": port, "on_loopback": on_loopback, "limits": limits,
         "shadow_file": str(file) if file else None,
     }  # fmt: skip
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)  # Ctrl-C is how a server is ended: it answers what was asked
-    endpoint = Endpoint(store, spec, tell)
+    endpoint = Endpoint(store, spec, note)
     endpoint.start()
     return Serving(endpoint, followed, _payload(endpoint, spec, host))
 
