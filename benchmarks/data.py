@@ -236,10 +236,16 @@ def run_text_dedup(texts: list[str], folder: Path, processes: int) -> dict[str, 
     from datasets import load_from_disk
 
     out = tempfile.mkdtemp(dir=folder)
-    dials = {"path": "json", "data_dir": folder / "rows", "split": "train", "cache_dir": f"{out}/cache"}
-    dials |= {"output": f"{out}/kept", "column": "text", "num_proc": processes, "ngram": SHINGLE_WORDS, "min_length": 1}
-    dials |= {"num_perm": BANDS * BAND_ROWS, "b": BANDS, "r": BAND_ROWS, "threshold": THRESHOLD, "hash_func": "xxh3"}
-    command = [text for name, value in dials.items() for text in (f"--{name}", str(value))]
+    settings = {"path": "json", "data_dir": folder / "rows", "split": "train", "cache_dir": f"{out}/cache"}
+    settings |= {
+        "output": f"{out}/kept",
+        "column": "text",
+        "num_proc": processes,
+        "ngram": SHINGLE_WORDS,
+        "min_length": 1,
+    }
+    settings |= {"num_perm": BANDS * BAND_ROWS, "b": BANDS, "r": BAND_ROWS, "threshold": THRESHOLD, "hash_func": "xxh3"}
+    command = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     started = time.perf_counter()
     text_dedup.minhash.main(command, standalone_mode=False)
     seconds = time.perf_counter() - started

@@ -75,9 +75,9 @@ def short_rows(file: Path) -> Path:
 
 
 def train(out: Path, base: Path, method: str, precision: str, rows: Path, arguments: argparse.Namespace) -> Any:
-    dials = TrainSpec(rank=16, alpha=32).model_dump() | {"seed": 17}
-    run_worker("tasks.models.workers.init_adapter", {"base": str(base), "kind": "lora", **dials}, out / "step0")
-    spec = dials | {
+    settings = TrainSpec(rank=16, alpha=32).model_dump() | {"seed": 17}
+    run_worker("tasks.models.workers.init_adapter", {"base": str(base), "kind": "lora", **settings}, out / "step0")
+    spec = settings | {
         "method": method, "base": str(base), "base_name": "random", "step0": str(out / "step0" / "adapter"),
         "train": str(rows), "validation": "/dev/null", "precision": precision, "threads": arguments.threads,
         "max_tokens": 128, "too_long": "truncate", "batch_tokens": 128, "epochs": 1, "max_steps": arguments.steps,

@@ -46,8 +46,8 @@ def main() -> None:
 def run(folder: Path, pairs: int, device: Device) -> None:
     base = Path(prepare({"base": "builtin:smollm2-135m", "revision": None}, folder / "base")["path"])
     rows = documentation_rows(folder / "docs")
-    dials = TrainSpec(rank=16, alpha=32).model_dump()
-    run_worker("tasks.models.workers.init_adapter", {"base": str(base), "kind": "lora", **dials}, folder / "step0")
+    settings = TrainSpec(rank=16, alpha=32).model_dump()
+    run_worker("tasks.models.workers.init_adapter", {"base": str(base), "kind": "lora", **settings}, folder / "step0")
     chat = load_chat(base)
     for method in ("lora", "qlora"):
         model = load_base(base, method, device)

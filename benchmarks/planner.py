@@ -23,7 +23,7 @@ from tasks.training.core.memory_settings import Settings, Stack
 FILE = Path(__file__).parent / "published_peaks.json"
 SHAPES = Path(data_contracts.__file__).parent / "architectures.json"
 UNITS = {"GB": 10**9, "GiB": 2**30}
-DIALS = ("rank", "targets", "dropout", "double_quant", "optimiser", "checkpointing", "accumulation")
+SETTINGS = ("rank", "targets", "dropout", "double_quant", "optimiser", "checkpointing", "accumulation")
 # README of LLaMA-Factory, "Hardware requirement": GB for 7B, 14B, 30B, 70B; other sizes by its last column, x billion.
 LLAMA_FACTORY = {"lora": ({7: 16, 14: 32, 30: 64, 70: 160}, 2.0), "qlora": ({7: 6, 14: 12, 30: 24, 70: 48}, 0.5)}
 PURE_BF16 = 8.0
@@ -56,8 +56,8 @@ def rows() -> list[Row]:
 
 def _row(row: dict[str, Any], arch: Architecture, stack: dict[str, Any]) -> Row:
     software = Stack(**{key: value for key, value in stack.items() if key != "why"})
-    dials = {key: row[key] for key in DIALS if key in row}
-    parts = predict(arch, Settings(row["method"], row["length"], row["batch"], stack=software, **dials))
+    settings = {key: row[key] for key in SETTINGS if key in row}
+    parts = predict(arch, Settings(row["method"], row["length"], row["batch"], stack=software, **settings))
     return Row(
         id=row["id"],
         model=row["model"].partition(",")[0],

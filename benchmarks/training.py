@@ -60,8 +60,8 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from tasks.runtime.processes import run_worker
 
     base = Path(prepare_base({"base": "builtin:smollm2-135m", "revision": None}, folder / "base")["path"])
-    dials = TrainSpec(rank=16, alpha=32).model_dump() | {"seed": 17}
-    run_worker("tasks.models.workers.init_adapter", {"base": str(base), "kind": "lora", **dials}, folder / "step0")
+    settings = TrainSpec(rank=16, alpha=32).model_dump() | {"seed": 17}
+    run_worker("tasks.models.workers.init_adapter", {"base": str(base), "kind": "lora", **settings}, folder / "step0")
     chat = load_chat(base)
     conversations = list(own_rows(arguments.data) if arguments.data else documentation_rows(folder / "docs"))
     texts = [chat.split(messages) for messages in conversations]
@@ -73,7 +73,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             file.write(json.dumps(row) + "\n")
     (folder / "texts.json").write_text(json.dumps([texts[i] for i in chosen]))
     (folder / "validation.jsonl").write_text("")
-    return dials | {
+    return settings | {
         "base": str(base), "step0": str(folder / "step0" / "adapter"), "texts": str(folder / "texts.json"),
         "train": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl"),
         "tokens": sum(sizes[i] for i in chosen), "batch_rows": arguments.batch_rows, "method": arguments.method,

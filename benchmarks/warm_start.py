@@ -24,10 +24,10 @@ from tasks.runtime.store import Store
 
 ARMS = {"lora": "from scratch", "warm_0": "from the champion, replay 0", "warm_50": "from the champion, replay 0.5"}
 VARIANTS = [
-    {"name": f"warm_{percent}", "method": "lora", "dials": {"warm_start": "champion", "replay_share": percent / 100}}
+    {"name": f"warm_{percent}", "method": "lora", "settings": {"warm_start": "champion", "replay_share": percent / 100}}
     for percent in (0, 50)
 ]
-DIALS = {
+SETTINGS = {
     "train.methods": ["lora"], "evaluate.tasks": ["domain_nll"], "evaluate.forms": [], "evaluate.sample_questions": 1,
     "gates.min_retention": None, "gates.max_accuracy_drop": None, "gates.max_forgetting_nats": None,
     "gates.max_forgetting_accuracy": None, "gates.min_stop_rate": None, "gates.min_slice_gain_nats": None,
@@ -65,8 +65,8 @@ def rows_of(arguments: argparse.Namespace, package: str) -> Path:
 
 
 def run(arguments: argparse.Namespace, files: list[Path], variants: list[dict[str, Any]]) -> RunReport:
-    dials = DIALS | {"data.source": [str(file) for file in files], "train.variants": variants}
-    changes = [f"{name}={json.dumps(value)}" for name, value in dials.items()]
+    settings = SETTINGS | {"data.source": [str(file) for file in files], "train.variants": variants}
+    changes = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
     spec = prepared_spec(arguments.preset, [*changes, f"store.root={arguments.store}"])
     from flows.retrain import retrain
 

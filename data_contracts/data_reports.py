@@ -4,14 +4,18 @@ Paths are relative to the store's root, so a store can be moved. All are frozen 
 keeps as JSON.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 
 class Report(BaseModel):
     # JSON has no infinity: an unbounded interval is written as "Infinity", which pydantic reads back.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+Note = Annotated[str, Field(validation_alias=AliasChoices("note", "told"))]
+"""A sentence for people. What 0.1 wrote calls it `told`."""
 
 
 class FileRef(Report):

@@ -1,4 +1,4 @@
-"""The dials of the data stages: where rows come from, what is promised of them, how they are split."""
+"""The settings of the data stages: where rows come from, what is promised of them, how they are split."""
 
 import re
 from typing import Annotated, Literal

@@ -128,7 +128,7 @@ KINDS: Final = (
          "`TransientError`: a worker killed by a signal (it goes on from its checkpoint), busy, or without the hub",
          "as it says"),
     Kind("our own, input", STOP, InputError, is_a("data_contracts.InputError"),
-         "`ConfigError`, `DataError`: a dial, rows, the contract; a loss that is NaN or climbs; memory too small for one row",
+         "`ConfigError`, `DataError`: a setting, rows, the contract; a loss that is NaN or climbs; memory too small for one row",
          "as it says"),
     Kind("our own, other", STOP, InfrastructureError, is_a("data_contracts.TunegateError"),
          "`GateError`, `StoreError`, `WorkerError`: a gate said no, the disk, a worker that ended badly",

@@ -5,9 +5,9 @@ names the sha256 of every other file of the version. So the registry vouches for
 No path of any machine stands in it: places are relative to the version or to the store.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from data_contracts.data_reports import Report
 from data_contracts.reports import AdapterRef, BaseModelRef, Quantisation, Start
@@ -67,7 +67,8 @@ class Training(Report):
     adapter: AdapterRef  # folder relative to the store
     step0_sha256: str | None
     start: Start | None
-    dials: dict[str, Any]  # of `train`, as this arm read them
+    # Of `train`, as this arm read them. Versions made before 0.2 call them dials.
+    settings: Annotated[dict[str, Any], Field(validation_alias=AliasChoices("settings", "dials"))]
 
 
 class Judgement(Report):

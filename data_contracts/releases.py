@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from data_contracts.data_reports import Report
+from data_contracts.data_reports import Note, Report
 from data_contracts.reports import ModelVersion, ReleaseCheck, SampleAnswer
 from data_contracts.verdict import Decision, Estimate, Verdict
 
@@ -69,7 +69,7 @@ class Line(Report):
     step: Step
     id: str
     unix_seconds: float
-    told: str  # what had to be set right
+    note: Note  # what had to be set right
     move: Move | None  # None: it was written when the move was intended
 
 
@@ -78,7 +78,7 @@ class Entry(Report):
 
     move: Move
     step: Step
-    told: str = ""
+    note: Note = ""
     elsewhere: bool = False
 
 

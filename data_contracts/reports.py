@@ -7,7 +7,7 @@ keeps as JSON.
 import math
 from typing import Any, Literal
 
-from data_contracts.data_reports import DatasetManifest, FileRef, Report
+from data_contracts.data_reports import DatasetManifest, FileRef, Note, Report
 from data_contracts.train_spec import Method, QuantType
 from data_contracts.verdict import Comparison, GateReport, Interval
 
@@ -37,7 +37,7 @@ class AdapterRef(Report):
 class Origin(Report):
     """The registered version that a warm start may go on from, in the champion's line; or why there is none."""
 
-    told: str  # the version by name; or why an arm starts from scratch
+    note: Note  # the version by name; or why an arm starts from scratch
     version: str | None = None
     method: Method | None = None
     base_digest: str | None = None
@@ -49,7 +49,7 @@ class Start(Report):
     """Where the training of an arm begins that was to go on from the champion, and on which rows."""
 
     version: str | None  # of the model; None: from scratch, on all training rows
-    told: str  # that version by name; or why from scratch
+    note: Note  # that version by name; or why from scratch
     adapter: AdapterRef | None  # None: the fresh one
     rows: FileRef
     new_rows: int

@@ -24,7 +24,7 @@ class ScheduleSpec(Section):
     min_new_share: Fraction = 0.05
     """Smallest share of the rows known so far that the new ones must make; both limits must be reached."""
     drift_window: Annotated[int, Field(ge=1)] = 5
-    """Looks that found new rows whose drift is remembered (M of the next dial)."""
+    """Looks that found new rows whose drift is remembered (M of the next setting)."""
     drift_needed: Annotated[int, Field(ge=1)] | None = 3
     """How many of the last M looks must find the new rows drifted, by the contract's limits, to start a retrain though
     they are few; null never does."""
@@ -38,7 +38,7 @@ class ScheduleSpec(Section):
     in Prefect, never here."""
 
     @model_validator(mode="after")
-    def _dials_fit_together(self) -> "ScheduleSpec":
+    def _settings_fit_together(self) -> "ScheduleSpec":
         found = []
         if self.cron is not None and len(self.cron.split()) != 5:
             found.append(f"cron: {self.cron!r} has not five fields: minute hour day month weekday")
@@ -102,7 +102,7 @@ Nats = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class GateSpec(Section):
-    """Each gate is one dial, and null turns it off: what is not written here is not judged."""
+    """Each gate is one setting, and null turns it off: what is not written here is not judged."""
 
     min_lora_gain_nats: Nats | None = 0.0
     """LoRA's loss must lie more than this below the base's, in nats per token, or a comparison with it says nothing."""

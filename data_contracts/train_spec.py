@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AliasChoices, Field, ValidationError, model_validator
 
 from data_contracts.data_spec import Fraction, Section
 
@@ -13,13 +13,13 @@ QuantType = Literal["nf4", "fp4"]
 
 
 class VariantSpec(Section):
-    """A further arm: a method with some dials of `train` set otherwise."""
+    """A further arm: a method with some settings of `train` set otherwise."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_.]*$")]
     """Its name in tables, plots and MLflow."""
     method: Method
-    dials: dict[str, Any]
-    """What differs: any dial of `train` that shapes the result, such as {rank: 64, alpha: 128}."""
+    settings: Annotated[dict[str, Any], Field(validation_alias=AliasChoices("settings", "dials"))]
+    """What differs: any setting of `train` that shapes the result, such as {rank: 64, alpha: 128}."""
 
 
 class TrainSpec(Section):
@@ -30,7 +30,7 @@ class TrainSpec(Section):
     """Every arm is trained once with each: seed of the step-0 adapter, of dropout and of the data order. The first one's
     adapter may be released; the others tell how much of a difference is chance. Three or more for a claim about a method."""
     variants: list[VariantSpec] = []
-    """Further arms with dials of their own: [{name: qlora_r64, method: qlora, dials: {rank: 64, alpha: 128}}]."""
+    """Further arms with settings of their own: [{name: qlora_r64, method: qlora, settings: {rank: 64, alpha: 128}}]."""
     rank: Annotated[int, Field(ge=1)] = 16
     """LoRA rank r (arXiv 2106.09685)."""
     alpha: Annotated[int, Field(ge=1)] = 32
@@ -114,7 +114,7 @@ class TrainSpec(Section):
     single GPU holds, and costs traffic between them."""
 
     @model_validator(mode="after")
-    def _dials_fit_together(self) -> "TrainSpec":
+    def _settings_fit_together(self) -> "TrainSpec":
         found = list(refusals(self)) + list(self._variant_problems())
         if len(set(self.seeds)) < len(self.seeds):
             found.append("seeds must differ from each other")
@@ -126,20 +126,24 @@ class TrainSpec(Section):
         names = [*get_args(Method), "base", "champion", "candidate", *(variant.name for variant in self.variants)]
         yield from (f"variants: the name {n} is taken" for n, count in Counter(names).items() if count > 1)
         for variant in self.variants:
-            if fixed := sorted(_FOR_ALL_ARMS & variant.dials.keys()):
+            if fixed := sorted(_FOR_ALL_ARMS & variant.settings.keys()):
                 yield f"variants: {variant.name} cannot have its own {', '.join(fixed)}: the same for every arm"
                 continue
             try:
-                self.of(variant.method, variant.dials)
+                self.of(variant.method, variant.settings)
             except ValidationError as error:
                 yield from (f"variants: {variant.name}: {_one_line(detail)}" for detail in error.errors())
 
-    def of(self, method: Method, dials: dict[str, Any]) -> "TrainSpec":
-        """The dials of one arm. Those of the others, which it does not read, are as if nobody had turned them."""
-        rates = {} if "learning_rate" in dials else {m: r for m, r in self.learning_rates.items() if m == method}
+    def of(self, method: Method, settings: dict[str, Any]) -> "TrainSpec":
+        """The settings of one arm. Those of the others, which it does not read, are as if nobody had turned them."""
+        rates = {} if "learning_rate" in settings else {m: r for m, r in self.learning_rates.items() if m == method}
         alone = {"methods": [method], "variants": [], "learning_rates": rates}
-        own = self.model_dump() | dials
-        unread = {dial: TrainSpec.model_fields[dial].default for dial in unread_by(method, own) if dial not in dials}
+        own = self.model_dump() | settings
+        unread = {
+            setting: TrainSpec.model_fields[setting].default
+            for setting in unread_by(method, own)
+            if setting not in settings
+        }
         return TrainSpec.model_validate(own | unread | alone)
 
 
@@ -174,7 +178,7 @@ _SORTING = ("galore", "apollo", "lomo", "adalomo")
 
 
 def refusals(train: Any) -> Iterator[str]:
-    """Every reason why the dials of a TrainSpec do not fit together; none if they do."""
+    """Every reason why the settings of a TrainSpec do not fit together; none if they do."""
     yield from _unread(train)
     yield from _impossible(train)
     if train.early_stopping_patience is not None and train.validation_steps is None:
@@ -183,24 +187,24 @@ def refusals(train: Any) -> Iterator[str]:
         yield "replay_share is of a warm start's rows: set warm_start to champion, or leave replay_share out"
 
 
-def unread_by(method: str, dials: Mapping[str, Any]) -> list[str]:
-    """The dials that an arm with this method and these dials does not read."""
-    found = [dial for dial, arms in _READ_BY.items() if method not in arms]
-    return [*found, "replay_share"] if dials["warm_start"] == "never" else found
+def unread_by(method: str, settings: Mapping[str, Any]) -> list[str]:
+    """The settings that an arm with this method and these settings does not read."""
+    found = [setting for setting, arms in _READ_BY.items() if method not in arms]
+    return [*found, "replay_share"] if settings["warm_start"] == "never" else found
 
 
 def without_effect(train: Any) -> list[str]:
-    """Dials of a TrainSpec that no arm reads, and that are not refused for it."""
+    """Settings of a TrainSpec that no arm reads, and that are not refused for it."""
     arms = {*train.methods, *(variant.method for variant in train.variants)}
     return [] if arms & set(LORA_ARMS) else list(_IN_EVERY_PRESET)
 
 
 def _unread(train: Any) -> Iterator[str]:
-    """A dial that was turned, and that no arm reads."""
-    for dial, arms in _READ_BY.items():
-        is_turned = getattr(train, dial) != type(train).model_fields[dial].default
+    """A setting that was turned, and that no arm reads."""
+    for setting, arms in _READ_BY.items():
+        is_turned = getattr(train, setting) != type(train).model_fields[setting].default
         if is_turned and not set(arms) & set(train.methods):
-            yield f"{dial} has an effect on {' and '.join(arms)} only: add one to methods, or leave {dial} out"
+            yield f"{setting} has an effect on {' and '.join(arms)} only: add one to methods, or leave {setting} out"
     for arm in sorted(set(train.learning_rates) - set(train.methods)):
         yield f"learning_rates has one for {arm}, which is no arm of this run: add it to methods, or leave it out"
 
@@ -237,22 +241,22 @@ def _undivided(train: Any) -> Iterator[str]:
 
 
 class Arm(NamedTuple):
-    """One training. name: unique in the run; arm: what is compared over the seeds; dials: `train` as this arm sees it."""
+    """One training. name: unique in the run; arm: what is compared over the seeds; settings: `train` as this arm sees it."""
 
     name: str
     arm: str
     method: Method
     seed: int
-    dials: TrainSpec
+    settings: TrainSpec
 
 
 def arms_of(train: TrainSpec) -> list[Arm]:
     """Methods in their order, then variants; of each one training a seed, in the order of the seeds."""
     own: list[tuple[str, Method, dict[str, Any]]] = [(method, method, {}) for method in train.methods]
-    own += [(variant.name, variant.method, variant.dials) for variant in train.variants]
+    own += [(variant.name, variant.method, variant.settings) for variant in train.variants]
     return [
-        Arm(name_of(arm, seed, train.seeds), arm, method, seed, train.of(method, dials))
-        for arm, method, dials in own
+        Arm(name_of(arm, seed, train.seeds), arm, method, seed, train.of(method, settings))
+        for arm, method, settings in own
         for seed in train.seeds
     ]
 

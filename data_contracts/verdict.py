@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from data_contracts.data_reports import Report
+from data_contracts.data_reports import Note, Report
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 Interval = tuple[float, float]
@@ -62,7 +62,7 @@ class Claim(Report):
     source: str
     measured: Estimate | None
     verdict: Literal["holds", "does not hold", "cannot tell"]
-    told: str
+    note: Note
 
 
 class Comparison(Report):

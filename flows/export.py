@@ -24,7 +24,7 @@ def export_version(store: StoreSpec, uri: str, to: Path, wish: Wish) -> Exported
     version = registry.resolve(store, uri, "export")
     subject = export_subject.subject_of(store, version)
     export_subject.check(subject, wish)
-    with scratch(Store(Path(store.root))) as work, draft_of(to) as draft:
+    with scratch(Store.of(store)) as work, draft_of(to) as draft:
         note(f"exporting {version.label} as {wish.format}")
         measured = export.measure_forms(subject, wish, work)
         notes = export.write_files(subject, wish, measured, work, draft)

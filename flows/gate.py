@@ -1,7 +1,6 @@
 """Evaluate a registered version and decide: the door for CI."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from prefect import flow
 
@@ -38,7 +37,7 @@ def gate(spec: RunSpec, model_uri: str, baseline_uri: str | None = None) -> Deci
 def gate_flow(spec: RunSpec, model_uri: str, baseline_uri: str | None = None) -> Decision:
     """Score the version, the untuned base and the baseline on the spec's frozen items, and judge; the judgement is kept with
     the version, for `tunegate promote`."""
-    run, store = Stages.of(spec, flow="gate"), Store(Path(spec.store.root))
+    run, store = Stages.of(spec, flow="gate"), Store.of(spec.store)
     version = registry.resolve(spec.store, model_uri)
     rival = rival_of(spec.store, version, baseline_uri)
     dataset = data_stages(run, spec)

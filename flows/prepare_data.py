@@ -39,7 +39,7 @@ def prepare_data_flow(spec: RunSpec, force: bool = False) -> Any:
 
 def data_stages(run: Stages, spec: RunSpec) -> DatasetManifest:
     """Raw rows to splits."""
-    store = Store(Path(spec.store.root))
+    store = Store.of(spec.store)
     store.check_room()
     scope, engine = spec.model.name, spec.data.engine
     snapshot = ingested(run, store, spec)
@@ -70,7 +70,7 @@ def release(spec: RunSpec, reason: str, why: str, rows: list[str]) -> tuple[Data
     Raises ConfigError if the reason cannot be overruled or no such row is there.
     """
     _check(reason, why)
-    store = Store(Path(spec.store.root))
+    store = Store.of(spec.store)
     quarantine = _quarantine(spec, store)
     with quarantine.open(encoding="utf-8") as file:
         rejected = [(item["row_id"], item["reason"]) for item in map(json.loads, file)]

@@ -1,4 +1,4 @@
-"""Make a registered version again from its lineage and compare: the same rows, start, dials and seed, nothing from a cache."""
+"""Make a registered version again from its lineage and compare: the same rows, start, settings and seed, nothing from a cache."""
 
 import shutil
 import time

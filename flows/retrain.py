@@ -1,6 +1,5 @@
 """The whole chain: raw data to a gated, registered model. Reads top to bottom."""
 
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -46,7 +45,7 @@ def retrain(spec: RunSpec, force: bool = False, reason: str = BY_HAND) -> RunRep
 )  # fmt: skip
 def retrain_flow(spec: RunSpec, force: bool = False, reason: str = BY_HAND) -> Any:
     """The run's RunReport, or a state named Skipped if another run works in this store and `when_busy` says so."""
-    store = Store(Path(spec.store.root))
+    store = Store.of(spec.store)
     with turn(store, me(flow_run.id, flow_run.name), spec.schedule.when_busy, note) as own:
         if not own.mine:
             return Completed(name="Skipped", message=f"at work already: {own.other or 'another run'}", data=None)
@@ -57,7 +56,7 @@ def retrain_flow(spec: RunSpec, force: bool = False, reason: str = BY_HAND) -> A
 
 def chain(run: Stages, spec: RunSpec, reason: str) -> Any:
     """Every stage, in order."""
-    store = Store(Path(spec.store.root))
+    store = Store.of(spec.store)
     for line in moves.reconcile(spec.store):
         note(line)
     slots = slots_of(spec.train)
@@ -99,7 +98,7 @@ def train_stages(
     run: Stages, spec: RunSpec, data: DatasetManifest, slots: list[Slot]
 ) -> tuple[BaseModelRef, list[TrainReport]]:
     """Every arm over the same rows in the same order, unless a warm start has its own; LoRA's from the same adapter."""
-    store = Store(Path(spec.store.root))
+    store = Store.of(spec.store)
     base = run.run(stages.prepare_base, store, spec.model.base, spec.model.revision, base_identity(spec.model))
     planned = arms_of(spec.train)
     begins = beginnings(run, spec, base, data, planned)
@@ -132,12 +131,12 @@ def evaluate(
     run: Stages, spec: RunSpec, base: BaseModelRef, test: FileRef, targets: list[EvalTarget], rival: Rival | None
 ) -> list[EvalReport]:
     """Score the base, every target and the rival on the frozen items."""
-    store = Store(Path(spec.store.root))
+    store = Store.of(spec.store)
     targets = [EvalTarget(name="base", method="lora"), *targets]
     targets += [rival.target] if rival and rival.target else []
-    dials = (spec.evaluate, task_files(spec.evaluate), spec.train.max_tokens, spec.model.precision)
+    settings = (spec.evaluate, task_files(spec.evaluate), spec.train.max_tokens, spec.model.precision)
     reports: list[EvalReport] = run.run(
-        stages.evaluate, store, base, test, targets, *dials, spec.gates.confidence, spec.train.threads
+        stages.evaluate, store, base, test, targets, *settings, spec.gates.confidence, spec.train.threads
     )
     return reports
 
@@ -146,6 +145,6 @@ def serve(run: Stages, spec: RunSpec, base: BaseModelRef, test: FileRef, target:
     """The candidate alone in a process, measured; only if a gate asks for it."""
     if spec.gates.max_ms_per_token is None and spec.gates.max_memory_gb is None:
         return None
-    store, dials = Store(Path(spec.store.root)), (spec.evaluate, spec.train.max_tokens, spec.model.precision)
-    served: Served = run.run(stages.serve_alone, store, base, test, target, *dials, spec.train.threads)
+    store, settings = Store.of(spec.store), (spec.evaluate, spec.train.max_tokens, spec.model.precision)
+    served: Served = run.run(stages.serve_alone, store, base, test, target, *settings, spec.train.threads)
     return served

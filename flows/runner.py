@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from prefect.client.schemas.objects import State
@@ -40,7 +39,7 @@ class Stages:
     @classmethod
     def of(cls, spec: RunSpec, force: bool = False, flow: str = "retrain") -> "Stages":
         """flow: what its stages are compared with; the data stages of a retrain are the same alone."""
-        return cls(Reasons(Store(Path(spec.store.root)), spec.model.name, flow), force)
+        return cls(Reasons(Store.of(spec.store), spec.model.name, flow), force)
 
     def run(self, task: Any, *args: Any, label: str | None = None) -> Any:
         """Run one Prefect task and return its result; what it raised is raised here."""
@@ -141,6 +140,6 @@ def _result(state: Any, name: str) -> Any:
 
 def in_store(flow_: Any, spec: RunSpec) -> Any:
     # Paths are resolved: the flow's results must be found again from any working directory.
-    results = Store(Path(spec.store.root)).files.resolve() / "results"
+    results = Store.of(spec.store).files.resolve() / "results"
     results.mkdir(parents=True, exist_ok=True)
     return flow_.with_options(result_storage=results)

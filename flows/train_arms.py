@@ -1,6 +1,5 @@
 """Every arm of a run, one after the other or several at the same time."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_contracts.data_reports import DatasetManifest, FileRef
@@ -8,7 +7,7 @@ from data_contracts.reports import AdapterRef, BaseModelRef, Slot, Start, TrainR
 from data_contracts.run_spec import RunSpec
 from data_contracts.train_spec import LORA_ARMS, Arm
 from flows.runner import Stages
-from tasks.models.base import start_dials
+from tasks.models.base import start_settings
 from tasks.pipeline import stages
 from tasks.reporting import prefect_artifacts as artifacts
 from tasks.reporting.sentences import started
@@ -32,9 +31,21 @@ def train_arms(
     """In the order of the arms. slots: where those of a group train; none if each trains alone."""
     if slots:
         note(f"{len(slots)} arms train at a time, each on {slots[0].threads} threads: {slots[0].why}")
-    store = Store(Path(spec.store.root))
+    store = Store.of(spec.store)
     calls = [
-        (arm, (arm.method, arm.seed, base, begin.adapter, begin.rows, data.validation, arm.dials, spec.model.precision))
+        (
+            arm,
+            (
+                arm.method,
+                arm.seed,
+                base,
+                begin.adapter,
+                begin.rows,
+                data.validation,
+                arm.settings,
+                spec.model.precision,
+            ),
+        )
         for arm, begin in zip(arms, begins, strict=True)
     ]
     trained: list[TrainReport] = []
@@ -56,8 +67,8 @@ def _with_threads(inputs: tuple[Any, ...], trained: list[TrainReport], slot: Slo
     """Arms on unlike threads could not be compared for speed: all take what was free for the first."""
     if slot or not trained:
         return inputs
-    *before, dials, precision = inputs
-    return (*before, dials.model_copy(update={"threads": trained[0].threads}), precision)
+    *before, settings, precision = inputs
+    return (*before, settings.model_copy(update={"threads": trained[0].threads}), precision)
 
 
 def groups(keys: list[str], most: int) -> list[list[int]]:
@@ -73,7 +84,7 @@ def groups(keys: list[str], most: int) -> list[list[int]]:
 
 def beginnings(run: Stages, spec: RunSpec, base: BaseModelRef, data: DatasetManifest, arms: list[Arm]) -> list[Begin]:
     """One for each arm. LoRA's arms share a fresh adapter, and so what a warm start puts in its place."""
-    fresh = fresh_adapters(run, Store(Path(spec.store.root)), base, arms, spec.model.precision)
+    fresh = fresh_adapters(run, Store.of(spec.store), base, arms, spec.model.precision)
     starts = warm_starts(run, spec, base, data, arms, fresh)
     return [
         Begin((start and start.adapter) or adapter, start.rows if start else data.train, start)
@@ -84,13 +95,13 @@ def beginnings(run: Stages, spec: RunSpec, base: BaseModelRef, data: DatasetMani
 def fresh_adapters(
     run: Stages, store: Store, base: BaseModelRef, arms: list[Arm], precision: str
 ) -> list[AdapterRef | None]:
-    """Each arm's fresh step-0 adapter, or None; the same one where it is made from the same dials."""
-    dials = [start_dials(arm.method, arm.seed, arm.dials, precision) for arm in arms]
+    """Each arm's fresh step-0 adapter, or None; the same one where it is made from the same settings."""
+    settings = [start_settings(arm.method, arm.seed, arm.settings, precision) for arm in arms]
     made: dict[str, AdapterRef] = {}
-    for own in dials:
+    for own in settings:
         if own and str(own) not in made:
             made[str(own)] = run.run(stages.init_adapter, store, base, own)
-    return [made.get(str(own)) for own in dials]
+    return [made.get(str(own)) for own in settings]
 
 
 def warm_starts(
@@ -98,26 +109,26 @@ def warm_starts(
     fresh: list[AdapterRef | None],
 ) -> list[Start | None]:  # fmt: skip
     """Each arm's start if it was to go on from the champion, else None; every one is said aloud with its reason."""
-    if all(arm.dials.warm_start == "never" for arm in arms):
+    if all(arm.settings.warm_start == "never" for arm in arms):
         return [None] * len(arms)
-    store, held_out = Store(Path(spec.store.root)), [data.validation, data.test]
+    store, held_out = Store.of(spec.store), [data.validation, data.test]
     origin, passed = origin_of(spec.store, spec.model.name, store.path(data.train))
     for line in passed:
         note(line)
     if origin.version is None:
-        run.skip("choose_start", f"from scratch: {origin.told}")
+        run.skip("choose_start", f"from scratch: {origin.note}")
     made: dict[str, Start] = {}
     found: list[Start | None] = []
     for arm, adapter in zip(arms, fresh, strict=True):
-        key = f"{adapter and adapter.sha256} {arm.dials.replay_share}"
-        if arm.dials.warm_start == "never":
+        key = f"{adapter and adapter.sha256} {arm.settings.replay_share}"
+        if arm.settings.warm_start == "never":
             start = None
         elif origin.version is None:
-            start = scratch(store, data.train, origin.told)
+            start = scratch(store, data.train, origin.note)
         elif arm.method not in LORA_ARMS or adapter is None:
             start = scratch(store, data.train, f"the method {arm.method} has no LoRA layers to go on with")
         else:
-            inputs = (store, origin, base, adapter, data.train, held_out, arm.dials.replay_share)
+            inputs = (store, origin, base, adapter, data.train, held_out, arm.settings.replay_share)
             start = made[key] = made.get(key) or run.run(stages.choose_start, *inputs)
         if start and origin.version:
             note(f"{arm.name} {started(start)}")

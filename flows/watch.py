@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -44,7 +43,7 @@ def watch_flow(spec: RunSpec) -> Any:
     reap_beside_a_worker()
     if changing := fresh.still_changing(spec.data, spec.schedule.quiet_seconds):
         return _skipped(Watched(due=False, why=changing, look=None))
-    store = Store(Path(spec.store.root))
+    store = Store.of(spec.store)
     snapshot = ingested(Stages.of(spec), store, spec)
     age = rivals.champion_days(spec.store, spec.model.name)
     look, due, why = fresh.decide(store, spec, snapshot, age)

@@ -47,7 +47,7 @@ def prefect(tmp_path_factory) -> Iterator[str]:
 
 
 LORA = {"kind": "lora", "use_rslora": False, "use_dora": False, "init": "default"}
-"""Dials of a plain step-0 adapter, beside rank and the like."""
+"""Settings of a plain step-0 adapter, beside rank and the like."""
 
 
 def toy_rows(count: int, first: int = 0) -> list[dict]:

@@ -1,7 +1,6 @@
 """`tunegate data`: the data of a run without its training, one row's story, rows back from quarantine."""
 
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -50,7 +49,7 @@ def explain(
     from tasks.runtime.store import Store
 
     spec = load_spec(preset, changes or []).spec
-    stories = stories_of(Store(Path(spec.store.root)), spec.model.name, row)
+    stories = stories_of(Store.of(spec.store), spec.model.name, row)
     return Outcome({"rows": [story.model_dump(mode="json") for story in stories]}, partial(show_stories, stories))
 
 
@@ -74,5 +73,5 @@ def _page(spec: Any, prepared: Any) -> Outcome:
     from flows.cli.pages.data import data_payload, show_data
     from tasks.runtime.store import Store
 
-    (manifest, stages), store = prepared, Store(Path(spec.store.root))
+    (manifest, stages), store = prepared, Store.of(spec.store)
     return Outcome(data_payload(manifest, stages, store), partial(show_data, manifest, stages, store))

@@ -12,7 +12,9 @@ if TYPE_CHECKING:  # `--help` need not wait for pydantic
 
 
 Preset = Annotated[str | None, typer.Argument(help="Preset (demo, smoke) or a .yaml file; demo if left out.")]
-Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one dial; repeatable.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
+]
 StoreChanges = Annotated[
     list[str] | None, typer.Option("--set", metavar="store.root=DIR", help="Where the store lies; repeatable.")
 ]

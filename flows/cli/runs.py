@@ -138,7 +138,7 @@ def init(
     changes: Changes = None,
     as_json: AsJson = False,
 ) -> Outcome:
-    """Look at your data and write a preset with every dial annotated, and a data contract that fits them."""
+    """Look at your data and write a preset with every setting annotated, and a data contract that fits them."""
     from flows.config.init_spec import init as write_preset
     from flows.config.init_spec import show_look
 

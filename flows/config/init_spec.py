@@ -78,7 +78,7 @@ def init(file: Path, data: str, name: str | None, base: str | None, overrides: l
     sources, problems = find_sources(spec.data)
     if problems:
         raise ConfigError(*problems)
-    sources = local_copies(Store(Path(spec.store.root)), sources)
+    sources = local_copies(Store.of(spec.store), sources)
     spec, formats = _mapped(spec, sources)
     sample = draw(sources, formats, spec.data)
     proposed = propose(sample, spec, suite)
@@ -112,7 +112,7 @@ def _write(look: Look, data: str) -> None:
 
 
 def _start(data: str, name: str, base: str | None, overrides: list[str]) -> RunSpec:
-    """Defaults for a base you name; the demo's measured dials for the default base."""
+    """Defaults for a base you name; the demo's measured settings for the default base."""
     given = [f"data.source={data}", f"model.name={name}", *([f"model.base={base}"] if base else []), *overrides]
     spec = load_changes(given)
     if spec.model.base != RunSpec().model.base:

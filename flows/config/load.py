@@ -1,4 +1,4 @@
-"""Read a run's YAML and its `--set` changes into a RunSpec; write one back with every dial annotated."""
+"""Read a run's YAML and its `--set` changes into a RunSpec; write one back with every setting annotated."""
 
 import difflib
 import json
@@ -17,7 +17,7 @@ from ruamel.yaml.nodes import MappingNode, Node
 
 from data_contracts.errors import ConfigError, Problem
 from data_contracts.run_spec import RunSpec, StoreSpec
-from flows.config.validation_errors import dials, problems_of, unknown_key
+from flows.config.validation_errors import all_settings, problems_of, unknown_key
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "demo"
@@ -107,7 +107,7 @@ def _read_file(path: Path) -> tuple[list[Given], list[Problem]]:
     if values is None:
         return [], []
     if not isinstance(values, dict):
-        act = "write sections such as `train:` with dials below them"
+        act = "write sections such as `train:` with settings below them"
         raise ConfigError(Problem(f"holds a {type(values).__name__}", str(path), "a mapping", act))
     lines = dict(_key_lines(tree, ()))
     return _flatten(values, lines, path.name)
@@ -141,13 +141,13 @@ def _flatten(values: dict[Any, Any], lines: dict[tuple[str, ...], int], name: st
         if section not in RunSpec.model_fields:
             problems.append(unknown_key(str(section), where))
         elif content is not None and not isinstance(content, dict):
-            act = f"write `{section}:` and its dials indented below it"
-            problems.append(Problem(f"{section} is {content!r}", where, "a section that holds dials", act))
+            act = f"write `{section}:` and its settings indented below it"
+            problems.append(Problem(f"{section} is {content!r}", where, "a section that holds settings", act))
         else:
             for field, value in (content or {}).items():
                 where = f"{name}:{lines.get((str(section), str(field)), 1)}"
                 given.append(Given(f"{section}.{field}", value, where))
-    problems += [unknown_key(item.key, item.origin) for item in given if item.key not in dials()]
+    problems += [unknown_key(item.key, item.origin) for item in given if item.key not in all_settings()]
     return given, problems
 
 
@@ -159,7 +159,7 @@ def _read_overrides(overrides: list[str]) -> tuple[list[Given], list[Problem]]:
         key = key.strip()
         if not equals:
             problems.append(Problem(f"{text!r} has no `=`", "--set", "key=value", "for example --set train.rank=8"))
-        elif key not in dials() and _dict_dial(key) is None:
+        elif key not in all_settings() and _dict_setting(key) is None:
             problems.append(unknown_key(key, "--set"))
         else:
             try:
@@ -169,16 +169,16 @@ def _read_overrides(overrides: list[str]) -> tuple[list[Given], list[Problem]]:
     return given, problems
 
 
-def _dict_dial(key: str) -> str | None:
-    """`data.columns` for `data.columns.prompt`: dials that are mappings take one entry each."""
+def _dict_setting(key: str) -> str | None:
+    """`data.columns` for `data.columns.prompt`: settings that are mappings take one entry each."""
     parent, _, entry = key.rpartition(".")
-    is_mapping = parent in dials() and get_origin(dials()[parent].annotation) is dict
+    is_mapping = parent in all_settings() and get_origin(all_settings()[parent].annotation) is dict
     return parent if is_mapping and entry else None
 
 
 def _typed(key: str, text: str) -> Any:
-    """The value of a `--set`: YAML, except that dials made of text take it as typed (`;`, `*.jsonl`, `007`)."""
-    annotation = dials()[key].annotation if key in dials() else str
+    """The value of a `--set`: YAML, except that settings made of text take it as typed (`;`, `*.jsonl`, `007`)."""
+    annotation = all_settings()[key].annotation if key in all_settings() else str
     takes_text = annotation is str or (str in get_args(annotation) and get_origin(annotation) is not dict)
     if takes_text and not text.startswith(("[", '"', "'")):
         nullable = type(None) in get_args(annotation)
@@ -192,11 +192,11 @@ def _typed(key: str, text: str) -> Any:
 def _resolve(given: list[Given], problems: list[Problem], source: str) -> LoadedSpec:
     """Later values win over earlier ones; everything wrong is told at once."""
     nested: dict[str, dict[str, Any]] = {}
-    origins = dict.fromkeys(dials(), "default")
+    origins = dict.fromkeys(all_settings(), "default")
     for item in given:
-        parent = _dict_dial(item.key)
+        parent = _dict_setting(item.key)
         section, _, field = (parent or item.key).partition(".")
-        if f"{section}.{field}" not in dials():
+        if f"{section}.{field}" not in all_settings():
             continue
         values = nested.setdefault(section, {})
         if parent:
@@ -223,14 +223,14 @@ def _normal(key: str, value: Any) -> Any:
         return value
     if key == "store.root":
         return str(Path(value).expanduser())
-    return [value] if get_origin(dials()[key].annotation) is list else value
+    return [value] if get_origin(all_settings()[key].annotation) is list else value
 
 
 # --- writing ------------------------------------------------------------------------------------------------
 
 
 def write_spec(path: Path, spec: RunSpec, head_comment: str) -> None:
-    """Write every dial of a spec with its meaning; refuses to touch a file that is there."""
+    """Write every setting of a spec with its meaning; refuses to touch a file that is there."""
     write_new(path, "\n".join([*_comment(head_comment, ""), *_annotated(spec)]) + "\n")
 
 

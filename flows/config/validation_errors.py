@@ -33,12 +33,12 @@ _LIMITS = {
 
 
 @cache
-def dials() -> dict[str, FieldInfo]:
+def all_settings() -> dict[str, FieldInfo]:
     """Every key a spec has, dotted, in the order of the stages."""
     return {
-        f"{section}.{name}": dial
+        f"{section}.{name}": setting
         for section, field in RunSpec.model_fields.items()
-        for name, dial in cast(type[BaseModel], field.annotation).model_fields.items()
+        for name, setting in cast(type[BaseModel], field.annotation).model_fields.items()
     }
 
 
@@ -54,16 +54,16 @@ def _closest(key: str) -> str:
     if field and section in RunSpec.model_fields:
         near = difflib.get_close_matches(field, _fields_of(section), n=1)
         return f"did you mean {_fields_of(section)[near[0]]}?" if near else _elsewhere(section, field)
-    near = difflib.get_close_matches(key, [*dials(), *RunSpec.model_fields], n=1, cutoff=0.75)
+    near = difflib.get_close_matches(key, [*all_settings(), *RunSpec.model_fields], n=1, cutoff=0.75)
     return f"did you mean {near[0]}?" if near else _elsewhere("", field or key)
 
 
 def _elsewhere(section: str, field: str) -> str:
-    """Look for a dial of that name in any section; else list what there is."""
-    names = sorted({name.partition(".")[2] for name in dials()})
+    """Look for a setting of that name in any section; else list what there is."""
+    names = sorted({name.partition(".")[2] for name in all_settings()})
     near = difflib.get_close_matches(field, names, n=1, cutoff=0.7)
     if near:
-        return f"did you mean {' or '.join(name for name in dials() if name.partition('.')[2] == near[0])}?"
+        return f"did you mean {' or '.join(name for name in all_settings() if name.partition('.')[2] == near[0])}?"
     if section:
         return f"its keys are {', '.join(_fields_of(section).values())}"
     return f"the sections are {', '.join(RunSpec.model_fields)}"
@@ -71,7 +71,7 @@ def _elsewhere(section: str, field: str) -> str:
 
 def _fields_of(section: str) -> dict[str, str]:
     """Field name to dotted key, for one section."""
-    return {name.partition(".")[2]: name for name in dials() if name.startswith(f"{section}.")}
+    return {name.partition(".")[2]: name for name in all_settings() if name.startswith(f"{section}.")}
 
 
 def problems_of(error: ValidationError, given: dict[str, dict[str, Any]], origins: dict[str, str]) -> Iterator[Problem]:
@@ -106,13 +106,13 @@ def _needs(detail: ErrorDetails) -> str:
 
 
 def _section_problems(section: str, detail: ErrorDetails, origins: dict[str, str]) -> Iterator[Problem]:
-    """Rules that bind several dials, of one section or (no section) of several: a problem for each line of reasons, at the
-    dials that it names."""
+    """Rules that bind several settings, of one section or (no section) of several: a problem for each line of reasons, at the
+    settings that it names."""
     turned = {key: o for key, o in origins.items() if key.startswith(section) and o != "default"}
     for reason in _needs(detail).splitlines():
         named = {key: o for key, o in turned.items() if re.search(rf"\b{key.partition('.')[2]}\b", reason)} or turned
         where = ", ".join(f"{key} ({origin})" for key, origin in named.items())
-        yield Problem(f"the {section or 'spec'}'s dials do not fit together", where, reason, "change one of them")
+        yield Problem(f"the {section or 'spec'}'s settings do not fit together", where, reason, "change one of them")
 
 
 def _act(section: str, field: str, detail: ErrorDetails) -> str:

@@ -47,13 +47,17 @@ def _own(deployment: Deployment, spec: RunSpec) -> Deployment:
     values = {"spec": whole, "store": whole["store"], "name": name, "model_uri": f"models:/{name}@challenger"}
     parameters = deployment["parameters"]
     own: Deployment = {"parameters": parameters | {key: values[key] for key in values.keys() & parameters.keys()}}
-    dials = spec.schedule
+    settings = spec.schedule
     if deployment["name"] == "retrain":
-        cron = {"cron": dials.cron, "timezone": dials.timezone, "parameters": {"reason": f"schedule: {dials.cron}"}}
-        own["schedules"] = [cron] if dials.cron else []
-        own["concurrency_limit"] = {"limit": 1, "collision_strategy": _STRATEGY[dials.when_busy]}
+        cron = {
+            "cron": settings.cron,
+            "timezone": settings.timezone,
+            "parameters": {"reason": f"schedule: {settings.cron}"},
+        }
+        own["schedules"] = [cron] if settings.cron else []
+        own["concurrency_limit"] = {"limit": 1, "collision_strategy": _STRATEGY[settings.when_busy]}
     elif deployment["name"] == "watch":
-        own["schedules"] = [{"interval": dials.watch_minutes * 60}] if dials.watch_minutes else []
+        own["schedules"] = [{"interval": settings.watch_minutes * 60}] if settings.watch_minutes else []
     return own
 
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data_contracts.errors import Problem
@@ -40,7 +39,7 @@ class Check:
 
 
 def examine(spec: StoreSpec) -> list[Check]:
-    store = Store(Path(spec.root))
+    store = Store.of(spec)
     return [
         _python(),
         *_packages(),

@@ -18,7 +18,7 @@ from tasks.runtime.store import Store
 def prepare_environment(store: StoreSpec) -> None:
     """Set defaults for this process and its children. If `tunegate up` runs in this store, its Prefect server is used
     and its MLflow page is linked."""
-    files = Store(Path(store.root)).files.resolve()
+    files = Store.of(store).files.resolve()
     state = open_here(store)
     services = f"http://{HOST}:{state.prefect_port}/api" if state else None
     yours = os.environ.get("PREFECT_API_URL") not in (None, services)
@@ -38,7 +38,7 @@ def prepare_environment(store: StoreSpec) -> None:
 def make_homes(store: StoreSpec) -> None:
     """Make the store's folders. Prefect would only warn that it cannot make its own below one that is missing."""
     try:
-        (Store(Path(store.root)).files / "prefect").mkdir(parents=True, exist_ok=True)
+        (Store.of(store).files / "prefect").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         act = "give a folder you may write to: --set store.root=DIR"
         raise StoreError(Problem(f"cannot be made: {error.strerror}", store.root, act=act)) from error
@@ -46,7 +46,7 @@ def make_homes(store: StoreSpec) -> None:
 
 def require_store(store: StoreSpec) -> None:
     """Raise ConfigError if nothing was ever kept there: most likely a typo in the path."""
-    if not store.mlflow_uri and not Store(Path(store.root)).files.is_dir():
+    if not store.mlflow_uri and not Store.of(store).files.is_dir():
         act = "name the folder a run was kept in: --set store.root=DIR"
         raise ConfigError(Problem("there is no store here", str(Path(store.root).resolve()), act=act))
 

@@ -86,7 +86,7 @@ class Server:
 
 def servers(spec: StoreSpec, mlflow_port: int, prefect_port: int, logs: Path | None = None) -> list[Server]:
     """The two servers over this store, not yet started. A tracking server you name keeps its own page."""
-    store = Store(Path(spec.root))
+    store = Store.of(spec)
     logs = logs or store.files.resolve() / "logs"
     # One worker: the default of four takes 0.8 GB more, for a page that few people read.
     mlflow = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"]

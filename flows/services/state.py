@@ -35,7 +35,7 @@ class State:
 
 
 def services_folder(store: StoreSpec) -> Path:
-    return Store(Path(store.root)).files.resolve() / "services"
+    return Store.of(store).files.resolve() / "services"
 
 
 def read_state(folder: Path) -> State | None:

@@ -115,7 +115,7 @@ def _service(name: str, server: Server | None, process: Any) -> Service:
 
 
 def _models(store: StoreSpec) -> list["Standing"]:
-    if not store.mlflow_uri and not (Store(Path(store.root)).root / "mlflow.db").exists():
+    if not store.mlflow_uri and not (Store.of(store).root / "mlflow.db").exists():
         return []
     from tasks.release.history import reconcile, standings
 

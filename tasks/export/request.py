@@ -72,7 +72,7 @@ class Subject:
 
 def subject_of(store: StoreSpec, version: Registered) -> Subject:
     """Raises StoreError if the base or the held-out rows are gone, or are not the ones of its training."""
-    place, files = Store(Path(store.root)), Path(version.adapter).parent
+    place, files = Store.of(store), Path(version.adapter).parent
     meta = json.loads((files / "meta.json").read_text())
     recorded = connect(store).download_artifacts(version.run_id, "dataset.json")
     test = DatasetManifest.model_validate_json(Path(recorded).read_text()).test

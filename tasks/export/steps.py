@@ -10,7 +10,7 @@ from data_contracts.errors import GateError, Problem
 from data_contracts.exports import Distance, Dtype, Exported, FormMeasured, MergeBase, Runtime
 from tasks.export import gguf as gguf_file
 from tasks.export.request import Subject, Wish
-from tasks.runtime.processes import run_worker
+from tasks.runtime.processes import Launch, run_worker
 from tasks.runtime.store import digest
 
 _MAX_TOKENS = 1024
@@ -38,7 +38,7 @@ def measure_forms(subject: Subject, wish: Wish, work: Path) -> Measured:
         "bases": _bases(subject, wish), "dtypes": _dtypes(wish), "is_gguf": wish.format == "gguf",
         "tolerance_nats": wish.tolerance_nats,
     }  # fmt: skip
-    told = run_worker("tasks.export.workers.export_model", subject.spec | asked, work / _FORMS, "measure forms")
+    told = run_worker("tasks.export.workers.export_model", subject.spec | asked, work / _FORMS, Launch("measure forms"))
     forms = [FormMeasured(**form) for form in told["forms"]]
     chosen = FormMeasured(**told["chosen"]) if told["chosen"] else None
     if forms and chosen is None:
@@ -94,7 +94,7 @@ def check_files(
     """Measure what was written, from its files in fresh processes. Raises GateError if it is too far from the live model."""
     file = gguf_file.GGUF if wish.format == "gguf" else None
     spec = subject.spec | {"format": wish.format, "folder": str(draft), "file": file, "work": str(work / _FORMS)}
-    told = run_worker("tasks.export.workers.check_export", spec, work / "check", "check the files")
+    told = run_worker("tasks.export.workers.check_export", spec, work / "check", Launch("check the files"))
     written = Distance(**told["distance"])
     runtime = gguf_file.in_llama_cpp(work / _FORMS, measured.turns, work, draft) if file else None
     found = {"transformers": written.kl_nats} | ({runtime.name: runtime.kl_nats} if runtime else {})

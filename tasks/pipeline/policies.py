@@ -34,7 +34,7 @@ from tasks.runtime.store import Store
 _DELAYS_SECONDS, _JITTER = (2.0, 15.0, 60.0), 0.5
 _HOURS = 3600
 
-# Dials that change how a result is reached, not what it is.
+# Settings that change how a result is reached, not what it is.
 NOT_IDENTITY = frozenset(
     {
         "store",

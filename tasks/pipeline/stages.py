@@ -74,8 +74,8 @@ def prepare_base(store: Store, base: str, revision: str | None, identity: str) -
 
 
 @stage("init_adapter")
-def init_adapter(store: Store, base: BaseModelRef, dials: dict[str, Any]) -> AdapterRef:
-    return bases.init_adapter(store, base, dials, is_forced())
+def init_adapter(store: Store, base: BaseModelRef, settings: dict[str, Any]) -> AdapterRef:
+    return bases.init_adapter(store, base, settings, is_forced())
 
 
 @stage("choose_start")
@@ -95,19 +95,19 @@ def check_tasks(
 
 def train_key(
     method: Method, seed: int, base: BaseModelRef, step0: AdapterRef | None, rows: FileRef, validation: FileRef,
-    dials: TrainSpec, precision: str,
+    settings: TrainSpec, precision: str,
 ) -> str:  # fmt: skip
     """Two arms with the same key are one training."""
     inputs = {"method": method, "seed": seed, "base": base, "step0": step0, "rows": rows, "validation": validation}
-    return stage_key("train", {**inputs, "dials": dials, "precision": precision})
+    return stage_key("train", {**inputs, "settings": settings, "precision": precision})
 
 
 @stage("train")
 def train_arm(
     store: Store, method: Method, seed: int, base: BaseModelRef, step0: AdapterRef | None, rows: FileRef,
-    validation: FileRef, dials: TrainSpec, precision: str, slot: Slot | None = None,
+    validation: FileRef, settings: TrainSpec, precision: str, slot: Slot | None = None,
 ) -> TrainReport:  # fmt: skip
-    inputs = (method, seed, base, step0, rows, validation, dials, precision)
+    inputs = (method, seed, base, step0, rows, validation, settings, precision)
     name = task_run.name.removeprefix("train ")
     return train.train_arm(store, train_key(*inputs), *inputs, is_forced(), LiveTraining(name).show, name, slot)
 

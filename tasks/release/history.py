@@ -1,7 +1,6 @@
 """Every move of a champion: as the store's ledger has it, and as the registry has it in tags that other machines see too."""
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from data_contracts.errors import ConfigError, Problem, StoreError
@@ -59,7 +58,7 @@ def entries_of(client: "MlflowClient", ledger: Ledger, name: str) -> list[Entry]
     own = {entry.move.id: entry for entry in ledger.of(name)}
     done = {
         move.id: Entry(
-            move=move, step="done", told=own[move.id].told if move.id in own else "", elsewhere=move.id not in own
+            move=move, step="done", note=own[move.id].note if move.id in own else "", elsewhere=move.id not in own
         )
         for move in registry_moves(client, name)
     }
@@ -189,4 +188,4 @@ def rebuild(store: StoreSpec) -> str:
 
 
 def place_of(store: StoreSpec) -> Store:
-    return Store(Path(store.root))
+    return Store.of(store)

@@ -54,7 +54,7 @@ class Made(NamedTuple):
 
     @property
     def store(self) -> Store:
-        return Store(Path(self.spec.store.root))
+        return Store.of(self.spec.store)
 
     @property
     def scores(self) -> EvalReport:
@@ -106,7 +106,7 @@ def _data(made: Made, trained_rows_sha256: str) -> DataLineage:
 
 def _training(made: Made) -> Training:
     arm = made.arm
-    dials = next(own.dials for own in arms_of(made.spec.train) if own.name == arm.name)
+    settings = next(own.settings for own in arms_of(made.spec.train) if own.name == arm.name)
     return Training(
         name=arm.name,
         method=arm.method,
@@ -115,7 +115,7 @@ def _training(made: Made) -> Training:
         adapter=arm.adapter,
         step0_sha256=arm.step0_sha256,
         start=arm.start,
-        dials=dials.model_dump(mode="json"),
+        settings=settings.model_dump(mode="json"),
     )
 
 
@@ -124,12 +124,12 @@ def placeless(spec: RunSpec) -> dict[str, Any]:
     its last part."""
     told = spec.model_dump(mode="json", exclude={"store"})
     told["data"]["source"] = [without_place(entry) for entry in spec.data.source]
-    for section, dial in (
+    for section, setting in (
         ("model", "base"), ("contract", "suite"), ("contract", "batch_suite"), ("rules", "function"),
         ("evaluate", "task_folder"),
     ):  # fmt: skip
-        if told[section][dial]:
-            told[section][dial] = without_place(told[section][dial])
+        if told[section][setting]:
+            told[section][setting] = without_place(told[section][setting])
     return told
 
 

@@ -46,7 +46,7 @@ class Ledger:
     def write(self, step: Step, move: Move, told: str = "", whole: bool = False) -> None:
         """Append a line, on the disk before this returns. whole: the move is in it, though it is not just intended."""
         line = Line(
-            after=self.last, step=step, id=move.id, unix_seconds=time.time(), told=told,
+            after=self.last, step=step, id=move.id, unix_seconds=time.time(), note=told,
             move=move if whole or step == "intended" else None,
         )  # fmt: skip
         raw = line.model_dump_json().encode()
@@ -58,7 +58,7 @@ class Ledger:
         if is_new:
             _keep_name(self.file.parent)
         self.last = _digest(raw)
-        self.entries[move.id] = Entry(move=move, step=step, told=told)
+        self.entries[move.id] = Entry(move=move, step=step, note=told)
 
 
 def read(store: Store) -> Ledger:
@@ -90,7 +90,7 @@ def _add(ledger: Ledger, raw: bytes, number: int) -> None:
     move = line.move or (known.move if known else None)
     if move is None:
         raise ValueError("it ends a move that was never begun")
-    ledger.entries[line.id] = Entry(move=move, step=line.step, told=line.told)
+    ledger.entries[line.id] = Entry(move=move, step=line.step, note=line.note)
 
 
 def _early(found: dict[str, Any], number: int) -> Line:
@@ -99,7 +99,7 @@ def _early(found: dict[str, Any], number: int) -> Line:
         id=f"early-{number}", name=found["name"], act=found["act"], before=found["from"], to=found["to"], who="", run=None,
         unix_seconds=found["unix_seconds"], why=found["reason"], overrode=[], evidence=None,
     )  # fmt: skip
-    return Line(after="", step="done", id=move.id, unix_seconds=move.unix_seconds, told="", move=move)
+    return Line(after="", step="done", id=move.id, unix_seconds=move.unix_seconds, note="", move=move)
 
 
 @contextmanager

@@ -65,7 +65,7 @@ class Registered:
 
 def to_load(store: StoreSpec, version: Registered) -> dict[str, str]:
     """What a worker needs to load a version as anybody does. The files that were verified are the ones it loads."""
-    place = Store(Path(store.root))
+    place = Store.of(store)
     return {
         "tracking_uri": store.mlflow_uri or place.database_uri,
         "model": str(version.folder),
@@ -77,7 +77,7 @@ def to_load(store: StoreSpec, version: Registered) -> dict[str, str]:
 def ask_version(store: StoreSpec, uri: str, questions: list[str], max_new_tokens: int) -> list[str]:
     """Load a version in a fresh process and put questions to it."""
     spec = to_load(store, resolve(store, uri)) | {"questions": questions, "max_new_tokens": max_new_tokens}
-    out = Store(Path(store.root)).files / "asks" / uuid.uuid4().hex
+    out = Store.of(store).files / "asks" / uuid.uuid4().hex
     answers = run_worker("tasks.release.workers.ask_model", spec, out)["answers"]
     shutil.rmtree(out)  # only a failed one is kept, with its log
     return [str(answer) for answer in answers]

@@ -4,14 +4,13 @@ import math
 import shutil
 import time
 import uuid
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_contracts.errors import Problem, StoreError
 from data_contracts.reports import EvalReport, LoadedBack, ModelVersion, ReleaseCheck, SampleAnswer
 from data_contracts.run_spec import StoreSpec
 from tasks.release.registry import EXAMPLE, Registered, resolve, to_load
-from tasks.runtime.processes import run_worker
+from tasks.runtime.processes import Launch, run_worker
 from tasks.runtime.store import Store
 
 # How far log-probabilities may lie from the evaluation's, in nats: measured in docs/release.md. bf16: on either side.
@@ -20,7 +19,7 @@ _EXAMPLE = SampleAnswer(question=EXAMPLE, reference="", answer="")
 
 
 class Limits(NamedTuple):
-    """Dials of the run that made the version, as its gates read them; None: no limit."""
+    """Settings of the run that made the version, as its gates read them; None: no limit."""
 
     sample_tokens: int
     max_ms_per_token: float | None = None
@@ -42,8 +41,8 @@ def check_release(
         "samples": [sample.model_dump(mode="json", include=kept) for sample in evaluated or [_EXAMPLE]],
         "max_new_tokens": limits.sample_tokens,
     }
-    out, started = Store(Path(store.root)).files / "checks" / uuid.uuid4().hex, time.monotonic()
-    found = run_worker("tasks.release.workers.check_release", spec, out, f"check {version.label}")
+    out, started = Store.of(store).files / "checks" / uuid.uuid4().hex, time.monotonic()
+    found = run_worker("tasks.release.workers.check_release", spec, out, Launch(f"check {version.label}"))
     shutil.rmtree(out)  # only a failed one is kept, with its log
     return Checked(_judged(found, evaluated, precision, limits, time.monotonic() - started), found["answers"])
 

@@ -41,7 +41,7 @@ def record_run(
     done = _complete_run(client, experiment, key)
     if done:
         return done
-    store = Store(Path(spec.store.root))
+    store = Store.of(spec.store)
     scores = {report.target: report for report in evaluations}
     with mlflow.start_run(experiment_id=experiment, run_name=f"{spec.model.name} {dataset.snapshot_id[:8]}") as parent:
         mlflow.set_tags({KEY_TAG: key, "tunegate.verdict": gate.verdict, "tunegate.snapshot": dataset.snapshot_id})
@@ -79,7 +79,7 @@ def _record_arm(
         mlflow.log_metrics(_finite(numbers | _memory(arm) | _scores(scores)))
         mlflow.set_tag("tunegate.adapter_sha256", arm.adapter.sha256)
         if arm.start:
-            begun = {"tunegate.started_from": arm.start.version or "scratch", "tunegate.start": arm.start.told}
+            begun = {"tunegate.started_from": arm.start.version or "scratch", "tunegate.start": arm.start.note}
             mlflow.set_tags(begun)
             mlflow.log_metrics(arm.start.model_dump(include={"new_rows", "old_rows", "replayed_rows"}))
         points = [

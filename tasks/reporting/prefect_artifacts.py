@@ -7,7 +7,6 @@ escaped, no row of the data is shown, and an artifact that cannot be made never 
 import re
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
 
@@ -66,7 +65,7 @@ def show_verdict(
 def show_report(report: RunReport) -> None:
     """Where to look next: the report, the MLflow run, the version."""
     spec = StoreSpec.model_validate(report.spec["store"])
-    html = (Store(Path(spec.root)).files / report.html).resolve()
+    html = (Store.of(spec).files / report.html).resolve()
     pages = {"mlflow": mlflow_page(spec, report.recorded.mlflow_run_id), "prefect": prefect_page(flow_run.id)}
     _markdown("report", "report.md.j2", report=report, uri=model_uri(report.model), html=html, **pages)
 

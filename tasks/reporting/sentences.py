@@ -29,9 +29,9 @@ def estimate(found: Estimate, form: str = ".3f") -> str:
 def started(start: Start) -> str:
     """Where an arm's training began, after the arm's name."""
     if start.version is None:
-        return f"starts from scratch on {start.new_rows:,} rows: {start.told}"
+        return f"starts from scratch on {start.new_rows:,} rows: {start.note}"
     replayed = f"{start.replayed_rows:,} of {start.old_rows:,} old ones"
-    return f"goes on from {start.told}, on {start.new_rows:,} new rows and {replayed}"
+    return f"goes on from {start.note}, on {start.new_rows:,} new rows and {replayed}"
 
 
 def sentences(found: Comparison) -> Iterator[str]:

@@ -15,7 +15,7 @@ from data_contracts.reports import AdapterRef, BaseModelRef, EvalTarget, TrainRe
 from data_contracts.run_spec import RunSpec
 from data_contracts.train_spec import TrainSpec
 from tasks.evaluation.evaluate import evaluate_targets
-from tasks.models.base import ADAPTER_FILE, init_adapter, prepare_base, start_dials
+from tasks.models.base import ADAPTER_FILE, init_adapter, prepare_base, start_settings
 from tasks.release import registry
 from tasks.release.lineage import code_now, machine_now
 from tasks.release.registry import Registered
@@ -93,9 +93,9 @@ def base_again(store: Store, place: Store, spec: RunSpec, then: Lineage) -> Base
 
 def begin_again(spec: RunSpec, place: Store, base: BaseModelRef, then: Lineage, rows: Rows) -> Begin:
     """A fresh step-0 adapter from the recorded seed; for a warm start the version's that it went on from."""
-    training, train = then.training, TrainSpec.model_validate(then.training.dials)
-    dials = start_dials(training.method, training.seed, train, then.machine.precision)
-    adapter = init_adapter(place, base, dials, afresh=True) if dials else None
+    training, train = then.training, TrainSpec.model_validate(then.training.settings)
+    settings = start_settings(training.method, training.seed, train, then.machine.precision)
+    adapter = init_adapter(place, base, settings, force=True) if settings else None
     used = rows.train
     if training.start and training.start.version and adapter:
         parent = registry.resolve(spec.store, f"models:/{then.name}/{training.start.version}", "reproduce")
@@ -112,9 +112,9 @@ def begin_again(spec: RunSpec, place: Store, base: BaseModelRef, then: Lineage, 
 
 
 def train_again(place: Store, base: BaseModelRef, begin: Begin, rows: Rows, then: Lineage, threads: int) -> TrainReport:
-    """The arm with its recorded dials, seed and precision, from the first step on."""
+    """The arm with its recorded settings, seed and precision, from the first step on."""
     training, machine = then.training, then.machine
-    dials = TrainSpec.model_validate(training.dials | {"threads": threads})
+    settings = TrainSpec.model_validate(training.settings | {"threads": threads})
     inputs = (
         training.method,
         training.seed,
@@ -122,7 +122,7 @@ def train_again(place: Store, base: BaseModelRef, begin: Begin, rows: Rows, then
         begin.adapter,
         begin.rows,
         rows.validation,
-        dials,
+        settings,
         machine.precision,
     )
     return train_arm(place, then.key, *inputs, True, lambda event: None, training.name, None)
@@ -140,9 +140,9 @@ def compare_again(
     found = run_worker("tasks.reproduction.workers.compare_adapters", folders, place.files / "compared")
     targets = [EvalTarget(name=name, adapter=adapter, **own) for name, adapter in adapters.items()]
     alone = {"tasks": ["domain_nll"], "forms": [], "sample_questions": 0, "task_folder": None}
-    dials = spec.evaluate.model_copy(update=alone)
+    settings = spec.evaluate.model_copy(update=alone)
     scores = evaluate_targets(
-        place, base, rows.test, targets, dials, None, spec.train.max_tokens, then.machine.precision,
+        place, base, rows.test, targets, settings, None, spec.train.max_tokens, then.machine.precision,
         spec.gates.confidence, arm.threads,
     )  # fmt: skip
     losses = {report.target: report.nll_nats for report in scores}

@@ -26,7 +26,7 @@ def connect(store: StoreSpec) -> "MlflowClient":
     import mlflow
 
     warnings.filterwarnings("ignore", message=_HINTS)
-    place = Store(Path(store.root))
+    place = Store.of(store)
     uri = store.mlflow_uri or place.database_uri
     if uri == place.database_uri:
         place.root.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def open_experiment(client: "MlflowClient", store: StoreSpec, name: str) -> str:
     import mlflow
 
     found = client.get_experiment_by_name(name)
-    place = None if store.mlflow_uri else Store(Path(store.root)).artifacts.as_uri()
+    place = None if store.mlflow_uri else Store.of(store).artifacts.as_uri()
     experiment = str(found.experiment_id if found else client.create_experiment(name, artifact_location=place))
     mlflow.set_experiment(experiment_id=experiment)
     return experiment

@@ -27,13 +27,13 @@ class Job(NamedTuple):
 Work = Callable[[dict[str, Any], Path], None]
 
 
-def map_parts(store: Store, kind: str, work: Work, jobs: list[Job], engine: str, afresh: bool = False) -> list[Path]:
+def map_parts(store: Store, kind: str, work: Work, jobs: list[Job], engine: str, force: bool = False) -> list[Path]:
     """Do every job that has no result yet; answer with the folders of all, in the order of the jobs.
 
     `work` is a function of a module, so that another process can import it. What it raises is raised here.
     """
     folders = [store.files / kind / job.key for job in jobs]
-    missing = [job for job, folder in zip(jobs, folders, strict=True) if afresh or not folder.exists()]
+    missing = [job for job, folder in zip(jobs, folders, strict=True) if force or not folder.exists()]
     run = {"local": _locally, "ray": _on_ray}[engine]
     with Display(kind) as display:
         for done, _ in enumerate(run(store, kind, work, missing), start=1):

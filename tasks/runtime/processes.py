@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from data_contracts.errors import ERRORS, Problem, TransientError, WorkerError
+from data_contracts.jobs import Job
 
 _LOG_LINES_SHOWN = 12
 _SECONDS_BETWEEN_LINES = 15.0
@@ -28,22 +30,28 @@ def _nobody(event: Event) -> None:
     pass
 
 
-def run_worker(
-    module: str, spec: dict[str, Any], out: Path, title: str | None = None, afresh: bool = False,
-    watch: Watch = _nobody, gpu: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Run `python -m module spec.json out/` with live progress on stderr, and to `watch`, and return its report.
+@dataclass(frozen=True)
+class Launch:
+    """How a worker is started and shown."""
 
-    gpu: the only one it sees.
+    title: str | None = None  # what progress calls it; its module's name if None
+    force: bool = False  # from the start, whatever an earlier one left
+    watch: Watch = _nobody  # gets each of its events
+    gpu: str | None = None  # the only one it sees
 
-    A worker that has already ended well with the same spec is not run again, and a killed one goes on from what it
-    left in `out`, unless `afresh` is set. Raises what the worker raised,
-    TransientError if a signal killed it (it goes on from its checkpoint when tried again), WorkerError otherwise.
+
+def run_worker(module: str, job: Job | dict[str, Any], out: Path, launch: Launch = Launch()) -> dict[str, Any]:
+    """Run `python -m module spec.json out/` with live progress on stderr and return its report.
+
+    A worker that has already ended well with the same job is not run again, and a killed one resumes from what it
+    left in `out`, unless `launch.force` is set. Raises what the worker raised,
+    TransientError if a signal killed it (it resumes from its checkpoint when retried), WorkerError otherwise.
     """
-    if afresh:
+    if launch.force:
         shutil.rmtree(out, ignore_errors=True)
     spec_file, report_file = out / "spec.json", out / "report.json"
-    text = json.dumps(spec, indent=1, sort_keys=True)
+    plain = job.model_dump(mode="json") if isinstance(job, Job) else job  # TRANSITION: dicts go
+    text = json.dumps(plain, indent=1, sort_keys=True)
     if report_file.exists() and spec_file.exists() and spec_file.read_text() == text:
         return dict(json.loads(report_file.read_text()))
     out.mkdir(parents=True, exist_ok=True)
@@ -52,14 +60,14 @@ def run_worker(
     spec_file.write_text(text)
     with (
         (out / "worker.log").open("a") as log,
-        Display(title or module.rpartition(".")[2].replace("_", " ")) as display,
+        Display(launch.title or module.rpartition(".")[2].replace("_", " ")) as display,
     ):
-        command = [sys.executable, "-m", *_launcher(spec), module, str(spec_file), str(out)]
-        environment = worker_environment() | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+        command = [sys.executable, "-m", *_launcher(job), module, str(spec_file), str(out)]
+        environment = worker_environment() | ({"CUDA_VISIBLE_DEVICES": launch.gpu} if launch.gpu else {})
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         said: dict[str, Event] = {}  # the last of each kind
         try:
-            follow(child, display.show, watch, lambda event: said.update({event["event"]: event}))
+            follow(child, display.show, launch.watch, lambda event: said.update({event["event"]: event}))
         finally:
             _end(child)
     if child.returncode != 0:
@@ -84,11 +92,14 @@ def worker_environment() -> dict[str, str]:
     return {"THP_MEM_ALLOC_ENABLE": "1", **os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _launcher(spec: dict[str, Any]) -> list[str]:
+def _launcher(job: Job | dict[str, Any]) -> list[str]:
     """What starts the worker's ranks, if it has several, or if Ray finds their places."""
-    if spec.get("engine") == "ray":
+    if isinstance(job, dict):  # TRANSITION
+        ray, several = job.get("engine") == "ray", job.get("workers", 1) > 1
+        return ["tasks.runtime.workers.launch_ray"] if ray else ["tasks.runtime.workers.launch"] if several else []
+    if job.on_ray:
         return ["tasks.runtime.workers.launch_ray"]
-    return ["tasks.runtime.workers.launch"] if spec.get("workers", 1) > 1 else []
+    return ["tasks.runtime.workers.launch"] if job.processes > 1 else []
 
 
 def follow(child: "subprocess.Popen[str]", *watching: Watch) -> None:

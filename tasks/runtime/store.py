@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 from data_contracts.data_reports import FileRef
 from data_contracts.errors import Problem, StoreError
 from data_contracts.reports import RunReport
+from data_contracts.run_spec import StoreSpec
 
 _FREE_BYTES_NEEDED = 2 * 1024**3  # the default base (0.5 GB) twice while it is converted, checkpoints, artifacts
 
@@ -27,6 +28,11 @@ class Store:
     """Paths under one root. What it publishes is complete or absent, never half-written."""
 
     root: Path
+
+    @classmethod
+    def of(cls, spec: StoreSpec) -> Self:
+        """The store that a spec names."""
+        return cls(Path(spec.root))
 
     @property
     def files(self) -> Path:

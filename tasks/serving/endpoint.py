@@ -30,7 +30,7 @@ Tell = Callable[[str], None]
 
 def shadow_file(store: StoreSpec, name: str) -> Path:
     """Where the answers of a model and of its challenger are kept, a line for each question."""
-    return Store(Path(store.root)).files.resolve() / "shadow" / f"{name}.jsonl"
+    return Store.of(store).files.resolve() / "shadow" / f"{name}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Endpoint:
     def __init__(self, store: StoreSpec, spec: dict[str, Any], tell: Tell, key: str | None = None) -> None:
         """key: what clients must show; if left out that of the environment, if there is one."""
         self._spec, self._tell = spec, tell
-        place = Store(Path(store.root))
+        place = Store.of(store)
         self.out = place.files / "serving" / uuid.uuid4().hex
         self._environment = {"TUNEGATE_STORE_DIR": str(place.root.resolve())} | worker_environment()
         self._environment |= {API_KEY: key} if key else {}

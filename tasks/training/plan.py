@@ -11,7 +11,7 @@ import data_contracts
 from data_contracts.errors import ConfigError, Problem
 from data_contracts.run_spec import ModelSpec, RunSpec
 from data_contracts.train_spec import Method, TrainSpec
-from tasks.runtime.processes import run_worker
+from tasks.runtime.processes import Launch, run_worker
 from tasks.training.core.architecture import Architecture, decoder, from_json
 from tasks.training.core.fitting import CARDS_GB, Card, Change, card, changes, needed, usable_bytes
 from tasks.training.core.memory import Parts, predict
@@ -51,21 +51,23 @@ def find_architecture(model: ModelSpec) -> Architecture:
         )
     with tempfile.TemporaryDirectory() as out:
         spec = {"base": model.base, "revision": model.revision}
-        return from_json(run_worker("tasks.training.workers.describe_base", spec, Path(out), f"reading {model.base}"))
+        return from_json(
+            run_worker("tasks.training.workers.describe_base", spec, Path(out), Launch(f"reading {model.base}"))
+        )
 
 
 def plan_methods(
     spec: RunSpec, methods: Sequence[Method], length: int | None, batch: int | None, gpu: float | None
 ) -> tuple[Architecture, list[Plan]]:
-    """A plan for each method. length, batch: rows of one step; left out, they come from the spec's dials."""
+    """A plan for each method. length, batch: rows of one step; left out, they come from the spec's settings."""
     arch = find_architecture(spec.model)
     _check(spec.train, methods, arch)
     length = length or min(spec.train.max_tokens, spec.train.batch_tokens)
     batch = batch or max(1, spec.train.batch_tokens // length)
     compute_bytes = 4 if spec.model.precision == "fp32" else 2
-    dials = spec.train.model_dump()
+    settings = spec.train.model_dump()
     way: Way = "padded" if arch.softcap else "packed"
-    asked = [settings_of(dials, method, compute_bytes, length, batch, way=way) for method in methods]
+    asked = [settings_of(settings, method, compute_bytes, length, batch, way=way) for method in methods]
     return arch, [_plan(arch, settings, gpu) for settings in asked]
 
 

@@ -8,7 +8,7 @@ from data_contracts.reports import AdapterRef, BaseModelRef, LossPoint, Slot, Tr
 from data_contracts.train_spec import Method, TrainSpec
 from tasks.models.base import adapter_ref
 from tasks.models.integrity import checked_adapter, checked_base
-from tasks.runtime.processes import Watch, run_worker
+from tasks.runtime.processes import Launch, Watch, run_worker
 from tasks.runtime.store import Store, without_place
 
 # What the worker has no use for: it is told its own method, seed, rate, step-0 adapter, rows and threads.
@@ -17,7 +17,7 @@ _NOT_THE_WORKERS = {"methods", "seeds", "variants", "learning_rates", "warm_star
 
 def train_arm(
     store: Store, key: str, method: Method, seed: int, base: BaseModelRef, step0: AdapterRef | None, rows: FileRef,
-    validation: FileRef, train: TrainSpec, precision: str, afresh: bool, watch: Watch, name: str, slot: Slot | None,
+    validation: FileRef, train: TrainSpec, precision: str, force: bool, watch: Watch, name: str, slot: Slot | None,
 ) -> TrainReport:  # fmt: skip
     """Run the worker in a folder named by the stage's key, so that the same work finds its own checkpoints.
 
@@ -39,7 +39,7 @@ def train_arm(
     if slot:
         spec |= {"threads": slot.threads, "threads_reason": slot.why}
     gpu = slot.gpu if slot else None
-    report = run_worker("tasks.training.workers.train_adapter", spec, out, f"train {name}", afresh, watch, gpu)
+    report = run_worker("tasks.training.workers.train_adapter", spec, out, Launch(f"train {name}", force, watch, gpu))
     for checkpoint in out.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)  # the arm is complete: its optimiser state is of no more use
     loss = [LossPoint(**point) for point in report.pop("loss")]

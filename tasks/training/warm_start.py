@@ -52,20 +52,20 @@ def origin_of(store: StoreSpec, name: str, train: Path) -> tuple[Origin, list[st
     passed: list[str] = []
     found = registry.champion(store, name)
     if found is None:
-        return Origin(told=f"{name} has no champion yet"), []
+        return Origin(note=f"{name} has no champion yet"), []
     while True:
         if problem := _unknown(found):
-            return Origin(told=problem), passed
+            return Origin(note=problem), passed
         if here - set(read_ids(_trained(found))):
             return origin_at(found), passed
         passed.append(f"{found.label} was trained on every row that is here")
         if found.started_from is None:
-            return Origin(told=f"nothing is new to {found.label}, which started from scratch"), passed
+            return Origin(note=f"nothing is new to {found.label}, which started from scratch"), passed
         try:
             found = registry.resolve(store, f"models:/{name}/{found.started_from}")
         except ConfigError:
             gone = f"version {found.started_from}, from which it went on, is no longer registered"
-            return Origin(told=f"nothing is new to {found.label}, and {gone}"), passed
+            return Origin(note=f"nothing is new to {found.label}, and {gone}"), passed
 
 
 def _unknown(found: Registered) -> str | None:
@@ -95,7 +95,7 @@ def _checked(file: Path, sha256: str, label: str) -> Path:
 def origin_at(found: Registered) -> Origin:
     """A version as what a warm start goes on from."""
     return Origin(
-        told=found.label,
+        note=found.label,
         version=found.version,
         method=found.method,
         base_digest=found.base_digest,
@@ -108,7 +108,7 @@ def scratch(store: Store, train: FileRef, why: str) -> Start:
     """A fresh start on all training rows."""
     count = len(ids_of(store.path(train)))
     return Start(
-        version=None, told=why, adapter=None, rows=train, new_rows=count, old_rows=0, replayed_rows=0, trained=None
+        version=None, note=why, adapter=None, rows=train, new_rows=count, old_rows=0, replayed_rows=0, trained=None
     )
 
 
@@ -123,16 +123,16 @@ def choose_start(
     """
     assert origin.trained and origin.adapter  # of a version
     if origin.base_digest != base.digest:
-        return scratch(store, train, f"{origin.told} stands on another base")
+        return scratch(store, train, f"{origin.note} stands on another base")
     if origin.method not in LORA_ARMS:
-        return scratch(store, train, f"{origin.told} was trained with {origin.method}, and this arm has LoRA layers")
+        return scratch(store, train, f"{origin.note} was trained with {origin.method}, and this arm has LoRA layers")
     folder, fresh = Path(origin.adapter.folder), store.path(step0.folder)
-    weights = _checked(folder / ADAPTER_FILE, origin.adapter.sha256, origin.told)
+    weights = _checked(folder / ADAPTER_FILE, origin.adapter.sha256, origin.note)
     if unlike := differences(_form(folder), _form(fresh)):
-        return scratch(store, train, f"{origin.told} has another adapter: {'; '.join(unlike)}")
-    known = set(read_ids(_checked(Path(origin.trained.path), origin.trained.sha256, origin.told)))
+        return scratch(store, train, f"{origin.note} has another adapter: {'; '.join(unlike)}")
+    known = set(read_ids(_checked(Path(origin.trained.path), origin.trained.sha256, origin.note)))
     if leaked := sum(row in known for file in held_out for row in ids_of(store.path(file))):
-        return scratch(store, train, f"{origin.told} was trained on {leaked:,} rows that are held out here")
+        return scratch(store, train, f"{origin.note} was trained on {leaked:,} rows that are held out here")
     return _publish(store, origin, weights, fresh, train, known, replay_share)
 
 
@@ -161,7 +161,7 @@ def _publish(
     made = store.files / "starts" / key
     return Start(
         version=origin.version,
-        told=origin.told,
+        note=origin.note,
         adapter=adapter_ref(store, made / "adapter"),
         rows=store.ref(made / "train.jsonl"),
         new_rows=len(chosen.new),

@@ -79,7 +79,7 @@ def test_names_in_a_spec_are_names(name):
     for make in (
         lambda: ModelSpec(name=name),
         lambda: ModelSpec(revision=name),
-        lambda: VariantSpec(name=name, method="lora", dials={}),
+        lambda: VariantSpec(name=name, method="lora", settings={}),
     ):
         with pytest.raises(ValueError, match="pattern"):
             make()

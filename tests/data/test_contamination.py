@@ -13,14 +13,14 @@ def filler(seed, count=30):
     return " ".join(f"f{word}" for word in np.random.default_rng(seed).integers(10_000, size=count))
 
 
-def run(items, rows, **dials):
-    detector = Detector(items, **dials)
+def run(items, rows, **settings):
+    detector = Detector(items, **settings)
     detector.count(rows)
     return detector.check(rows)
 
 
-def pairs(items, rows, **dials):
-    return [(hit.row, hit.item) for hit in run(items, rows, **dials).hits]
+def pairs(items, rows, **settings):
+    return [(hit.row, hit.item) for hit in run(items, rows, **settings).hits]
 
 
 def test_an_item_inside_a_longer_row_is_found_whatever_its_case():

@@ -343,8 +343,8 @@ def test_in_any_order_of_appends_nothing_near_a_held_out_row_trains_and_no_split
         # Cumulative data, sometimes without their oldest rows, in a new order.
         batch = pool[draw.choice([0, 0, end // 3]) : end]
         # Decontamination would hide a hole in the rules of near copies.
-        dials = {"test_fraction": 0.3, "decontaminate": False, "max_near_duplicate_rate": 1.0}
-        manifest = run(store, draw.sample(batch, len(batch)), **dials)
+        settings = {"test_fraction": 0.3, "decontaminate": False, "max_near_duplicate_rate": 1.0}
+        manifest = run(store, draw.sample(batch, len(batch)), **settings)
         assert manifest.rows_in == manifest.kept + manifest.quarantined + manifest.duplicates
         placed = {
             (row["messages"][0]["content"], row["messages"][1]["content"]): name
@@ -454,8 +454,8 @@ def test_in_any_order_of_appends_no_cluster_is_in_two_splits_and_no_split_change
     placed: dict[str, str] = {}
     for end in [*cuts, len(pool)]:
         batch = pool[draw.choice([0, 0, end // 3]) : end]
-        dials = {"test_fraction": 0.3, "max_near_duplicate_rate": 1.0}
-        manifest = run(store, draw.sample(batch, len(batch)), **dials)
+        settings = {"test_fraction": 0.3, "max_near_duplicate_rate": 1.0}
+        manifest = run(store, draw.sample(batch, len(batch)), **settings)
         assert manifest.rows_in == manifest.kept + manifest.quarantined + manifest.duplicates
         for cluster, places in sides(store, manifest).items():
             assert clusters.setdefault(cluster, places) == places

@@ -176,7 +176,7 @@ def test_the_parts_give_the_same_whatever_works_on_them(store: Store, monkeypatc
     found = dirty(store)
     pooled = check(store, found)
     monkeypatch.setattr("tasks.runtime.partitions.free_cores", lambda: 1)
-    alone = validate(store, found, RulesSpec(), ContractSpec(max_quarantine_rate=0.5), afresh=True)
+    alone = validate(store, found, RulesSpec(), ContractSpec(max_quarantine_rate=0.5), force=True)
     assert alone == pooled
 
 

@@ -130,7 +130,7 @@ def test_every_limit_says_what_it_was_proposed_from_and_what_to_do() -> None:
     told = [item["meta"] for item in suite["expectations"]]
     assert all(meta["why"] and meta["act"] for meta in told)
     proposed = [meta["why"] for meta in told if "proposed from 240 rows: observed" in meta["why"]]
-    names = {"contract.max_quarantine_rate", "contract.min_rows"}  # the dials that the rows suite uses
+    names = {"contract.max_quarantine_rate", "contract.min_rows"}  # the settings that the rows suite uses
     in_suite = [item for item in look.proposed.proposals if item.name.startswith("expect_") or item.name in names]
     assert len(proposed) == len(in_suite) >= 7
     preset = Path("my.yaml").read_text()

@@ -171,8 +171,8 @@ def test_only_questions_with_a_short_answer_and_room_for_another_are_asked(tiny_
     assert [item["row_id"] for item in items] == [row["row_id"] for row in rows[:4]]
     longest = max(item["tokens"] for item in (items[0], items[3]))
 
-    def asked(**dials) -> list[str]:
-        tasks = domain_tasks(["domain_generate"], items, chat, {"generate_items": 9, "max_tokens": 110} | dials)
+    def asked(**settings) -> list[str]:
+        tasks = domain_tasks(["domain_generate"], items, chat, {"generate_items": 9, "max_tokens": 110} | settings)
         return [doc["row_id"] for task in tasks.values() for doc in task.eval_docs]
 
     assert asked(generate_tokens=longest) == [rows[0]["row_id"], rows[3]["row_id"]]
@@ -205,9 +205,9 @@ def test_a_merged_adapter_is_the_live_one_until_it_is_rounded(tiny_base, adapter
     assert all(torch.equal(weight, weight.bfloat16().float()) for weight in short.parameters())
 
 
-def spec_of(base: Path, test: Path, targets: list[dict], **dials) -> dict:
+def spec_of(base: Path, test: Path, targets: list[dict], **settings) -> dict:
     fixed = {"max_tokens": 256, "precision": "fp32", "threads": 1, "base": str(base), "test": str(test)}
-    return EvaluateSpec(generate_items=4, generate_tokens=48).model_dump() | fixed | {"targets": targets} | dials
+    return EvaluateSpec(generate_items=4, generate_tokens=48).model_dump() | fixed | {"targets": targets} | settings
 
 
 def target(name: str, adapter: Path | None, method: str = "lora", **fields) -> dict:
@@ -226,13 +226,13 @@ def test_no_target_changes_what_another_one_scores(tiny_base, adapters, tmp_path
         target("quantised", lora, "qlora", quantisation=NF4), target("dora merged", dora, merged=True),
         target("live", lora, "qlora"), target("base", None), target("dora", dora),
     ]  # fmt: skip
-    dials = {"tasks": ["domain_nll", "domain_generate"], "sample_questions": 1, "sample_tokens": 4}
-    dials |= {"generate_items": 2, "generate_tokens": 30}  # as long as an answer
-    evaluate_models(spec_of(tiny_base, test, targets, **dials), tmp_path / "together")
+    settings = {"tasks": ["domain_nll", "domain_generate"], "sample_questions": 1, "sample_tokens": 4}
+    settings |= {"generate_items": 2, "generate_tokens": 30}  # as long as an answer
+    evaluate_models(spec_of(tiny_base, test, targets, **settings), tmp_path / "together")
     found = {}
     for one in targets:
         folder = tmp_path / f"{one['name']} alone"
-        evaluate_models(spec_of(tiny_base, test, [one], **dials), folder)
+        evaluate_models(spec_of(tiny_base, test, [one], **settings), folder)
         together, alone = (
             (place / one["name"] / "samples.jsonl").read_text() for place in (tmp_path / "together", folder)
         )
@@ -335,7 +335,7 @@ def test_reports_say_what_was_measured_and_of_which_items(store, adapters):
                EvalTarget(name="qlora", method="qlora", adapter=adapter, quantisation=quantisation),
                EvalTarget(name="merged", method="qlora", adapter=adapter, merged=True)]  # fmt: skip
     elsewhere = evaluation._key(
-        targets[0], base, test, evaluation._dials(evaluate, 256, "fp32") | {"task_folder": None}
+        targets[0], base, test, evaluation._settings(evaluate, 256, "fp32") | {"task_folder": None}
     )
     with place.publish("evaluations", elsewhere) as folder:
         (folder / "result.json").write_text('{"scored_in": "bf16 on cuda"}')  # the same store on a machine with a GPU

@@ -23,11 +23,11 @@ from tasks.models.workers.prepare_base import prepare
 from tasks.runtime.store import Store, digest
 from tasks.training.workers.train_adapter import train
 from tests.conftest import LORA, toy_rows, write_rows
-from tests.support.faults import DIALS as TRAINING
+from tests.support.faults import SETTINGS as TRAINING
 
 pytestmark = pytest.mark.slow
 SHORT = {"learning_rate": 3e-2, "dropout": 0.0, "batch_tokens": 512, "epochs": 10, "max_steps": 30, "warmup_ratio": 0.1}
-DIALS = GateSpec(
+SETTINGS = GateSpec(
     bootstrap_draws=2000, min_lora_gain_nats=None, min_retention=None, max_accuracy_drop=None, min_stop_rate=None,
     min_slice_gain_nats=None, max_champion_nll_increase_nats=0.1,
 )  # fmt: skip
@@ -48,8 +48,8 @@ def sha256_of(adapter: Path) -> str:
 
 
 def trained(base: Path, out: Path, seed: int, steps: int) -> Path:
-    dials = {"base": str(base), "seed": seed, "rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear"}
-    init_adapter(dials | LORA, out / "step0")
+    settings = {"base": str(base), "seed": seed, "rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear"}
+    init_adapter(settings | LORA, out / "step0")
     files = {
         "train": str(write_rows(out / "train.jsonl", toy_rows(200))),
         "validation": str(write_rows(out / "validation.jsonl", [])),
@@ -108,17 +108,17 @@ def judged(adapters, tmp_path_factory) -> dict[str, tuple[Comparison, GateReport
         )
         for name in names
     ]
-    dials = EvaluateSpec(tasks=["domain_nll"], sample_questions=0)
+    settings = EvaluateSpec(tasks=["domain_nll"], sample_questions=0)
     reports = {
         report.target: report
-        for report in evaluate_targets(store, base, test, targets, dials, None, 256, "fp32", 0.95, 1)
+        for report in evaluate_targets(store, base, test, targets, settings, None, 256, "fp32", 0.95, 1)
     }
     found = {}
     for name in CANDIDATES:
         own = reports[name].model_copy(update={"target": "candidate"})
         scored = [reports["base"], reports["champion"], own]
-        comparison = compare_models(store, [], scored, "candidate", "candidate", DIALS)
-        found[name] = (comparison, judge(comparison, DIALS, "tiny version 1", has_baseline=False))
+        comparison = compare_models(store, [], scored, "candidate", "candidate", SETTINGS)
+        found[name] = (comparison, judge(comparison, SETTINGS, "tiny version 1", has_baseline=False))
     return found
 
 
@@ -151,13 +151,13 @@ def test_the_same_training_with_another_seed_passes(judged):
 def test_a_slightly_worse_adapter_passes_within_the_margin_and_not_without_one(judged):
     assert 0 < increase(judged["worse"]) < 0.09  # how much depends on the processor's rounding
     assert verdicts(judged["worse"])["all"] == "pass"
-    strict = judge(judged["worse"][0], DIALS.model_copy(update={"max_champion_nll_increase_nats": 0.0}), "v1", False)
+    strict = judge(judged["worse"][0], SETTINGS.model_copy(update={"max_champion_nll_increase_nats": 0.0}), "v1", False)
     assert strict.verdict == "fail"
 
 
 def test_a_loss_on_the_margin_is_not_decided(judged):
-    dials = DIALS.model_copy(update={"max_champion_nll_increase_nats": increase(judged["worse"])})
-    assert judge(judged["worse"][0], dials, "v1", False).verdict == "inconclusive"
+    settings = SETTINGS.model_copy(update={"max_champion_nll_increase_nats": increase(judged["worse"])})
+    assert judge(judged["worse"][0], settings, "v1", False).verdict == "inconclusive"
 
 
 @pytest.mark.parametrize("name", ["much_worse", "scrambled", "wrong_base"])

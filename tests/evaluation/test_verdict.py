@@ -26,7 +26,7 @@ FACTS = {
     str(i): Fact(str(i), str(i), 4 * int(TOKENS[i]), f"file{i % 2}", "en", "up to 64 tokens" if i % 3 else "over 1,024")
     for i in range(ITEMS)
 }
-DIALS = GateSpec(bootstrap_draws=1000, max_accuracy_drop=None, min_stop_rate=None)
+SETTINGS = GateSpec(bootstrap_draws=1000, max_accuracy_drop=None, min_stop_rate=None)
 
 
 def lowered(nats, noise=0.05, items=ITEMS):
@@ -62,15 +62,15 @@ def trained(name, arm=None, seed=17, seconds=1.0, peak=2_000_000_000):
     )  # fmt: skip
 
 
-def compared(arms=None, dials=DIALS, released="qlora", **models):
+def compared(arms=None, settings=SETTINGS, released="qlora", **models):
     """Arms are named as the models are, unless they are given."""
     names = [name for name in models if name in ("lora", "qlora")]
     arms = arms if arms is not None else [trained(name) for name in names]
-    return compare({"base": samples(BASE)} | models, FACTS, arms, "qlora", released, dials)
+    return compare({"base": samples(BASE)} | models, FACTS, arms, "qlora", released, settings)
 
 
-def verdicts(found, dials=DIALS, champion=None, **more):
-    report = judge(found, dials, champion, **more)
+def verdicts(found, settings=SETTINGS, champion=None, **more):
+    report = judge(found, settings, champion, **more)
     return {gate.name: gate.verdict for gate in report.gates} | {"all": report.verdict}
 
 
@@ -203,7 +203,7 @@ def test_a_candidate_that_loses_the_gain_fails():
 
 def test_a_candidate_on_the_margin_is_inconclusive_and_told_what_would_decide():
     found = compared(lora=samples(lowered(1.5, 0.6)), qlora=samples(lowered(1.435, 0.6)))
-    gate = next(gate for gate in judge(found, DIALS, None).gates if gate.name == "qlora_keeps_loras_gain")
+    gate = next(gate for gate in judge(found, SETTINGS, None).gates if gate.name == "qlora_keeps_loras_gain")
     assert gate.verdict == "inconclusive"
     assert "items decide it (now 300)" in gate.why or "no number of items" in gate.why
 
@@ -253,41 +253,43 @@ def test_one_bad_slice_fails_a_candidate_that_is_good_on_the_whole():
 def test_a_slice_of_few_items_is_shown_and_not_judged():
     hurt = lowered(2.0)
     hurt[::3] = BASE[::3] + 0.5 * TOKENS[::3]
-    dials = DIALS.model_copy(update={"min_slice_items": 120})
-    assert verdicts(compared(dials=dials, qlora=samples(hurt)), dials)["every_slice_gains"] == "pass"
+    settings = SETTINGS.model_copy(update={"min_slice_items": 120})
+    assert verdicts(compared(settings=settings, qlora=samples(hurt)), settings)["every_slice_gains"] == "pass"
 
 
 def test_a_slice_is_judged_however_many_there_are():
     facts = {row: Fact(row, row, 9, f"source {int(row) // 12:02}", "en", "short") for row in FACTS}
     hurt = lowered(2.0)
     hurt[288:] = BASE[288:] + TOKENS[288:] * rng.normal(0.5, 0.1, 12)
-    dials = DIALS.model_copy(update={"min_slice_items": 12})
-    found = compare({"base": samples(BASE), "qlora": samples(hurt)}, facts, [trained("qlora")], "qlora", "qlora", dials)
+    settings = SETTINGS.model_copy(update={"min_slice_items": 12})
+    found = compare(
+        {"base": samples(BASE), "qlora": samples(hurt)}, facts, [trained("qlora")], "qlora", "qlora", settings
+    )
     assert len(found.slices) == 25
-    assert verdicts(found, dials)["every_slice_gains"] == "fail"
+    assert verdicts(found, settings)["every_slice_gains"] == "fail"
 
 
 def test_a_slice_whose_number_is_missing_fails():
     broken = lowered(2.0)
     broken[0] = math.nan
-    alone = DIALS.model_copy(update={"min_gain_nats": None, "max_champion_nll_increase_nats": None})
+    alone = SETTINGS.model_copy(update={"min_gain_nats": None, "max_champion_nll_increase_nats": None})
     report = judge(compared(qlora=samples(broken)), alone, None, has_baseline=False)
     assert [(gate.name, gate.verdict) for gate in report.gates] == [("every_slice_gains", "fail")]
     assert "number is missing" in report.gates[0].why
 
 
 def test_accuracy_that_flips_nowhere_is_not_proven_by_a_few_items():
-    dials = DIALS.model_copy(update={"max_accuracy_drop": 0.02})
+    settings = SETTINGS.model_copy(update={"max_accuracy_drop": 0.02})
     for items, verdict in ((20, "inconclusive"), (300, "pass")):
         right = np.ones(items)
         found = compared(lora=samples(lowered(1.5), right), qlora=samples(lowered(1.5), right))
-        assert verdicts(found, dials)["qlora_keeps_accuracy"] == verdict
+        assert verdicts(found, settings)["qlora_keeps_accuracy"] == verdict
 
 
 def test_answers_of_one_cluster_stop_as_one():
     facts = {row: Fact(row, f"patient {int(row) % 5}", 9, "s", "en", "short") for row in FACTS}
     models = {"base": samples(BASE), "qlora": samples(lowered(1.5), stopped=np.ones(60))}
-    found = compare(models, facts, [trained("qlora")], "qlora", "qlora", DIALS)
+    found = compare(models, facts, [trained("qlora")], "qlora", "qlora", SETTINGS)
     assert found.stop_rate.items == 5
     assert found.stop_rate.low < 0.7
     assert compared(qlora=models["qlora"]).stop_rate.low > 0.95
@@ -310,26 +312,26 @@ def test_accuracy_stop_rate_and_forgetting_have_their_margins():
     }
     loose = {"max_accuracy_drop": 0.5, "min_stop_rate": 0.2, "max_forgetting_nats": 1.0, "max_forgetting_accuracy": 0.5}
     names = ("qlora_keeps_accuracy", "candidate_stops", "keeps_general_text", "keeps_general_piqa")
-    for dials, verdict in ((strict, "fail"), (loose, "pass")):
-        told = verdicts(found, DIALS.model_copy(update=dials))
+    for settings, verdict in ((strict, "fail"), (loose, "pass")):
+        told = verdicts(found, SETTINGS.model_copy(update=settings))
         assert {name: told[name] for name in names} == dict.fromkeys(names, verdict)
 
 
 @pytest.mark.parametrize(("served", "verdict"), [(Served(ms_per_token=40, peak_bytes=10**9), "pass"), (None, "fail")])
 def test_limits_of_time_and_memory_are_held_against_a_process_of_its_own(served, verdict):
-    dials = DIALS.model_copy(update={"max_ms_per_token": 50, "max_memory_gb": 1.5})
-    found = verdicts(compared(qlora=samples(lowered(1.5))), dials, served=served)
+    settings = SETTINGS.model_copy(update={"max_ms_per_token": 50, "max_memory_gb": 1.5})
+    found = verdicts(compared(qlora=samples(lowered(1.5))), settings, served=served)
     assert (found["fast_enough"], found["small_enough"]) == (verdict, verdict)
 
 
 def test_a_gate_that_is_turned_off_is_told_and_a_version_alone_has_no_gates_of_the_method():
-    report = judge(compared(qlora=samples(lowered(1.5))), DIALS, None, has_baseline=False)
+    report = judge(compared(qlora=samples(lowered(1.5))), SETTINGS, None, has_baseline=False)
     assert "max_accuracy_drop is null" in report.off
     assert any(line.startswith("min_retention: no LoRA arm") for line in report.off)
     assert report.verdict == "pass"
 
 
-def test_every_gate_has_a_dial_and_every_dial_a_gate():
+def test_every_gate_has_a_setting_and_every_setting_a_gate():
     off = dict.fromkeys(
         name for name, field in GateSpec.model_fields.items() if type(None) in getattr(field.annotation, "__args__", ())
     )
@@ -360,11 +362,11 @@ def test_an_interval_that_is_not_known_never_decides(direction, ends):
 
 @pytest.mark.parametrize("limit", [math.nan, math.inf, -0.1])
 def test_a_limit_that_everything_would_pass_is_refused(limit):
-    dials = [name for name, field in GateSpec.model_fields.items() if name.startswith(("max_", "min_")) and field]
-    assert len(dials) == 12
-    for dial in dials:
+    settings = [name for name, field in GateSpec.model_fields.items() if name.startswith(("max_", "min_")) and field]
+    assert len(settings) == 12
+    for setting in settings:
         with pytest.raises(ValidationError):
-            GateSpec(**{dial: limit})
+            GateSpec(**{setting: limit})
 
 
 @pytest.mark.parametrize(

@@ -411,8 +411,8 @@ def test_a_registered_version_is_exported_merged_and_as_adapter(tunegate):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_past_the_tolerance_nothing_is_left_and_every_form_is_told(tunegate):
-    dials = ["--base", "full", "--tolerance-nats", "1e-9", "--items", "8"]
-    code, told = tunegate("export", MODEL, "--to", "refused", *dials)
+    settings = ["--base", "full", "--tolerance-nats", "1e-9", "--items", "8"]
+    code, told = tunegate("export", MODEL, "--to", "refused", *settings)
     assert code == 1
     places = [problem["where"] for problem in told["error"]["problems"]]
     assert places == ["full base, fp32", "full base, fp16", "full base, bf16"]

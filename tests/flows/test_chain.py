@@ -1,6 +1,6 @@
 """The whole chain, for real, as a user runs it: the smoke preset through the command, on a tiny model.
 
-One run is shared by most tests. Later ones kill it, change a dial, gate, promote, roll back and ask.
+One run is shared by most tests. Later ones kill it, change a setting, gate, promote, roll back and ask.
 Run: pytest tests/flows/test_chain.py
 """
 

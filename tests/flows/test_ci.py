@@ -58,7 +58,7 @@ def planted(**changes) -> Decision:
             )
         ],
         forms={"merged": estimate(0.01, 0.005)},
-        claims=[Claim(claim="keeps 99 %", source="a|b", measured=None, verdict="cannot tell", told="one arm <only>")],
+        claims=[Claim(claim="keeps 99 %", source="a|b", measured=None, verdict="cannot tell", note="one arm <only>")],
     )  # fmt: skip
     gates = [
         gate("gain", "pass", "the whole interval is above 0", measured.gain, ("more than", 0.0)),

@@ -331,12 +331,12 @@ def test_a_dry_run_shows_values_with_their_origin_and_writes_nothing(capfd, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_names_the_dials_that_no_arm_reads(capfd):
+def test_a_dry_run_names_the_settings_that_no_arm_reads(capfd):
     arms = ["--set", "train.methods=[full]"]
     told = answer(capfd, "run", "smoke", "--dry-run", *arms, "--set", "train.target_modules=[q_proj]")[1]
     assert set(told["without_effect"]) == {"train.rank", "train.alpha", "train.target_modules"}
     assert told["without_effect"]["train.target_modules"] == "set by --set, and read by lora and qlora only"
-    variant = ["--set", "train.variants=[{name: wide, method: lora, dials: {rank: 64}}]"]
+    variant = ["--set", "train.variants=[{name: wide, method: lora, settings: {rank: 64}}]"]
     assert answer(capfd, "run", "smoke", "--dry-run", *arms, *variant)[1]["without_effect"] == {}
     assert main(["run", "smoke", "--dry-run", *arms]) == 0
     assert "train.rank       set by smoke.yaml" in capfd.readouterr().out

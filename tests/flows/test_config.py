@@ -12,7 +12,7 @@ from data_contracts.errors import ConfigError, Problem
 from data_contracts.run_spec import RunSpec
 from data_contracts.train_spec import TrainSpec
 from flows.config.load import load_changes, load_spec, load_store, write_spec
-from flows.config.validation_errors import dials
+from flows.config.validation_errors import all_settings
 
 
 def problems(preset: str | None, *changes: str) -> list[Problem]:
@@ -47,8 +47,8 @@ def test_the_store_may_lie_under_home():
     assert load_store(["store.root=~/runs"]).root == str(Path("~/runs").expanduser())
 
 
-def test_every_dial_has_an_origin():
-    assert list(load_spec("smoke", []).origins) == list(dials())
+def test_every_setting_has_an_origin():
+    assert list(load_spec("smoke", []).origins) == list(all_settings())
 
 
 @pytest.mark.parametrize(
@@ -90,15 +90,15 @@ def test_set_takes_a_mapping_as_a_whole_and_seeds_and_variants_survive_being_wri
         "prompt": "q",
         "completion": "a",
     }
-    changes = ["train.seeds=[1, 2]", "train.variants=[{name: r64, method: qlora, dials: {rank: 64, alpha: 128}}]"]
+    changes = ["train.seeds=[1, 2]", "train.variants=[{name: r64, method: qlora, settings: {rank: 64, alpha: 128}}]"]
     changes += ["rules.custom=[{name: no_urls, forbidden: 'https?:'}]", "rules.actions={refusal: quarantine}"]
     spec = load_spec("demo", changes).spec
     write_spec(tmp_path / "written.yaml", spec, "tunegate run written.yaml")
     assert load_spec(str(tmp_path / "written.yaml"), []).spec == spec
-    assert spec.train.variants[0].dials == {"rank": 64, "alpha": 128}
+    assert spec.train.variants[0].settings == {"rank": 64, "alpha": 128}
 
 
-def test_a_gate_without_its_task_is_told_with_the_dials_that_clash():
+def test_a_gate_without_its_task_is_told_with_the_settings_that_clash():
     problem = one_problem("smoke", "gates.max_forgetting_nats=0.1")
     assert "gates.max_forgetting_nats (--set)" in problem.where
     assert "needs general_nll in evaluate.tasks" in problem.limit
@@ -151,7 +151,7 @@ def test_an_unknown_key_names_the_closest(key, meant):
     assert problem.act == f"did you mean {meant}?"
 
 
-def test_a_section_is_no_dial():
+def test_a_section_is_no_setting():
     assert "train.rank" in one_problem("demo", "train=3").act
 
 
@@ -188,7 +188,7 @@ def test_a_set_without_equals_says_how_to_write_one():
     assert "train.rank=8" in one_problem("demo", "train.rank").act
 
 
-def test_dials_that_do_not_fit_together_are_told():
+def test_settings_that_do_not_fit_together_are_told():
     problem = one_problem("demo", "curate.test_fraction=0.99", "curate.validation_fraction=0.5")
     assert "curate.test_fraction (--set)" in problem.where
     assert "no row would be left to train on" in problem.limit
@@ -222,7 +222,7 @@ def test_a_file_that_is_not_utf8_is_told(tmp_path):
     assert "UTF-8" in one_problem(str(path)).limit
 
 
-def test_commands_that_read_the_store_refuse_other_dials():
+def test_commands_that_read_the_store_refuse_other_settings():
     assert load_store(["store.root=/x"]).root == "/x"
     with pytest.raises(ConfigError, match=r"train\.rank has no effect here"):
         load_store(["train.rank=3"])
@@ -231,7 +231,7 @@ def test_commands_that_read_the_store_refuse_other_dials():
 # --- writing ------------------------------------------------------------------------------------------------
 
 
-def test_what_is_written_loads_back_and_explains_every_dial(tmp_path):
+def test_what_is_written_loads_back_and_explains_every_setting(tmp_path):
     spec = load_spec("demo", ["data.columns.prompt=q", "data.columns.completion=a", "train.max_steps=3"]).spec
     path = tmp_path / "new" / "my.yaml"
     write_spec(path, spec, "tunegate run my.yaml\n\nSecond line.")
@@ -241,8 +241,8 @@ def test_what_is_written_loads_back_and_explains_every_dial(tmp_path):
     text = path.read_text()
     assert text.startswith("# tunegate run my.yaml\n")
     unwrapped = " ".join(line.strip().removeprefix("# ") for line in text.splitlines())
-    explained = [" ".join(dial.description.split()) for dial in dials().values() if dial.description]
-    assert len(explained) == len(dials())
+    explained = [" ".join(setting.description.split()) for setting in all_settings().values() if setting.description]
+    assert len(explained) == len(all_settings())
     assert all(description in unwrapped for description in explained)
 
 

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 ALL = os.environ.get("TUNEGATE_KILL_STAGES") == "all"
 FEW = ("curate", "train lora", "evaluate", "register")
-DIALS = ["train.max_steps=24", "evaluate.generate_items=2", "evaluate.sample_tokens=4", "gates.bootstrap_draws=200"]
+SETTINGS = ["train.max_steps=24", "evaluate.generate_items=2", "evaluate.sample_tokens=4", "gates.bootstrap_draws=200"]
 DISK_BYTES = 5 * 1024**3 // 2
 _STAGE = re.compile(r"^ *(ran|cached|skipped|failed)  (\S+(?: \S+)?) +[\d.]+ s")
 
@@ -50,8 +50,8 @@ class Place:
         return self.root / "store"
 
     def command(self) -> list[str]:
-        dials = [*DIALS, f"store.root={self.store}", f"store.mlflow_uri={self.mlflow_uri}"]
-        return [*COMMAND, "run", "smoke", "--json", *(text for dial in dials for text in ("--set", dial))]
+        settings = [*SETTINGS, f"store.root={self.store}", f"store.mlflow_uri={self.mlflow_uri}"]
+        return [*COMMAND, "run", "smoke", "--json", *(text for setting in settings for text in ("--set", setting))]
 
 
 @contextmanager

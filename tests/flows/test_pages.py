@@ -164,7 +164,7 @@ def planted(root: Path, run_id: str = "20261124-abc", aliases: list[str] | None 
         ],
         forms={"full": estimate(0.01, 0.005)}, memory_saving=estimate(0.2, 0.0), weights_saving=0.75,
         speed_ratio=estimate(float("nan"), 0.0), detectable={"retention": 0.08},
-        claims=[Claim(claim="keeps 99 % of the quality", source="s", measured=None, verdict="does not hold", told="+90.0%")],
+        claims=[Claim(claim="keeps 99 % of the quality", source="s", measured=None, verdict="does not hold", note="+90.0%")],
     )  # fmt: skip
     return RunReport(
         run_id=run_id,

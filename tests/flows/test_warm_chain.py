@@ -18,7 +18,7 @@ from tasks.runtime.mlflow_client import connect
 from tests.support.servers import COMMAND, prefect_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-DIALS = ["train.warm_start=champion", "train.max_steps=40", "train.epochs=10", "train.dropout=0.1"]
+SETTINGS = ["train.warm_start=champion", "train.max_steps=40", "train.epochs=10", "train.dropout=0.1"]
 FEWER = "data.packages=[json, shutil, logging, argparse, textwrap, pathlib]"
 
 
@@ -36,7 +36,9 @@ def environment(place):
 @pytest.fixture(scope="module")
 def command(place):
     def line(*changes: str) -> list[str]:
-        named = [part for change in (*DIALS, f"store.root={place / 'store'}", *changes) for part in ("--set", change)]
+        named = [
+            part for change in (*SETTINGS, f"store.root={place / 'store'}", *changes) for part in ("--set", change)
+        ]
         return [*COMMAND, "run", "smoke", "--json", *named]
 
     return line

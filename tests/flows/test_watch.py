@@ -29,7 +29,7 @@ def seen(new: int, known: int = 1000, drift: dict | None = None) -> Look:
     return Look(snapshot_id="s", new_rows=new, known_rows=known, drift=drift or {}, drifted=list(drift or {}))
 
 
-DIALS = ScheduleSpec(min_new_rows=20, min_new_share=0.05, drift_window=3, drift_needed=2, max_champion_days=30)
+SETTINGS = ScheduleSpec(min_new_rows=20, min_new_share=0.05, drift_window=3, drift_needed=2, max_champion_days=30)
 
 
 @pytest.mark.parametrize(
@@ -53,12 +53,12 @@ DIALS = ScheduleSpec(min_new_rows=20, min_new_share=0.05, drift_window=3, drift_
     ],
 )
 def test_a_retrain_is_due_for_enough_rows_drift_or_age_and_says_so(look, looks, days, due, told):
-    found, why = reason_to_retrain(look, looks, days, DIALS)
+    found, why = reason_to_retrain(look, looks, days, SETTINGS)
     assert (found, told in why) == (due, True), why
 
 
-def test_without_their_dials_drift_and_age_start_nothing():
-    off = DIALS.model_copy(update={"drift_needed": None, "max_champion_days": None})
+def test_without_their_settings_drift_and_age_start_nothing():
+    off = SETTINGS.model_copy(update={"drift_needed": None, "max_champion_days": None})
     assert not reason_to_retrain(seen(40), [True] * 3, 1000, off)[0]
 
 
@@ -69,7 +69,7 @@ def test_few_rows_and_a_new_file_are_no_drift():
 
 
 @pytest.mark.parametrize(
-    ("dials", "told"),
+    ("settings", "told"),
     [
         ({"cron": "0 3 * *"}, "has not five fields"),
         ({"timezone": "Mars/Olympus"}, "no zone"),
@@ -77,9 +77,9 @@ def test_few_rows_and_a_new_file_are_no_drift():
         ({"notify": ["slack"]}, "is not TYPE/NAME"),
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused(dials, told):
+def test_a_schedule_that_cannot_be_is_refused(settings, told):
     with pytest.raises(ValueError, match=told):
-        ScheduleSpec(**dials)
+        ScheduleSpec(**settings)
 
 
 # --- looks at real rows -------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def spec(tmp_path) -> RunSpec:
     (tmp_path / "inbox").mkdir()
     write(tmp_path / "inbox" / "a.jsonl", range(100, 200))
     found = RunSpec(data=DataSpec(source=[str(tmp_path / "inbox")]), store={"root": str(tmp_path / "store")})
-    return found.model_copy(update={"schedule": DIALS})
+    return found.model_copy(update={"schedule": SETTINGS})
 
 
 def process(store: Store, spec: RunSpec, finished: bool = True):
@@ -128,7 +128,7 @@ def test_only_rows_that_no_finished_run_has_had_are_new(spec, tmp_path):
 def test_new_rows_unlike_the_old_ones_are_drift_and_a_look_at_the_same_rows_counts_once(spec, tmp_path):
     store, inbox = Store(tmp_path / "store"), tmp_path / "inbox"
     process(store, spec)
-    patient = spec.model_copy(update={"schedule": DIALS.model_copy(update={"min_new_share": 1.0})})
+    patient = spec.model_copy(update={"schedule": SETTINGS.model_copy(update={"min_new_share": 1.0})})
     write(inbox / "b.jsonl", range(200, 240), words=30)
     for _ in range(3):
         look, due, why = decide(store, patient, ingest(store, spec.data), None)

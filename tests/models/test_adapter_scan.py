@@ -120,13 +120,13 @@ def test_so_are_dora_half_precision_an_adapted_head_and_a_prefix(tmp_path):
         ({"peft_type": "ADALORA"}, "peft_type is ADALORA, not LORA or PREFIX_TUNING"),
         ({"peft_type": ["LORA"]}, "peft_type is a JSON list of 1"),
         ({"auto_mapping": {"base_model_class": "X", "parent_library": "os"}}, "auto_mapping is a JSON dict of 2"),
-        ({"megatron_config": {"a": 1}}, "megatron_config is a JSON dict of 1: a dial that is not known must be off"),
+        ({"megatron_config": {"a": 1}}, "megatron_config is a JSON dict of 1: a setting that is not known must be off"),
         ({"megatron_core": "antigravity"}, "megatron_core is antigravity, not 'megatron.core'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is a JSON list of 1"),
         ({"layer_replication": [[0, 9]]}, "layer_replication is"),
         ({"rank_pattern": {".*": 9}}, "rank_pattern is"),
         ({"use_qalora": True}, "use_qalora is True"),
-        ({"anything_new": 1}, "anything_new is 1: a dial that is not known must be off"),
+        ({"anything_new": 1}, "anything_new is 1: a setting that is not known must be off"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is pissa, not true or false"),
         ({"bias": "all"}, "bias is all, not 'none'"),
         ({"r": 0}, "r is 0, not a whole number from 1"),
@@ -145,7 +145,7 @@ def test_so_are_dora_half_precision_an_adapted_head_and_a_prefix(tmp_path):
         ({"\x1b[31mred\u202e": 1}, "\\x1b[31mred\\u202e is 1"),
     ],
 )
-def test_a_dial_that_would_run_or_change_something_else_is_refused(adapter, change, told):
+def test_a_setting_that_would_run_or_change_something_else_is_refused(adapter, change, told):
     (adapter / CONFIG).write_text(json.dumps(LORA | change))
     (fault,) = scan_adapter(adapter, LAYERS)
     assert told in fault and fault.startswith(f"{CONFIG}: ")

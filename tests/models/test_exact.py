@@ -50,10 +50,10 @@ def some_sequences() -> list[Scored]:
     return rows
 
 
-def with_lora(model, dropout: float = 0.0, **dials):
+def with_lora(model, dropout: float = 0.0, **settings):
     torch.manual_seed(2)
     adapter = LoraConfig(
-        r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, lora_dropout=dropout, **dials
+        r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, lora_dropout=dropout, **settings
     )
     return get_peft_model(model, adapter)
 
@@ -103,9 +103,9 @@ def test_attention_by_segments_is_that_of_a_row_with_the_trees_mask(attend):
         torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("dials", "fused"), [({"use_rslora": True}, 14), ({"use_dora": True}, 0)])
-def test_rslora_is_fused_with_its_own_scale_and_dora_stays_pefts(dials, fused):
-    tuned = with_lora(tiny("llama"), **dials)
+@pytest.mark.parametrize(("settings", "fused"), [({"use_rslora": True}, 14), ({"use_dora": True}, 0)])
+def test_rslora_is_fused_with_its_own_scale_and_dora_stays_pefts(settings, fused):
+    tuned = with_lora(tiny("llama"), **settings)
     expected, wanted = gradients(tuned, "padded")
     assert fuse_lora(tuned) == fused
     losses, found = gradients(tuned, "packed")

@@ -1,4 +1,4 @@
-"""Why a stage ran, told by real runs of the data stages: new rows, a dial, code, libraries, a lost result.
+"""Why a stage ran, told by real runs of the data stages: new rows, a setting, code, libraries, a lost result.
 
 Run: pytest tests/pipeline/test_cache_reasons.py
 """
@@ -47,8 +47,8 @@ def run(place, prefect) -> Callable[..., dict[str, str]]:
     """Run the data stages; answer with each one's status and why."""
 
     def run(force: bool = False, **changes: dict) -> dict[str, str]:
-        dials = WRITTEN | {"data": {"source": [str(place / "rows.jsonl")]}, "store": {"root": str(place / "store")}}
-        told = prepare_data(RunSpec.model_validate({**dials, **changes}), force)[1]
+        settings = WRITTEN | {"data": {"source": [str(place / "rows.jsonl")]}, "store": {"root": str(place / "store")}}
+        told = prepare_data(RunSpec.model_validate({**settings, **changes}), force)[1]
         return {stage.name: f"{stage.status} {stage.why}".strip() for stage in told}
 
     return run
@@ -77,7 +77,7 @@ def test_new_rows_are_counted(place, run):
     }
 
 
-def test_a_changed_dial_is_named_with_both_values_and_only_its_stage_runs(run):
+def test_a_changed_setting_is_named_with_both_values_and_only_its_stage_runs(run):
     changed = run(curate={"decontaminate": False, "shingle_words": 4})
     assert changed == {"ingest": "cached", "validate": "cached", "curate": "ran curate.shingle_words 5 -> 4"}
     assert run()["curate"] == "cached"
@@ -133,7 +133,7 @@ def training(**changes: object) -> dict:
         "step0": AdapterRef(folder="a", sha256="1"),
         "precision": "auto",
     }
-    rows = {"rows": FileRef(path="r", sha256="1"), "validation": FileRef(path="v", sha256="1"), "dials": TrainSpec()}
+    rows = {"rows": FileRef(path="r", sha256="1"), "validation": FileRef(path="v", sha256="1"), "settings": TrainSpec()}
     return {**same, **rows, **changes}
 
 
@@ -143,21 +143,21 @@ def why(place: Path, **changes: object) -> str:
     return told.why("train", "train lora", training(**changes))
 
 
-def test_training_tells_its_dials_before_what_follows_from_others(tmp_path):
+def test_training_tells_its_settings_before_what_follows_from_others(tmp_path):
     assert why(tmp_path) == reasons.GONE
-    assert why(tmp_path, dials=TrainSpec(learning_rate=4e-3)) == "train.learning_rate 0.0002 -> 0.004"
+    assert why(tmp_path, settings=TrainSpec(learning_rate=4e-3)) == "train.learning_rate 0.0002 -> 0.004"
     assert why(tmp_path, rows=FileRef(path="r", sha256="2"), validation=FileRef(path="v", sha256="2")) == "data changed"
     assert (
         why(tmp_path, step0=AdapterRef(folder="b", sha256="2"), seed=18)
         == "train.seeds 17 -> 18, start adapter changed"
     )
-    assert why(tmp_path, rows=FileRef(path="elsewhere", sha256="1"), dials=TrainSpec(threads=1)) == reasons.GONE
+    assert why(tmp_path, rows=FileRef(path="elsewhere", sha256="1"), settings=TrainSpec(threads=1)) == reasons.GONE
 
 
 def test_at_most_three_differences_are_told_one_by_one(tmp_path):
-    dials = TrainSpec(learning_rate=4e-3, rank=8, alpha=16, epochs=7, dropout=0.2)
-    assert why(tmp_path, dials=dials).endswith(" and 2 more")
-    assert why(tmp_path, dials=dials).count("->") == 3
+    settings = TrainSpec(learning_rate=4e-3, rank=8, alpha=16, epochs=7, dropout=0.2)
+    assert why(tmp_path, settings=settings).endswith(" and 2 more")
+    assert why(tmp_path, settings=settings).count("->") == 3
 
 
 def test_another_version_of_a_library_is_told_with_both(tmp_path, monkeypatch):

@@ -50,9 +50,9 @@ def test_a_key_depends_on_a_files_content_not_on_its_path():
     assert key("a", "1") == key("b", "1") != key("a", "2")
 
 
-def test_dials_that_change_the_result_change_the_key_and_others_do_not():
-    def key(**dials):
-        return stage_key("train", {"dials": TrainSpec(**dials)})
+def test_settings_that_change_the_result_change_the_key_and_others_do_not():
+    def key(**settings):
+        return stage_key("train", {"settings": TrainSpec(**settings)})
 
     assert key() == key(threads=1) == key(checkpoint_steps=7) == key(methods=["qlora"])
     assert key() != key(learning_rate=1e-5)

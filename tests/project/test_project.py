@@ -57,11 +57,11 @@ def test_a_preset_is_valid_and_begins_with_its_command(name):
     assert text.startswith(f"# tunegate run {name}\n")
 
 
-def test_every_dial_has_a_meaning():
+def test_every_setting_has_a_meaning():
     sections = [field.annotation for field in RunSpec.model_fields.values()]
-    dials = [dial for section in sections for dial in section.model_fields.values()]
-    assert len(dials) > 40
-    assert all(dial.description for dial in dials)
+    settings = [setting for section in sections for setting in section.model_fields.values()]
+    assert len(settings) > 40
+    assert all(setting.description for setting in settings)
 
 
 def test_a_dry_run_lists_the_stages_there_are():

@@ -30,7 +30,7 @@ from tasks.data.curation.curate import curate
 from tasks.data.ingestion.ingest import ingest
 from tasks.data.ingestion.sources import data_licence
 from tasks.data.validation.validate import validate
-from tasks.models.base import init_adapter, start_dials
+from tasks.models.base import init_adapter, start_settings
 from tasks.release import lineage as lineages
 from tasks.release import registry
 from tasks.release.lineage import Made
@@ -45,7 +45,7 @@ from tests.flows.test_pages import planted, scores
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAME = "proven"
 URI = f"models:/{NAME}/1"
-DIALS = {
+SETTINGS = {
     "methods": ["lora"], "rank": 4, "alpha": 8, "learning_rate": 1e-2, "max_steps": 3, "batch_tokens": 512,
     "max_tokens": 256, "threads": 1,
 }  # fmt: skip
@@ -68,7 +68,7 @@ class Place:
             {
                 "data": {"source": [str(self.rows)], "licence": "CC-BY-4.0"},
                 "curate": {"test_fraction": 0.2, "validation_fraction": 0.1},
-                "model": {"name": NAME, "base": self.base.name}, "train": DIALS, "store": {"root": str(self.store.root)},
+                "model": {"name": NAME, "base": self.base.name}, "train": SETTINGS, "store": {"root": str(self.store.root)},
             }
         )  # fmt: skip
         self.data = self.split()
@@ -84,8 +84,8 @@ class Place:
 
     def trained(self) -> TrainReport:
         (own,) = arms_of(self.spec.train)
-        step0 = init_adapter(self.store, self.base, start_dials("lora", 17, own.dials, "fp32"))
-        inputs = ("lora", 17, self.base, step0, self.data.train, self.data.validation, own.dials, "fp32")
+        step0 = init_adapter(self.store, self.base, start_settings("lora", 17, own.settings, "fp32"))
+        inputs = ("lora", 17, self.base, step0, self.data.train, self.data.validation, own.settings, "fp32")
         return train_arm(self.store, "train-" + "0" * 16, *inputs, False, lambda event: None, "lora", None)
 
     def everything(self) -> Made:
@@ -180,7 +180,7 @@ def test_the_lineage_says_what_it_was_made_from(place):
     assert found.data.sources == {"rows.jsonl": digest(place.rows)} and found.data.source_rows == {"rows.jsonl": 80}
     assert found.data.train_sha256 == digest(place.store.path(place.data.train))
     assert found.training.adapter.sha256 == digest(place.files / "adapter" / "adapter_model.safetensors")
-    assert found.training.dials["rank"] == 4 and found.training.seed == 17
+    assert found.training.settings["rank"] == 4 and found.training.seed == 17
     assert (found.machine.threads, found.machine.precision, found.machine.device) == (1, "fp32", "cpu")
     assert found.machine.packages["torch"] and found.code.digest == "c" * 64
     assert (found.judgement.verdict, found.judgement.nll_nats, found.judgement.rival) == ("pass", 2.0, None)

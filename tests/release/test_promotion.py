@@ -70,7 +70,7 @@ def test_what_was_written_is_read_again(written):
 @pytest.mark.parametrize("number", range(6))
 def test_a_line_that_was_changed_is_found(written, number):
     lines = file_of(written).read_text().splitlines(keepends=True)
-    lines[number] = lines[number].replace('"told":""', '"told":"nothing to see"')
+    lines[number] = lines[number].replace('"note":""', '"note":"nothing to see"')
     file_of(written).write_text("".join(lines))
     problem = ledgers.read(written).problem
     if number == 5:  # nothing follows it in the file: the registry's tags are what tells
@@ -502,9 +502,9 @@ def check_here(registry, monkeypatch):
     monkeypatch.setenv("TUNEGATE_STORE_DIR", registry.store.root)
 
     def check(version: str, sample: SampleAnswer, **limits: float) -> ReleaseCheck:
-        dials = release_check.Limits(8, **limits)
+        settings = release_check.Limits(8, **limits)
         return release_check.check_release(
-            registry.store, resolve(registry.store, f"models:/{NAME}/{version}"), [sample], "fp32", dials
+            registry.store, resolve(registry.store, f"models:/{NAME}/{version}"), [sample], "fp32", settings
         ).check
 
     return check

@@ -70,16 +70,16 @@ def wait_for_the_end(tunegate: Tunegate, name: str) -> dict:
     raise TimeoutError(f"{name} is still {run['state_name']}")
 
 
-def test_a_retrain_is_started_from_the_form_with_a_dial_changed_and_its_gates_are_seen(tunegate, page):
+def test_a_retrain_is_started_from_the_form_with_a_setting_changed_and_its_gates_are_seen(tunegate, page):
     page.goto(f"http://127.0.0.1:{tunegate.prefect}/deployments")
     page.get_by_role("link", name="retrain", exact=True).first.click()
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_text("Custom run").click()
 
-    dial = page.locator(".schema-form-property", has=page.get_by_text("Max Steps")).last
-    expect(dial).to_contain_text("Optimiser steps after which training stops; null trains all epochs.")
-    assert dial.locator("input").input_value() == "12", "the form does not show the preset's value"
-    dial.locator("input").fill("9")
+    setting = page.locator(".schema-form-property", has=page.get_by_text("Max Steps")).last
+    expect(setting).to_contain_text("Optimiser steps after which training stops; null trains all epochs.")
+    assert setting.locator("input").input_value() == "12", "the form does not show the preset's value"
+    setting.locator("input").fill("9")
     picture(page, "1-form")
     name = page.locator("input").first.input_value()
     page.get_by_role("button", name="Submit").click()

@@ -61,7 +61,7 @@ def test_the_presets_schedule_becomes_the_deployments():
     assert rendered()["retrain"]["concurrency_limit"]["collision_strategy"] == "ENQUEUE"
 
 
-def test_without_their_dials_nothing_is_scheduled():
+def test_without_their_settings_nothing_is_scheduled():
     found = rendered(watch_minutes=None)
     assert [item.get("schedules", []) for item in found.values()] == [[], [], [], []]
 
@@ -92,7 +92,7 @@ def test_what_looks_like_a_template_arrives_as_it_was_written():
             assert found["parameters"]["spec"]["data"]["system_prompt"] == prompt
 
 
-def test_deployments_are_applied_again_only_if_a_dial_has_changed():
+def test_deployments_are_applied_again_only_if_a_setting_has_changed():
     now = deploy.digest(list(rendered().values()))
     assert now == deploy.digest(list(rendered().values()))
     assert now != deploy.digest(list(rendered(watch_minutes=6).values()))
@@ -241,9 +241,11 @@ def test_the_page_of_status_says_what_is_wrong_and_what_waits(capfd):
 def running(tmp_path_factory) -> Iterator[Tunegate]:
     """Up with the smoke preset, its training long enough to be met at work."""
     command = Tunegate(tmp_path_factory.mktemp("up"))
-    dials = ["train.max_steps=3000", "train.epochs=999", "train.checkpoint_steps=5", "schedule.watch_minutes=60"]
+    settings = ["train.max_steps=3000", "train.epochs=999", "train.checkpoint_steps=5", "schedule.watch_minutes=60"]
     try:
-        code, told, errors = command("up", "smoke", *command.ports, *(x for dial in dials for x in ("--set", dial)))
+        code, told, errors = command(
+            "up", "smoke", *command.ports, *(x for setting in settings for x in ("--set", setting))
+        )
         assert code == 0, errors
         assert told["started"] == ["mlflow", "prefect", "worker"]
         yield command

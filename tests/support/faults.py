@@ -29,7 +29,7 @@ _CONTEXT.set_forkserver_preload([module for module, _ in _WORK.values()])
 Patch = Callable[[], None]
 
 
-DIALS = TrainSpec().model_dump() | {
+SETTINGS = TrainSpec().model_dump() | {
     "base_name": "tiny", "precision": "fp32", "threads": 1, "max_tokens": 256, "too_long": "leave_out",
     "batch_tokens": 256, "epochs": 2, "seed": 5, "max_steps": 10, "learning_rate": 1e-2, "warmup_ratio": 0.1,
     "weight_decay": 0.0, "max_grad_norm": 1.0, "optimizer": "adamw_torch", "activation_checkpointing": False,
@@ -42,7 +42,7 @@ TRAINER = "tasks.training.workers.trainer:PackedTrainer"
 
 def training_spec(base: Path, folder: Path, dropout: float = 0.1) -> dict:
     """A spec of ten steps with checkpoints 3, 6, 9 and 10."""
-    dials = {
+    settings = {
         "base": str(base),
         "seed": 5,
         "rank": 4,
@@ -50,8 +50,8 @@ def training_spec(base: Path, folder: Path, dropout: float = 0.1) -> dict:
         "dropout": dropout,
         "target_modules": "all-linear",
     } | LORA
-    assert run("init_adapter", dials, folder / "step0") == 0
-    return DIALS | {
+    assert run("init_adapter", settings, folder / "step0") == 0
+    return SETTINGS | {
         "method": "lora",
         "base": str(base),
         "step0": str(folder / "step0" / "adapter"),

@@ -65,8 +65,8 @@ class Registry:
         folder = self.place.files / "adapters" / str(seed)
         if not folder.exists():
             folder.mkdir(parents=True)
-            dials = LORA | {"rank": 2, "alpha": 4, "dropout": 0.0, "target_modules": "all-linear", "seed": seed}
-            init_adapter({"base": str(self.base), "threads": 1, "precision": "fp32", **dials}, folder)
+            settings = LORA | {"rank": 2, "alpha": 4, "dropout": 0.0, "target_modules": "all-linear", "seed": seed}
+            init_adapter({"base": str(self.base), "threads": 1, "precision": "fp32", **settings}, folder)
             (file,) = folder.rglob("adapter_model.safetensors")
             draw = torch.Generator().manual_seed(seed)
             weights = {name: torch.randn(w.shape, generator=draw) * 0.1 for name, w in load_file(file).items()}

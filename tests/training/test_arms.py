@@ -6,10 +6,10 @@ import pytest
 from pydantic import ValidationError
 
 from data_contracts.train_spec import TrainSpec, arms_of, candidate_arm
-from tasks.models.base import start_dials
+from tasks.models.base import start_settings
 from tasks.pipeline.policies import stage_key
 
-R64 = {"name": "qlora_r64", "method": "qlora", "dials": {"rank": 64, "alpha": 128, "learning_rate": 1e-4}}
+R64 = {"name": "qlora_r64", "method": "qlora", "settings": {"rank": 64, "alpha": 128, "learning_rate": 1e-4}}
 
 
 def test_each_arm_is_trained_once_with_every_seed():
@@ -18,8 +18,10 @@ def test_each_arm_is_trained_once_with_every_seed():
         "lora-1", "lora-2", "qlora-1", "qlora-2", "qlora_r64-1", "qlora_r64-2",
     ]  # fmt: skip
     assert [arm.arm for arm in arms[4:]] == ["qlora_r64"] * 2
-    assert {arm.dials.rank for arm in arms[:4]} == {16}
-    assert {(arm.dials.rank, arm.dials.alpha, arm.dials.learning_rate) for arm in arms[4:]} == {(64, 128, 1e-4)}
+    assert {arm.settings.rank for arm in arms[:4]} == {16}
+    assert {(arm.settings.rank, arm.settings.alpha, arm.settings.learning_rate) for arm in arms[4:]} == {
+        (64, 128, 1e-4)
+    }
 
 
 def test_a_single_seed_needs_no_name():
@@ -30,12 +32,12 @@ def test_a_variants_learning_rate_overrules_that_of_its_method():
     (arm,) = (
         arm for arm in arms_of(TrainSpec(variants=[R64], learning_rates={"qlora": 5e-4})) if arm.arm == "qlora_r64"
     )
-    assert arm.dials.learning_rates.get("qlora", arm.dials.learning_rate) == 1e-4
+    assert arm.settings.learning_rates.get("qlora", arm.settings.learning_rate) == 1e-4
 
 
 def test_arms_of_a_seed_share_a_start_and_other_seeds_have_their_own():
     lora_1, lora_2, qlora_1, _ = (
-        start_dials(arm.method, arm.seed, arm.dials, "fp32") for arm in arms_of(TrainSpec(seeds=[1, 2]))
+        start_settings(arm.method, arm.seed, arm.settings, "fp32") for arm in arms_of(TrainSpec(seeds=[1, 2]))
     )
     assert lora_1 == qlora_1 != lora_2
 
@@ -43,10 +45,13 @@ def test_arms_of_a_seed_share_a_start_and_other_seeds_have_their_own():
 def test_more_seeds_and_variants_do_not_train_again_what_was_trained():
     few, many = TrainSpec(), TrainSpec(seeds=[17, 18], methods=["qlora", "lora"], variants=[R64])
     keys = [
-        {(arm.method, arm.seed): stage_key("train", {"seed": arm.seed, "dials": arm.dials}) for arm in arms_of(train)}
+        {
+            (arm.method, arm.seed): stage_key("train", {"seed": arm.seed, "settings": arm.settings})
+            for arm in arms_of(train)
+        }
         for train in (few, many)
     ]
-    own = stage_key("train", {"seed": 17, "dials": TrainSpec(rank=8)})
+    own = stage_key("train", {"seed": 17, "settings": TrainSpec(rank=8)})
     assert keys[0]["lora", 17] == keys[1]["lora", 17] != own
 
 
@@ -57,20 +62,20 @@ def test_the_candidate_is_qlora_else_lora_else_the_last():
 
 
 @pytest.mark.parametrize(
-    ("dials", "reason"),
+    ("settings", "reason"),
     [
         ({"seeds": [1, 1]}, "seeds must differ"),
         ({"variants": [R64, R64]}, "the name qlora_r64 is taken"),
         ({"variants": [R64 | {"name": "champion"}]}, "the name champion is taken"),
-        ({"variants": [R64 | {"dials": {"seeds": [3]}}]}, "cannot have its own seeds"),
-        ({"variants": [R64 | {"dials": {"rank": 0}}]}, "qlora_r64: rank Input should be greater"),
-        ({"variants": [R64 | {"dials": {"ranks": 8}}]}, "qlora_r64: ranks Extra inputs"),
+        ({"variants": [R64 | {"settings": {"seeds": [3]}}]}, "cannot have its own seeds"),
+        ({"variants": [R64 | {"settings": {"rank": 0}}]}, "qlora_r64: rank Input should be greater"),
+        ({"variants": [R64 | {"settings": {"ranks": 8}}]}, "qlora_r64: ranks Extra inputs"),
         ({"variants": [R64 | {"name": "../up"}]}, "should match pattern"),
     ],
 )
-def test_seeds_and_variants_that_cannot_work_are_refused_with_the_reason(dials, reason):
+def test_seeds_and_variants_that_cannot_work_are_refused_with_the_reason(settings, reason):
     with pytest.raises(ValidationError, match=reason):
-        TrainSpec(**dials)
+        TrainSpec(**settings)
 
 
 def test_the_released_adapter_is_the_first_seeds_not_the_best():

@@ -79,9 +79,9 @@ def difference(out: Path, other: Path) -> tuple[float, float]:
     [("lora", "none", True), ("qlora", "none", False), ("lora", "fsdp", False), ("qlora", "fsdp", True)],
 )
 def test_two_ranks_have_the_loss_curve_and_the_adapter_of_one(spec, tmp_path, method, sharding, checkpointing):
-    dials = spec | {"method": method, "activation_checkpointing": checkpointing}
-    assert run("train_adapter", dials, tmp_path / "one") == 0
-    assert run_together(dials | {"workers": 2, "sharding": sharding}, tmp_path / "two") == [0, 0]
+    settings = spec | {"method": method, "activation_checkpointing": checkpointing}
+    assert run("train_adapter", settings, tmp_path / "one") == 0
+    assert run_together(settings | {"workers": 2, "sharding": sharding}, tmp_path / "two") == [0, 0]
     loss, weights = difference(tmp_path / "two", tmp_path / "one")
     assert loss < LOSS
     assert weights < WEIGHTS
@@ -96,26 +96,26 @@ def test_two_ranks_have_the_loss_curve_and_the_adapter_of_one(spec, tmp_path, me
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "prefix"])
 def test_two_ranks_train_all_weights_or_a_prefix_as_one_does(spec, tiny_base, tmp_path, method):
-    dials = spec | {"method": method, "step0": None, "learning_rate": 1e-2 if method == "full" else 0.3}
+    settings = spec | {"method": method, "step0": None, "learning_rate": 1e-2 if method == "full" else 0.3}
     if method == "prefix":
         start = {"kind": "prefix", "base": str(tiny_base), "seed": 5, "prefix_tokens": 8}
         assert run("init_adapter", start, tmp_path / "step0") == 0
-        dials |= {"step0": str(tmp_path / "step0" / "adapter"), "prefix_tokens": 8}
-    assert run("train_adapter", dials, tmp_path / "one") == 0
-    assert run_together(dials | {"workers": 2}, tmp_path / "two") == [0, 0]
+        settings |= {"step0": str(tmp_path / "step0" / "adapter"), "prefix_tokens": 8}
+    assert run("train_adapter", settings, tmp_path / "one") == 0
+    assert run_together(settings | {"workers": 2}, tmp_path / "two") == [0, 0]
     loss, weights = difference(tmp_path / "two", tmp_path / "one")
     assert loss < LOSS
     assert weights < WEIGHTS
-    assert run_together(dials | {"workers": 2}, tmp_path / "again") == [0, 0]
+    assert run_together(settings | {"workers": 2}, tmp_path / "again") == [0, 0]
     assert digest(tmp_path / "again" / "adapter") == digest(tmp_path / "two" / "adapter")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_ranks_agree_on_the_best_validation_and_the_early_end(spec, validating, tmp_path, sharding):
-    dials = validating | {"learning_rate": 3e-2, "early_stopping_patience": 2, "batch_tokens": 256}
-    assert run("train_adapter", dials, tmp_path / "one") == 0
-    assert run_together(dials | {"sharding": sharding}, tmp_path / "two") == [0, 0]
+    settings = validating | {"learning_rate": 3e-2, "early_stopping_patience": 2, "batch_tokens": 256}
+    assert run("train_adapter", settings, tmp_path / "one") == 0
+    assert run_together(settings | {"sharding": sharding}, tmp_path / "two") == [0, 0]
     one, two = report(tmp_path / "one"), report(tmp_path / "two")
     assert one["stopped_early"]
     assert [two[name] for name in ("best_step", "stopped_early", "steps")] == [5, True, 7]
@@ -127,9 +127,9 @@ def test_ranks_agree_on_the_best_validation_and_the_early_end(spec, validating, 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_a_rank_without_a_row_changes_nothing(validating, tmp_path, sharding):
-    dials = validating | {"batch_tokens": 64}
-    assert run("train_adapter", dials, tmp_path / "one") == 0
-    assert run_together(dials | {"sharding": sharding}, tmp_path / "two") == [0, 0]
+    settings = validating | {"batch_tokens": 64}
+    assert run("train_adapter", settings, tmp_path / "one") == 0
+    assert run_together(settings | {"sharding": sharding}, tmp_path / "two") == [0, 0]
     assert report(tmp_path / "one")["train_rows"] == 10  # one a step
     assert max(difference(tmp_path / "two", tmp_path / "one")) < WEIGHTS
 
@@ -177,10 +177,10 @@ def test_whichever_rank_is_killed_all_end_and_go_on_to_the_same_bytes(
 
 @pytest.mark.slow
 def test_divided_weights_are_put_together_in_checkpoints_and_taken_apart_again(dropping, tmp_path):
-    dials = dropping | {"sharding": "fsdp"}
-    assert run_together(dials, tmp_path / "whole") == [0, 0]
-    assert KILLED in run_together(dials, tmp_path / "killed", {1: partial(before_call, *LOSSES, 8, kill)})
-    assert run_together(dials, tmp_path / "killed") == [0, 0]
+    settings = dropping | {"sharding": "fsdp"}
+    assert run_together(settings, tmp_path / "whole") == [0, 0]
+    assert KILLED in run_together(settings, tmp_path / "killed", {1: partial(before_call, *LOSSES, 8, kill)})
+    assert run_together(settings, tmp_path / "killed") == [0, 0]
     assert report(tmp_path / "killed")["resumed_from_step"] == 6
     assert adapter(tmp_path / "killed") == adapter(tmp_path / "whole")
 
@@ -197,28 +197,28 @@ def test_a_checkpoint_without_every_ranks_random_states_is_not_taken(dropping, p
 
 
 def test_a_rank_out_of_memory_computes_its_part_in_parts_and_the_others_follow(spec, tmp_path):
-    dials = spec | {"workers": 2}
+    settings = spec | {"workers": 2}
     assert run("train_adapter", spec, tmp_path / "one") == 0
-    assert run_together(dials, tmp_path / "two", {1: partial(before_call, *LOSSES, 4, no_memory)}) == [0, 0]
+    assert run_together(settings, tmp_path / "two", {1: partial(before_call, *LOSSES, 4, no_memory)}) == [0, 0]
     assert report(tmp_path / "two")["micro_batches"] == 2
     assert max(difference(tmp_path / "two", tmp_path / "one")) < WEIGHTS
 
 
 @pytest.mark.slow
 def test_out_of_memory_with_divided_weights_is_an_error_with_the_next_act(spec, tmp_path):
-    dials = spec | {"workers": 2, "sharding": "fsdp"}
-    assert ConfigError.exit_code in run_together(dials, tmp_path, {1: partial(before_call, *LOSSES, 4, no_memory)})
+    settings = spec | {"workers": 2, "sharding": "fsdp"}
+    assert ConfigError.exit_code in run_together(settings, tmp_path, {1: partial(before_call, *LOSSES, 4, no_memory)})
     with pytest.raises(ConfigError, match=r"(?s)share of a step.*raise train\.workers"):
         raise worker_error(1, "train", tmp_path)
 
 
 def test_a_checkpoint_of_another_number_of_workers_lies_elsewhere():
-    keys = {stage_key("train", {"dials": TrainSpec(workers=n)}) for n in (1, 2)}
+    keys = {stage_key("train", {"settings": TrainSpec(workers=n)}) for n in (1, 2)}
     assert len(keys) == 2
-    assert stage_key("train", {"dials": TrainSpec(engine="ray")}) in keys
+    assert stage_key("train", {"settings": TrainSpec(engine="ray")}) in keys
 
 
-def test_dials_that_cannot_go_together_are_refused_before_a_run():
+def test_settings_that_cannot_go_together_are_refused_before_a_run():
     with pytest.raises(ValueError, match="set workers to 2 or more"):
         TrainSpec(sharding="fsdp")
     with pytest.raises(ValueError, match="set optimizer to adamw_torch"):

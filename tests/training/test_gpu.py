@@ -12,7 +12,7 @@ import torch
 
 from tasks.runtime.processes import run_worker
 from tests.conftest import LORA, toy_rows, write_rows
-from tests.training.test_workers import DIALS
+from tests.training.test_workers import SETTINGS
 
 pytestmark = pytest.mark.gpu
 
@@ -30,7 +30,7 @@ def _needs_cuda():
 def train(base: Path, folder: Path, method: str) -> dict:
     step0 = {"base": str(base), "seed": 5, "rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear"}
     run_worker("tasks.models.workers.init_adapter", step0 | LORA, folder / "step0")
-    spec = DIALS | {"method": method, "base": str(base), "step0": str(folder / "step0" / "adapter"), "dropout": 0.0}
+    spec = SETTINGS | {"method": method, "base": str(base), "step0": str(folder / "step0" / "adapter"), "dropout": 0.0}
     spec |= {"precision": "auto", "train": str(write_rows(folder / "train", toy_rows(80)))}
     spec |= {"validation": str(write_rows(folder / "validation", toy_rows(6, first=200)))}
     return run_worker("tasks.training.workers.train_adapter", spec, folder / "out")

@@ -238,9 +238,9 @@ def test_a_killed_evaluation_scores_only_what_is_missing(spec, whole, tmp_path):
         {"name": "base", "method": "lora", "adapter": None, "quantisation": None, "merged": False},
         {"name": "lora", "method": "lora", "adapter": str(whole / "adapter"), "quantisation": None, "merged": False},
     ]
-    dials = EvaluateSpec(tasks=["domain_nll"], sample_questions=1, sample_tokens=4).model_dump()
+    settings = EvaluateSpec(tasks=["domain_nll"], sample_questions=1, sample_tokens=4).model_dump()
     place = {"base": spec["base"], "test": spec["validation"], "max_tokens": 256, "precision": "fp32", "threads": 1}
-    asked = dials | place | {"targets": targets}
+    asked = settings | place | {"targets": targets}
     assert run("evaluate_models", asked, tmp_path / "whole") == 0
     scoring = partial(before_call, "tasks.evaluation.workers.evaluate_models", "read_samples", 2, kill)
     assert run("evaluate_models", asked, tmp_path / "killed", scoring) == KILLED

@@ -48,7 +48,7 @@ SMALL = {
     "num_key_value_heads": 2, "vocab_size": 1000,
 }  # fmt: skip
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "gemma": GemmaConfig, "qwen2": Qwen2Config}
-DIALS = TrainSpec(rank=8).model_dump()
+SETTINGS = TrainSpec(rank=8).model_dump()
 PRECISIONS = ["fp32", pytest.param("bf16", marks=pytest.mark.slow)]  # without AVX512 bf16 takes eight times as long
 
 
@@ -57,8 +57,8 @@ def small_config(name: str):
     return CONFIGS[name](**SMALL, **head_dim, use_cache=False)
 
 
-def settings(method: str, length: int = 64, **dials) -> Settings:
-    return settings_of(DIALS | dials, method, 4, length)
+def settings(method: str, length: int = 64, **settings) -> Settings:
+    return settings_of(SETTINGS | settings, method, 4, length)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -204,10 +204,12 @@ class LiveBytes(TorchDispatchMode):
         self.live -= self.sizes.pop(key, 0)
 
 
-def adapted_model(base: Path, method: str, checkpointing: bool, device: Device, **dials):
+def adapted_model(base: Path, method: str, checkpointing: bool, device: Device, **settings):
     model = load_base(base, method, device)
     arch = architecture_of(model)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{"r": 8, "target_modules": "all-linear"} | dials))
+    model = get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", **{"r": 8, "target_modules": "all-linear"} | settings)
+    )
     if checkpointing:
         model.enable_input_require_grads()
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -226,10 +228,10 @@ def live_peak(model, batch: dict, device: Device) -> int:
     return counter.peak
 
 
-def packed_settings(rows: list[Scored], method: str, device: Device, **dials) -> Settings:
+def packed_settings(rows: list[Scored], method: str, device: Device, **settings) -> Settings:
     packed = pack(rows)
     asked = settings_of(
-        DIALS | dials, method, device.dtype.itemsize, len(packed.input_ids_T),
+        SETTINGS | settings, method, device.dtype.itemsize, len(packed.input_ids_T),
         scored=len(packed.targets_N), segments=packed.tree.seen,
     )  # fmt: skip
     return on_cpu(asked)
@@ -299,7 +301,7 @@ def test_a_step_of_prefix_tuning_peaks_within_6_percent_of_the_plan(base, precis
     model = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16))
     fuse_norms(model)
     rows = [Scored(list(range(i, i + 200)), 100) for i in (0, 100, 200, 300)]
-    asked = settings_of(DIALS, "prefix", device.dtype.itemsize, 199, len(rows), scored=400)
+    asked = settings_of(SETTINGS, "prefix", device.dtype.itemsize, 199, len(rows), scored=400)
     assert sum(a * b for a, b in asked.trainable(arch)) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     measured = live_peak(model, to_tensors(rows, "padded"), device)
     assert planned_peak(arch, asked) == pytest.approx(measured, rel=0.06)
@@ -314,8 +316,8 @@ def test_a_padded_step_of_a_base_with_softcaps_peaks_within_12_percent_of_the_pl
     model, arch = adapted_model(tmp_path, "lora", checkpointing, device)
     rows = [Scored(list(range(i, i + 200)), 100) for i in (0, 100, 200, 300)]
     assert choose_way(model, rows[:1], 64).way == "padded"
-    dials = DIALS | {"activation_checkpointing": checkpointing}
-    asked = settings_of(dials, "lora", device.dtype.itemsize, 199, len(rows), scored=400, way="padded")
+    settings = SETTINGS | {"activation_checkpointing": checkpointing}
+    asked = settings_of(settings, "lora", device.dtype.itemsize, 199, len(rows), scored=400, way="padded")
     measured = live_peak(model, to_tensors(rows, "padded"), device)
     assert planned_peak(arch, asked) == pytest.approx(measured, rel=0.12)
 
@@ -364,7 +366,7 @@ ROWS = [Scored([7] * 5 + list(range(i, i + n)), 10) for i, n in ((0, 20), (50, 3
 
 
 def test_the_largest_step_of_a_plan_is_the_one_predicted(base):
-    spec = DIALS | {"base": str(base), "method": "lora"}
+    spec = SETTINGS | {"base": str(base), "method": "lora"}
     small, large, whole = (
         planned_memory(spec, ROWS, plan, CPU, "packed") for plan in ([[0], [2]], [[1, 3]], [[0], [1, 3], [2]])
     )
@@ -381,13 +383,13 @@ def test_the_largest_step_of_a_plan_is_the_one_predicted(base):
     ]
 
 
-@pytest.mark.parametrize(("config", "dials", "why"), [
+@pytest.mark.parametrize(("config", "settings", "why"), [
     (MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=100), {}, "it has no attention heads"),
     (LlamaConfig(**SMALL), {"optimizer": "apollo_adamw"}, "apollo_adamw: its states are not known here"),
     (LlamaConfig(**SMALL), {"use_dora": True}, "DoRA's memory is not planned"),
 ])  # fmt: skip
-def test_what_cannot_be_planned_is_noted_and_stops_nothing(tmp_path, capsys, config, dials, why):
+def test_what_cannot_be_planned_is_noted_and_stops_nothing(tmp_path, capsys, config, settings, why):
     config.save_pretrained(tmp_path)
-    spec = DIALS | {"base": str(tmp_path), "method": "lora"} | dials
+    spec = SETTINGS | {"base": str(tmp_path), "method": "lora"} | settings
     assert planned_memory(spec, ROWS, [[0]], CPU, "packed") is None
     assert json.loads(capsys.readouterr().out) == {"event": "note", "text": f"memory of training is not planned: {why}"}

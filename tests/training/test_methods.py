@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from data_contracts.errors import ConfigError
 from data_contracts.train_spec import TrainSpec
 from flows.config.load import load_spec
-from tasks.models.base import start_dials
+from tasks.models.base import start_settings
 from tasks.models.core.packing import Scored
 from tasks.models.workers.chat_template import load_chat
 from tasks.models.workers.forms import attach, form_of, load
@@ -79,7 +79,7 @@ def files(tmp_path_factory) -> dict[str, str]:
 def spec_of(base: Path, files: dict[str, str], method: str, changes: dict, out: Path) -> dict:
     """The training worker's spec, with the step-0 adapter made as the pipeline makes it."""
     train = TrainSpec(methods=[method], **SHORT | changes)
-    start = start_dials(method, 5, train, "fp32")
+    start = start_settings(method, 5, train, "fp32")
     if start:
         init_adapter(start | {"base": str(base)}, out / "step0")
     step0 = str(out / "step0" / "adapter") if start else None
@@ -179,7 +179,7 @@ def test_a_rank_that_a_layer_does_not_have_is_refused_before_training(tiny_base,
 
 def test_lora_and_qlora_share_a_start_but_for_loftq():
     def start(method, **changes):
-        return start_dials(method, 17, TrainSpec(methods=["lora", "qlora", "full", "prefix"], **changes), "fp32")
+        return start_settings(method, 17, TrainSpec(methods=["lora", "qlora", "full", "prefix"], **changes), "fp32")
 
     assert start("full") is None
     assert start("lora", init="pissa") == start("qlora", init="pissa")
@@ -273,7 +273,7 @@ def test_noise_goes_by_a_sequences_own_length_and_only_in_training(tiny_base, wa
 # --- refusals -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dials", "why"), [
+@pytest.mark.parametrize(("settings", "why"), [
     ({"methods": ["lora"], "quant_type": "fp4"}, "quant_type has an effect on qlora only"),
     ({"methods": ["full"], "double_quant": False}, "double_quant has an effect on qlora only"),
     ({"methods": ["full", "prefix"], "use_rslora": True}, "use_rslora has an effect on lora and qlora only"),
@@ -290,9 +290,9 @@ def test_noise_goes_by_a_sequences_own_length_and_only_in_training(tiny_base, wa
     ({"lora_plus_ratio": 16, "optimizer": "galore_adamw"}, "sorts the weights itself"),
     ({"early_stopping_patience": 2}, "set validation_steps too"),
 ])  # fmt: skip
-def test_dials_that_cannot_work_together_are_refused_with_the_reason(dials, why):
+def test_settings_that_cannot_work_together_are_refused_with_the_reason(settings, why):
     with pytest.raises(ValueError, match=why):
-        TrainSpec(**dials)
+        TrainSpec(**settings)
 
 
 def test_all_refusals_are_told_at_once():

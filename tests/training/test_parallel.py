@@ -20,7 +20,7 @@ from tasks.runtime.processes import Display
 from tasks.runtime.store import Store, digest
 from tasks.training.slots import on_cluster, share_out, slots_of, visible_gpus
 from tests.conftest import LORA, toy_rows, write_rows
-from tests.evaluation.test_verdict import DIALS, trained
+from tests.evaluation.test_verdict import SETTINGS, trained
 from tests.flows.test_pages import dataset
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -48,16 +48,16 @@ def test_each_arm_gets_a_gpu_of_its_own_by_the_name_it_has():
 
 
 @pytest.mark.parametrize(
-    ("dials", "gpus", "told"),
+    ("settings", "gpus", "told"),
     [
         ({"parallel": 3}, ["0", "1"], "limit: 2 visible GPUs\n    next: set it to 2"),
         ({"parallel": 5}, [], "limit: 4 cores\n    next: lower train.threads, or set train.parallel to 4"),
         ({"parallel": 2, "threads": 3}, [], "train.parallel to 1"),
     ],
 )
-def test_more_arms_at_a_time_than_there_are_places_are_refused(dials, gpus, told):
+def test_more_arms_at_a_time_than_there_are_places_are_refused(settings, gpus, told):
     with pytest.raises(ConfigError) as refused:
-        share_out(TrainSpec(**dials), gpus, free=4, cores=4)
+        share_out(TrainSpec(**settings), gpus, free=4, cores=4)
     assert told in str(refused.value)
 
 
@@ -69,15 +69,15 @@ def test_one_arm_at_a_time_asks_for_no_place_and_two_ask_this_machine(monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("dials", "why"),
+    ("settings", "why"),
     [
         ({"parallel": 2, "workers": 2}, "set one of them to 1"),  # on Ray they go together
-        ({"variants": [{"name": "v", "method": "lora", "dials": {"parallel": 2}}]}, "cannot have its own parallel"),
+        ({"variants": [{"name": "v", "method": "lora", "settings": {"parallel": 2}}]}, "cannot have its own parallel"),
     ],
 )
-def test_what_does_not_go_with_parallel_is_refused(dials, why):
+def test_what_does_not_go_with_parallel_is_refused(settings, why):
     with pytest.raises(ValueError, match=why):
-        TrainSpec(**dials)
+        TrainSpec(**settings)
 
 
 def test_ray_needs_one_cluster_for_all_arms_and_gives_each_what_it_asks_for():
@@ -89,7 +89,7 @@ def test_ray_needs_one_cluster_for_all_arms_and_gives_each_what_it_asks_for():
 
 def test_how_many_train_at_a_time_is_no_part_of_what_is_trained():
     slot = Slot(gpu="1", threads=1, why="", beside=2)
-    keys = {stage_key("train", {"dials": TrainSpec(parallel=n), "slot": slot if n > 1 else None}) for n in (1, 2)}
+    keys = {stage_key("train", {"settings": TrainSpec(parallel=n), "slot": slot if n > 1 else None}) for n in (1, 2)}
     assert len(keys) == 1
 
 
@@ -118,10 +118,10 @@ def test_lines_of_several_workers_say_whose_they_are(capsys):
 
 def test_a_speed_is_said_to_be_one_of_arms_side_by_side_and_only_like_is_compared():
     lora, qlora = (trained(name).model_copy(update={"side_by_side": 2}) for name in ("lora", "qlora"))
-    costs = measure_costs([lora, qlora], DIALS)
-    told = {claim.claim: claim.told for claim in claims(None, costs, [lora, qlora])}
+    costs = measure_costs([lora, qlora], SETTINGS)
+    told = {claim.claim: claim.note for claim in claims(None, costs, [lora, qlora])}
     assert told["runs 20 to 30 % slower"].endswith("more time a token, up to 2 arms training side by side")
-    assert measure_costs([trained("lora"), qlora], DIALS).speed_ratio is None
+    assert measure_costs([trained("lora"), qlora], SETTINGS).speed_ratio is None
 
 
 # --- trained ------------------------------------------------------------------------------------------------
@@ -154,14 +154,14 @@ class Place:
         names = {name: self.store.ref(self.store.files / f"{name}.jsonl") for name in ("train", "validation")}
         return dataset().model_copy(update=names)
 
-    def train(self, slots: list[Slot], lost: str | None = None, **dials) -> Trained:
+    def train(self, slots: list[Slot], lost: str | None = None, **settings) -> Trained:
         """lost: the arm whose rows are gone."""
         from prefect import flow
 
         from flows.runner import Stages
         from flows.train_arms import Begin, train_arms
 
-        spec = RunSpec(train=TrainSpec(**SHORT | dials), store=StoreSpec(root=str(self.store.root)))
+        spec = RunSpec(train=TrainSpec(**SHORT | settings), store=StoreSpec(root=str(self.store.root)))
         arms, data = arms_of(spec.train), self.data()
         gone = data.train.model_copy(update={"path": "gone.jsonl", "sha256": "0"})
         begins = [Begin(self.step0, gone if arm.name == lost else data.train, None) for arm in arms]

@@ -92,7 +92,7 @@ def test_the_page_tells_parts_cards_and_what_a_smaller_card_needs(capfd):
     assert "qlora fits a 48 GB card" in " ".join(capfd.readouterr().out.split())
 
 
-def test_a_preset_is_planned_with_its_own_dials_and_methods(capfd):
+def test_a_preset_is_planned_with_its_own_settings_and_methods(capfd):
     code, found = planned(capfd, "smoke")
     assert code == 0
     assert found["base"] == "builtin:tiny-llama"
@@ -103,7 +103,7 @@ def test_a_preset_is_planned_with_its_own_dials_and_methods(capfd):
         assert [card["gigabytes"] for card in plan["cards"]] == [8, 12, 16, 24, 40, 48, 80]
 
 
-def test_dials_change_the_plan(capfd):
+def test_settings_change_the_plan(capfd):
     def optimiser(*args: str) -> int:
         return planned(capfd, "llama-2-7b", "--method", "lora", *args)[1]["plans"][0]["parts"]["optimiser"]
 

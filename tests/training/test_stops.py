@@ -287,7 +287,7 @@ def trainer(tiny_base, tmp_path) -> packed_trainer.PackedTrainer:
     model = PeftModel.from_pretrained(load_base(tiny_base, "lora", device), spec["step0"], is_trainable=True)
     rows = [load_chat(tiny_base).scored(row["messages"]) for row in toy_rows(7)]
     work = packed_trainer.Work(rows, [""] * 7, [list(range(7))], [], 512, "packed")
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # Trainer renames a dial
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # Trainer renames a setting
         args = packed_trainer.training_arguments(spec, tmp_path, device, 1)
     return packed_trainer.PackedTrainer(model, work, args, [], 1)
 

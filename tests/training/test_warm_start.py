@@ -21,7 +21,7 @@ from data_contracts.run_spec import ModelSpec, RunSpec, StoreSpec
 from data_contracts.train_spec import TrainSpec, arms_of
 from data_contracts.verdict import GateReport
 from tasks.data.curation.dataset_files import ids_of, publish_ids, read_ids
-from tasks.models.base import init_adapter, start_dials
+from tasks.models.base import init_adapter, start_settings
 from tasks.pipeline.policies import stage_key
 from tasks.release import registry
 from tasks.release.champion import rival
@@ -40,7 +40,7 @@ from tests.flows.test_pages import planted, scores
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAME = "grows"
-DIALS = {
+SETTINGS = {
     "methods": ["lora"], "rank": 4, "alpha": 8, "learning_rate": 1e-2, "max_steps": 3, "batch_tokens": 512,
     "max_tokens": 256, "threads": 1, "warm_start": "champion",
 }  # fmt: skip
@@ -77,42 +77,46 @@ def test_adapters_fit_if_they_have_one_form_whatever_their_dropout_and_their_wor
     ]
 
 
-# --- dials --------------------------------------------------------------------------------------------------
+# --- settings --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("dials", "why"),
+    ("settings", "why"),
     [
         ({"replay_share": 0.1}, "set warm_start to champion"),
         ({"warm_start": "champion", "init": "pissa"}, "init=pissa with parts of the base: drop one"),
         ({"warm_start": "champion", "replay_share": 1.5}, "less than or equal to 1"),
     ],
 )
-def test_dials_of_a_warm_start_that_cannot_work_are_refused(dials, why):
+def test_settings_of_a_warm_start_that_cannot_work_are_refused(settings, why):
     with pytest.raises(ValueError, match=why):
-        TrainSpec(**dials)
+        TrainSpec(**settings)
 
 
 def test_a_variant_may_start_otherwise_than_the_arm_beside_it():
-    fresh = {"name": "fresh", "method": "qlora", "dials": {"warm_start": "never"}}
+    fresh = {"name": "fresh", "method": "qlora", "settings": {"warm_start": "never"}}
     arms = arms_of(TrainSpec(warm_start="champion", replay_share=0.2, variants=[fresh]))
-    assert {arm.name: (arm.dials.warm_start, arm.dials.replay_share) for arm in arms} == {
+    assert {arm.name: (arm.settings.warm_start, arm.settings.replay_share) for arm in arms} == {
         "lora": ("champion", 0.2), "qlora": ("champion", 0.2), "fresh": ("never", 0.5),
     }  # fmt: skip
 
 
-def test_dials_that_an_arm_does_not_read_are_left_to_the_others():
+def test_settings_that_an_arm_does_not_read_are_left_to_the_others():
     arms = arms_of(TrainSpec(methods=["lora", "qlora", "full"], dropout=0.1, quant_type="fp4"))
-    assert [(arm.dials.dropout, arm.dials.quant_type) for arm in arms] == [(0.1, "nf4"), (0.1, "fp4"), (0.0, "nf4")]
+    assert [(arm.settings.dropout, arm.settings.quant_type) for arm in arms] == [
+        (0.1, "nf4"),
+        (0.1, "fp4"),
+        (0.0, "nf4"),
+    ]
 
 
 def test_a_training_is_known_by_its_adapter_and_rows_whatever_chose_them():
     start = Start(
-        version="1", told="m version 1", adapter=None, rows=_ref("rows"), new_rows=1, old_rows=2, replayed_rows=1,
+        version="1", note="m version 1", adapter=None, rows=_ref("rows"), new_rows=1, old_rows=2, replayed_rows=1,
         trained=None,
     )  # fmt: skip
-    keys = {stage_key("train", {"dials": TrainSpec(**dials)}) for dials in ({}, {"warm_start": "champion"})}
-    keys |= {stage_key("train", {"dials": TrainSpec(), "start": found}) for found in (None, start)}
+    keys = {stage_key("train", {"settings": TrainSpec(**settings)}) for settings in ({}, {"warm_start": "champion"})}
+    keys |= {stage_key("train", {"settings": TrainSpec(), "start": found}) for found in (None, start)}
     assert len(keys) == 1
 
 
@@ -143,33 +147,33 @@ class Place:
         )  # fmt: skip
         self.model = StoreSpec(root=str(root))
 
-    def spec(self, **dials) -> RunSpec:
-        return RunSpec(model=ModelSpec(name=NAME), train=TrainSpec(**DIALS | dials), store=self.model)
+    def spec(self, **settings) -> RunSpec:
+        return RunSpec(model=ModelSpec(name=NAME), train=TrainSpec(**SETTINGS | settings), store=self.model)
 
-    def fresh(self, **dials) -> AdapterRef:
-        own = start_dials("lora", 17, TrainSpec(**DIALS | dials), "fp32")
+    def fresh(self, **settings) -> AdapterRef:
+        own = start_settings("lora", 17, TrainSpec(**SETTINGS | settings), "fp32")
         assert own
         return init_adapter(self.store, self.base, own)
 
     def origin(self, data: DatasetManifest) -> Origin:
         return origin_of(self.model, NAME, self.store.path(data.train))[0]
 
-    def start(self, data: DatasetManifest, share: float = 0.5, base: BaseModelRef | None = None, **dials) -> Start:
+    def start(self, data: DatasetManifest, share: float = 0.5, base: BaseModelRef | None = None, **settings) -> Start:
         origin = self.origin(data)
         if origin.version is None:
-            return scratch(self.store, data.train, origin.told)
+            return scratch(self.store, data.train, origin.note)
         held_out = [data.validation, data.test]
-        return choose_start(self.store, origin, base or self.base, self.fresh(**dials), data.train, held_out, share)
+        return choose_start(self.store, origin, base or self.base, self.fresh(**settings), data.train, held_out, share)
 
     def generation(self, rows: int) -> Generation:
         """Split, start, train, register, promote."""
         data = curate_rows(self.store, facts(rows), test_fraction=0.2, validation_fraction=0.1)
         start = self.start(data)
-        dials = arms_of(self.spec().train)[0].dials
+        settings = arms_of(self.spec().train)[0].settings
         key = f"train-{digest(self.store.path(start.rows))}"
         arm = train.train_arm(
             self.store, key, "lora", 17, self.base, start.adapter or self.fresh(), start.rows, data.validation,
-            dials, "fp32", False, lambda event: None, "lora", None,
+            settings, "fp32", False, lambda event: None, "lora", None,
         ).model_copy(update={"start": start})  # fmt: skip
         return Generation(data, start, arm, self.register(data, arm))
 
@@ -213,7 +217,7 @@ def workers_here() -> Iterator[None]:
             "tasks.training.train.run_worker", lambda module, spec, out, *_: _here(train_adapter.train, spec, out)
         )
         patch.setattr(
-            "tasks.models.base.run_worker", lambda module, spec, out, **_: _here(step0_worker.init_adapter, spec, out)
+            "tasks.models.base.run_worker", lambda module, spec, out, *_: _here(step0_worker.init_adapter, spec, out)
         )
         yield
 
@@ -236,10 +240,10 @@ def rows_of(place: Place, file) -> set[str]:
 def test_each_generation_goes_on_from_the_champion_before(generations):
     first, second, third = generations
     assert [found.start.version for found in generations] == [None, "1", "2"]
-    assert first.start.told == "grows has no champion yet"
+    assert first.start.note == "grows has no champion yet"
     for before, after in ((first, second), (second, third)):
         assert after.arm.step0_sha256 == before.arm.adapter.sha256 != after.arm.adapter.sha256
-        assert after.start.told == f"grows version {before.version}"
+        assert after.start.note == f"grows version {before.version}"
 
 
 def test_a_warm_start_trains_on_every_new_row_and_as_many_old_ones(place, generations):
@@ -281,7 +285,7 @@ def test_the_same_rows_again_start_where_they_started_before(place, generations)
 def test_without_anything_new_in_the_whole_line_it_is_scratch_with_the_reason(place, generations):
     first = generations[0].data
     start = place.start(first)
-    assert start.told == "nothing is new to grows version 1, which started from scratch"
+    assert start.note == "nothing is new to grows version 1, which started from scratch"
     assert (start.version, start.adapter, start.rows, start.new_rows) == (
         None,
         None,
@@ -333,7 +337,7 @@ def more(place, generations) -> DatasetManifest:
 
 
 @pytest.mark.parametrize(
-    ("dials", "why"),
+    ("settings", "why"),
     [
         ({"rank": 8}, "grows version 3 has another adapter: rank 4 there and 8 here"),
         ({"alpha": 16}, "alpha 8 there and 16 here"),
@@ -345,18 +349,18 @@ def more(place, generations) -> DatasetManifest:
         ({"use_dora": True}, "use_dora False there and True here"),
     ],
 )
-def test_an_adapter_of_another_form_is_not_gone_on_from(place, more, dials, why):
-    start = place.start(more, **dials)
-    assert why in start.told
+def test_an_adapter_of_another_form_is_not_gone_on_from(place, more, settings, why):
+    start = place.start(more, **settings)
+    assert why in start.note
     assert (start.version, start.rows, start.replayed_rows) == (None, more.train, 0)
 
 
 def test_another_base_or_method_is_not_gone_on_from(place, more):
     other = place.base.model_copy(update={"digest": "d"})
-    assert place.start(more, base=other).told == "grows version 3 stands on another base"
+    assert place.start(more, base=other).note == "grows version 3 stands on another base"
     full = place.origin(more).model_copy(update={"method": "full"})
     start = choose_start(place.store, full, place.base, place.fresh(), more.train, [more.test], 0.5)
-    assert start.told == "grows version 3 was trained with full, and this arm has LoRA layers"
+    assert start.note == "grows version 3 was trained with full, and this arm has LoRA layers"
 
 
 def test_a_champion_that_learned_what_is_held_out_here_is_not_gone_on_from(place, more):
@@ -365,7 +369,7 @@ def test_a_champion_that_learned_what_is_held_out_here_is_not_gone_on_from(place
     ids = publish_ids(place.store, learned)
     told = origin.model_copy(update={"trained": ids.model_copy(update={"path": str(place.store.path(ids))})})
     start = choose_start(place.store, told, place.base, place.fresh(), more.train, [more.validation, more.test], 0.5)
-    assert start.told == "grows version 3 was trained on 3 rows that are held out here"
+    assert start.note == "grows version 3 was trained on 3 rows that are held out here"
 
 
 def generations_rows(place: Place, data: DatasetManifest):
@@ -420,13 +424,13 @@ def test_of_a_version_from_before_lineage_rows_that_are_gone_are_no_start(place,
     champion_files[1].unlink()
     with without_tag(place, LINEAGE_TAG):
         start = place.start(more)
-    assert start.told == "trained_rows.txt, the training rows of grows version 3, is gone from the registry"
+    assert start.note == "trained_rows.txt, the training rows of grows version 3, is gone from the registry"
     assert start.version is None
 
 
 def test_a_version_from_before_rows_were_kept_is_no_start(place, more):
     with without_tag(place, registry.TRAINED_TAG):
-        assert "registered before its training rows were kept" in place.start(more).told
+        assert "registered before its training rows were kept" in place.start(more).note
 
 
 @contextmanager
@@ -446,5 +450,5 @@ def test_an_ancestor_that_is_no_longer_registered_is_told(place, generations, mo
         raise ConfigError
 
     monkeypatch.setattr(registry, "resolve", gone)
-    told = place.start(generations[2].data).told
+    told = place.start(generations[2].data).note
     assert told == "nothing is new to grows version 3, and version 2, from which it went on, is no longer registered"

@@ -26,7 +26,7 @@ from tasks.training.workers.training_rows import check_batch, encode_rows
 from tests.conftest import LORA, toy_rows, write_rows
 
 CPU = Device("cpu", "fp32", "test", 1, "test")
-DIALS = TrainSpec().model_dump() | {
+SETTINGS = TrainSpec().model_dump() | {
     "base_name": "tiny", "precision": "fp32", "threads": 1, "max_tokens": 256, "too_long": "leave_out",
     "batch_tokens": 256, "epochs": 2, "seed": 5, "max_steps": None, "learning_rate": 1e-2, "warmup_ratio": 0.1, "weight_decay": 0.0,
     "max_grad_norm": 1.0, "optimizer": "adamw_torch", "activation_checkpointing": False, "checkpoint_steps": 3,
@@ -53,7 +53,7 @@ def step0(tiny_base, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def spec(tiny_base, step0, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("rows")
-    return DIALS | {
+    return SETTINGS | {
         "method": "lora",
         "base": str(tiny_base),
         "step0": str(step0),

@@ -9,7 +9,7 @@ from data_contracts.errors import DataError
 from data_contracts.run_spec import RunSpec
 from data_contracts.train_spec import without_effect
 from flows.config.load import LoadedSpec, yaml_inline
-from flows.config.validation_errors import dials
+from flows.config.validation_errors import all_settings
 from tasks.data.ingestion.sources import find_sources
 
 if TYPE_CHECKING:
@@ -67,18 +67,18 @@ def automatic(spec: RunSpec) -> dict[str, str]:
 
 
 def ignored(loaded: LoadedSpec) -> dict[str, str]:
-    """Dials that somebody set and that no arm reads, with why."""
-    keys = (f"train.{dial}" for dial in without_effect(loaded.spec.train))
+    """Settings that somebody set and that no arm reads, with why."""
+    keys = (f"train.{setting}" for setting in without_effect(loaded.spec.train))
     set_by = {key: loaded.origins[key] for key in keys if loaded.origins[key] != "default"}
     return {key: f"set by {origin}, and read by lora and qlora only" for key, origin in set_by.items()}
 
 
 def show_plan(loaded: LoadedSpec, console: "Console") -> None:
     table = Table(title=f"dry run of {loaded.source}", title_justify="left", title_style="bold")
-    for name in ("dial", "value", "from"):
+    for name in ("setting", "value", "from"):
         table.add_column(name, overflow="fold")
     values = loaded.spec.model_dump(mode="json")
-    for key in dials():
+    for key in all_settings():
         section, _, field = key.partition(".")
         origin = loaded.origins[key]
         value = yaml_inline(values[section][field])

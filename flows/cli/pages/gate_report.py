@@ -80,8 +80,8 @@ def junit(decision: "Decision") -> str:
             ElementTree.SubElement(case, "system-out").text = told
         else:
             ElementTree.SubElement(case, "failure", {"type": gate.verdict, "message": _xml(gate.why)}).text = told
-    for dial in off:
-        ElementTree.SubElement(_case(suite, dial), "skipped", {"message": "turned off in the spec"})
+    for setting in off:
+        ElementTree.SubElement(_case(suite, setting), "skipped", {"message": "turned off in the spec"})
     if not gates:  # the verdict is then fail, and skipped tests alone would be green
         ElementTree.SubElement(_case(suite, "verdict"), "failure", {"type": "fail", "message": "every gate is off"})
     ElementTree.indent(root)

@@ -86,7 +86,7 @@ def _cells(entry: Entry) -> list[str]:
     passed = "not checked" if check is None else "refused" if check.refusals else "passed"
     who = move.who or "not kept"
     why = "; ".join(
-        [move.why, *(f"overruled: {told}" for told in move.overrode), *([entry.told] if entry.told else [])]
+        [move.why, *(f"overruled: {told}" for told in move.overrode), *([entry.note] if entry.note else [])]
     )
     return [when, f"{act}{state}", move.before or "-", move.to, gates, passed, f"{who}{_by(move.run)}", why]
 

@@ -168,7 +168,7 @@ def _show_claims(found: Comparison, console: "Console") -> None:
     for name in ("QLoRA ...", "here", "measured"):
         table.add_column(name)
     for claim in found.claims:
-        table.add_row(claim.claim, Text(claim.verdict, style=_CLAIM_COLOURS[claim.verdict]), Text(claim.told))
+        table.add_row(claim.claim, Text(claim.verdict, style=_CLAIM_COLOURS[claim.verdict]), Text(claim.note))
     if found.claims:
         console.print(table)
 

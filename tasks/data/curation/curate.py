@@ -83,10 +83,10 @@ def curate(
 
 
 def _sign(store: Store, validated: ValidatedData, curate: CurateSpec, engine: str) -> list[Path]:
-    dials = {"size": curate.shingle_words, "threshold": curate.near_duplicate_threshold}
-    made_by = (code_digest(("tasks.data.curation.signatures",)), json.dumps([dials, library_versions(("rensa",))]))
+    settings = {"size": curate.shingle_words, "threshold": curate.near_duplicate_threshold}
+    made_by = (code_digest(("tasks.data.curation.signatures",)), json.dumps([settings, library_versions(("rensa",))]))
     jobs = [
-        Job(content_key(ref.sha256, *made_by)[:32], {**dials, "part": str(store.path(ref).resolve())})
+        Job(content_key(ref.sha256, *made_by)[:32], {**settings, "part": str(store.path(ref).resolve())})
         for ref in validated.kept
     ]
     return map_parts(store, "signed", sign_part, jobs, engine)

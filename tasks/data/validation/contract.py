@@ -13,7 +13,7 @@ from data_contracts.errors import ConfigError, Problem
 _SUITES: Final = Path(__file__).parents[3] / "data_contracts" / "suites"
 # For each suite the budgets it must use: one that forgets a budget would switch it off without a word.
 _BUDGETS: Final = {"rows": ("max_quarantine_rate", "min_rows"), "batch": ("max_duplicate_rate",)}
-_DIALS: Final = {"rows": "suite", "batch": "batch_suite"}
+_SETTINGS: Final = {"rows": "suite", "batch": "batch_suite"}
 Suites = dict[str, dict[str, Any]]
 
 
@@ -28,7 +28,7 @@ class Outcome(NamedTuple):
     why: str
     act: str
     error: str | None
-    suite: str  # the dial that names it
+    suite: str  # the setting that names it
     failing_rows: list[str]  # ids of all rows that fail, where single rows are judged
 
 
@@ -39,7 +39,7 @@ def load_suites(rows: str, batch: str) -> Suites:
 
 def load_suite(name: str, subject: str = "rows") -> dict[str, Any]:
     """A suite by its name in data_contracts/suites/ or by path. Raises ConfigError if it is missing or no suite."""
-    dial = f"contract.{_DIALS[subject]}"
+    setting = f"contract.{_SETTINGS[subject]}"
     path = _SUITES / f"{name}.json" if (_SUITES / f"{name}.json").exists() else Path(name)
     known = ", ".join(sorted(file.stem for file in _SUITES.glob("*.json")))
     try:
@@ -47,7 +47,7 @@ def load_suite(name: str, subject: str = "rows") -> dict[str, Any]:
         suite = json.loads(text)
         expectations = suite["expectations"]
     except OSError as error:
-        raise ConfigError(Problem(f"no such suite: {name}", dial, f"{known}, or a path")) from error
+        raise ConfigError(Problem(f"no such suite: {name}", setting, f"{known}, or a path")) from error
     except (ValueError, KeyError, TypeError) as error:
         act = 'a JSON object with "name" and a list "expectations"'
         raise ConfigError(Problem(f"not an expectation suite: {error!r}", str(path), act)) from error
@@ -78,7 +78,7 @@ def run_suites(
             if len(found) != len(suite["expectations"]):
                 what = f"{len(suite['expectations'])} expectations, {len(found)} results"
                 act = "remove expectations that stand twice"
-                raise ConfigError(Problem(what, f"contract.{_DIALS[subject]}", act=act))
+                raise ConfigError(Problem(what, f"contract.{_SETTINGS[subject]}", act=act))
             outcomes += found
         shutil.copytree(Path(root, "gx/uncommitted/data_docs/local_site"), docs)
     return outcomes
@@ -95,7 +95,7 @@ def _run(
         name=suite["name"],
         data=asset.add_batch_definition_whole_dataframe("all"),
         suite=context.suites.add(
-            gx.ExpectationSuite(name=suite["name"], expectations=_expectations(suite, _DIALS[subject]))
+            gx.ExpectationSuite(name=suite["name"], expectations=_expectations(suite, _SETTINGS[subject]))
         ),
     )
     ids = {"unexpected_index_column_names": ["row_id"]} if "row_id" in frame else {}
@@ -109,11 +109,11 @@ def _run(
     batch = {"dataframe": frame.reset_index(drop=True)}
     result = context.checkpoints.add(checkpoint).run(batch_parameters=batch, expectation_parameters=parameters)
     (validation,) = result.run_results.values()
-    found = [_outcome(item, _DIALS[subject]) for item in validation.to_json_dict()["results"]]
+    found = [_outcome(item, _SETTINGS[subject]) for item in validation.to_json_dict()["results"]]
     return sorted(found, key=lambda item: (item.name, item.limit))
 
 
-def _expectations(suite: dict[str, Any], dial: str) -> list[Any]:
+def _expectations(suite: dict[str, Any], setting: str) -> list[Any]:
     """The suite's expectations, built one by one: given as dicts, GX logs an invalid one and leaves it out."""
     from great_expectations.exceptions.exceptions import GreatExpectationsError
     from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
@@ -122,7 +122,7 @@ def _expectations(suite: dict[str, Any], dial: str) -> list[Any]:
         return [ExpectationConfiguration(**item).to_domain_obj() for item in suite["expectations"]]
     except (GreatExpectationsError, KeyError, TypeError, ValueError) as error:
         act = "compare with data_contracts/suites/instruction_rows.json"
-        raise ConfigError(Problem(f"unusable expectation: {error}", f"contract.{dial}", act=act)) from error
+        raise ConfigError(Problem(f"unusable expectation: {error}", f"contract.{setting}", act=act)) from error
 
 
 def _outcome(item: dict[str, Any], suite: str) -> Outcome:

@@ -25,11 +25,11 @@ from tasks.data.validation.core.proposed_limits import (
     Proposal,
     Seen,
     dominant_languages,
-    proposed_dials,
+    proposed_settings,
     proposed_suite,
 )
 from tasks.data.validation.core.text_rules import case_of, in_an_allowed_language
-from tasks.data.validation.validate import Tally, batch_profile, kept_numbers, part_dials
+from tasks.data.validation.validate import Tally, batch_profile, kept_numbers, part_settings
 from tasks.runtime.processes import Display
 
 SAMPLE_ROWS: Final = 20_000
@@ -47,7 +47,7 @@ class Sample(NamedTuple):
 
 
 class Proposed(NamedTuple):
-    """The spec with the proposed dials, the suite, and what they were proposed from."""
+    """The spec with the proposed settings, the suite, and what they were proposed from."""
 
     spec: RunSpec
     suite: dict[str, Any] | None
@@ -87,7 +87,7 @@ def _read(sources: list[Source], data: DataSpec) -> Iterator[tuple[Source, RawRo
 
 
 def propose(sample: Sample, spec: RunSpec, suite: Path) -> Proposed:
-    """Limits for every dial that nobody has set, and a suite for the path `suite` unless another one is set."""
+    """Limits for every setting that nobody has set, and a suite for the path `suite` unless another one is set."""
     if not sample.rows:
         return Proposed(spec, None, [], 0, {}, {})
     counts, languages = _languages(sample.rows, spec)
@@ -98,17 +98,19 @@ def propose(sample: Sample, spec: RunSpec, suite: Path) -> Proposed:
         seen = _seen(sample, folders, languages, counts.total(), tally.reasons[Reason.WRONG_LANGUAGE])
     mine = {f"contract.{name}" for name in spec.contract.model_fields_set}
     mine |= {f"rules.{name}" for name in spec.rules.model_fields_set}
-    dials = [dial for dial in proposed_dials(seen) if dial.name not in mine]
-    values = {dial.name.partition(".")[2]: dial.value for dial in dials if dial.name.startswith("contract.")}
+    settings = [setting for setting in proposed_settings(seen) if setting.name not in mine]
+    values = {
+        setting.name.partition(".")[2]: setting.value for setting in settings if setting.name.startswith("contract.")
+    }
     rows_suite: dict[str, Any] | None = None
     limits: list[Proposal] = []
     if "suite" not in spec.contract.model_fields_set:
-        rows_suite, limits = proposed_suite(load_suite(spec.contract.suite), seen, dials, f"{suite.stem}_rows")
+        rows_suite, limits = proposed_suite(load_suite(spec.contract.suite), seen, settings, f"{suite.stem}_rows")
         values["suite"] = str(suite)
     contract = spec.contract.model_copy(update=values)
     spec = spec.model_copy(update={"rules": changed, "contract": contract})
     return Proposed(
-        spec, rows_suite, [*dials, *limits], len(sample.rows), dict(tally.reasons.most_common()), tally.examples
+        spec, rows_suite, [*settings, *limits], len(sample.rows), dict(tally.reasons.most_common()), tally.examples
     )
 
 
@@ -139,7 +141,7 @@ def _checked(rows: list[RowTuple], rules: RulesSpec, contract: ContractSpec, roo
             part, folder = root / f"{start}.parquet", root / str(start)
             folder.mkdir()
             pq.write_table(as_table(rows[start : start + _AT_ONCE]), part)
-            check_part({**part_dials(rules, contract, []), "part": str(part)}, folder)
+            check_part({**part_settings(rules, contract, []), "part": str(part)}, folder)
             folders.append(folder)
             display.show({"event": "progress", "what": "row rules", "done": start, "of": len(rows)})
     return folders

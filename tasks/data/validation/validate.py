@@ -47,7 +47,7 @@ class Tally:
 
 def validate(
     store: Store, snapshot: Snapshot, rules: RulesSpec, contract: ContractSpec, released: Releases | None = None,
-    reference: tuple[str, FileRef] | None = None, engine: str = "local", afresh: bool = False,
+    reference: tuple[str, FileRef] | None = None, engine: str = "local", force: bool = False,
 ) -> ValidatedData:  # fmt: skip
     """Split the snapshot into kept and quarantined rows and hold the batch to its contract.
 
@@ -56,7 +56,7 @@ def validate(
     """
     suites = load_suites(contract.suite, contract.batch_suite)
     jobs = _jobs(store, snapshot, rules, contract, released or [])
-    folders = map_parts(store, "checked", check_part, jobs, engine, afresh)
+    folders = map_parts(store, "checked", check_part, jobs, engine, force)
     tally = Tally(folders)
     numbers = kept_numbers(folders)
     if snapshot.rows_in != len(numbers) + tally.reasons.total():
@@ -112,23 +112,23 @@ def _jobs(store: Store, snapshot: Snapshot, rules: RulesSpec, contract: Contract
     code = [code_digest(("tasks.data.validation.check_rows",)), json.dumps(library_versions(LIBRARIES))]
     if rules.function:
         code.append(digest(Path(rules.function.rpartition(":")[0])))
-    dials = part_dials(rules, contract, released)
-    text = json.dumps(dials, sort_keys=True)
+    settings = part_settings(rules, contract, released)
+    text = json.dumps(settings, sort_keys=True)
     return [
-        Job(content_key(part.sha256, text, *code)[:32], {**dials, "part": str(store.path(part).resolve())})
+        Job(content_key(part.sha256, text, *code)[:32], {**settings, "part": str(store.path(part).resolve())})
         for part in snapshot.parts
     ]
 
 
 def promised(rules: RulesSpec, contract: ContractSpec) -> dict[str, str]:
-    """What the stage depends on that its dials only name: the content of the suites and of the rule function's file."""
+    """What the stage depends on that its settings only name: the content of the suites and of the rule function's file."""
     suites = load_suites(contract.suite, contract.batch_suite)
     found = {subject: content_key(json.dumps(suite, sort_keys=True)) for subject, suite in suites.items()}
     file = Path((rules.function or "").rpartition(":")[0])
     return found | ({"function": digest(file)} if rules.function and file.is_file() else {})
 
 
-def part_dials(rules: RulesSpec, contract: ContractSpec, released: Releases) -> dict[str, Any]:
+def part_settings(rules: RulesSpec, contract: ContractSpec, released: Releases) -> dict[str, Any]:
     """What `check_part` needs to know beside the part."""
     return {"rules": rules.model_dump(mode="json"), "max_chars": contract.max_chars, "released": sorted(released)}
 

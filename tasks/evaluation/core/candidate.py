@@ -18,7 +18,7 @@ _MOST_SLICES = 20  # of a kind, of those too small to be judged: nobody reads a 
 
 
 def judge_released(
-    scored: Scored, facts: Mapping[str, Fact], released: str, draws: Bootstrap | None, dials: GateSpec
+    scored: Scored, facts: Mapping[str, Fact], released: str, draws: Bootstrap | None, settings: GateSpec
 ) -> dict[str, Any]:
     """The fields of a Comparison that are about the released adapter. draws: over the items of domain_nll."""
     forms = {name.removeprefix(f"{released}-on-"): [name] for name in scored if name.startswith(f"{released}-on-")}
@@ -30,15 +30,15 @@ def judge_released(
         if "base" in nll.values:
             lost = nll.first("base") - own
             found |= {"gain": draws.estimate(ratio, lost, nll.tokens_I)}
-            found |= {"slices": list(_slices(lost, nll, facts, draws, dials.min_slice_items))}
+            found |= {"slices": list(_slices(lost, nll, facts, draws, settings.min_slice_items))}
         if "champion" in nll.values:
             found["champion_gain"] = draws.estimate(ratio, nll.first("champion") - own, nll.tokens_I)
         found["forms"] = {
             form: draws.estimate(ratio, nll.first(form) - own, nll.tokens_I) for form in forms if form in nll.values
         }
     stopped = scored.get(released, {}).get(STOPPED)
-    rate = proportion(stopped.values_I, dials.confidence, clusters_of(stopped.row_ids, facts)) if stopped else None
-    return found | {"stop_rate": rate, "general": _general(scored, released, dials)}
+    rate = proportion(stopped.values_I, settings.confidence, clusters_of(stopped.row_ids, facts)) if stopped else None
+    return found | {"stop_rate": rate, "general": _general(scored, released, settings)}
 
 
 def _slices(gain_I: Any, nll: Metric, facts: Mapping[str, Fact], draws: Bootstrap, judged: int) -> Iterator[SliceGain]:
@@ -58,7 +58,7 @@ def _slices(gain_I: Any, nll: Metric, facts: Mapping[str, Fact], draws: Bootstra
             yield SliceGain(kind=kind, name=name, items=items, gain=gain)
 
 
-def _general(scored: Scored, released: str, dials: GateSpec) -> list[TaskChange]:
+def _general(scored: Scored, released: str, settings: GateSpec) -> list[TaskChange]:
     """The released adapter against the base in every task beyond the domain that both were scored in."""
     base, own = scored.get("base", {}), scored.get(released, {})
     changes = []
@@ -66,7 +66,7 @@ def _general(scored: Scored, released: str, dials: GateSpec) -> list[TaskChange]
         name = f"{task}.{metric}"
         pair = gather(scored, name, {"base": ["base"], released: [released]})
         if name in base and pair:
-            changes.append(_change(task, metric, base[name], own[name], dials))
+            changes.append(_change(task, metric, base[name], own[name], settings))
     adjusted = holm({change.task: change.p for change in changes if change.p is not None})
     return [change.model_copy(update={"p": adjusted.get(change.task)}) for change in changes]
 
@@ -79,8 +79,8 @@ def _beyond(samples: Mapping[str, Samples]) -> Iterator[tuple[str, str]]:
         yield from [(task, metric) for metric in _COMPARED if metric in metrics][:1]
 
 
-def _change(task: str, metric: str, base: Samples, own: Samples, dials: GateSpec) -> TaskChange:
-    draws = Bootstrap(base.row_ids, dials.bootstrap_draws, dials.confidence)
+def _change(task: str, metric: str, base: Samples, own: Samples, settings: GateSpec) -> TaskChange:
+    draws = Bootstrap(base.row_ids, settings.bootstrap_draws, settings.confidence)
     is_loss = metric == "nll_nats"
     weights = base.tokens_I if is_loss else np.ones_like(base.values_I)
     better = base.values_I - own.values_I if is_loss else own.values_I - base.values_I

@@ -18,7 +18,7 @@ ACCURACY = "domain_choice.accuracy"
 
 def compare(
     scored: Scored, facts: Mapping[str, Fact], arms: Sequence[TrainReport], candidate: str, released: str,
-    dials: GateSpec,
+    settings: GateSpec,
 ) -> Comparison:  # fmt: skip
     """Everything the gates and the tables need. What was not measured is None or absent; nothing is filled in.
 
@@ -27,10 +27,10 @@ def compare(
     """
     models = models_of(scored, arms)
     nll, accuracy = gather(scored, NLL, models), gather(scored, ACCURACY, models)
-    loss_draws, accuracy_draws = (bootstrap(metric, facts, dials) if metric else None for metric in (nll, accuracy))
+    loss_draws, accuracy_draws = (bootstrap(metric, facts, settings) if metric else None for metric in (nll, accuracy))
     kept = _retention(nll, loss_draws, candidate)
     drop = _drop(accuracy, accuracy_draws, candidate)
-    costs = measure_costs(arms, dials)
+    costs = measure_costs(arms, settings)
     found = {"retention": kept, "accuracy_drop": drop}
     return Comparison(
         candidate=candidate,
@@ -47,9 +47,9 @@ def compare(
         **found,
         flips=_flips(accuracy, candidate),
         **costs._asdict(),
-        detectable={name: detectable(item.error, dials.confidence) for name, item in found.items() if item},
+        detectable={name: detectable(item.error, settings.confidence) for name, item in found.items() if item},
         claims=claims(kept, costs, arms),
-        **judge_released(scored, facts, released, loss_draws, dials),
+        **judge_released(scored, facts, released, loss_draws, settings),
     )
 
 
@@ -61,9 +61,9 @@ def models_of(scored: Scored, arms: Sequence[TrainReport]) -> dict[str, list[str
     return models
 
 
-def bootstrap(metric: Metric, facts: Mapping[str, Fact], dials: GateSpec) -> Bootstrap:
+def bootstrap(metric: Metric, facts: Mapping[str, Fact], settings: GateSpec) -> Bootstrap:
     """Draws over the clusters of a metric's items."""
-    return Bootstrap(clusters_of(metric.row_ids, facts), dials.bootstrap_draws, dials.confidence)
+    return Bootstrap(clusters_of(metric.row_ids, facts), settings.bootstrap_draws, settings.confidence)
 
 
 def _beside_lora(metric: Metric, candidate: str) -> bool:

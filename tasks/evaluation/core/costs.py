@@ -19,14 +19,14 @@ class Costs(NamedTuple):
     speed_ratio: Estimate | None  # tokens per second over LoRA's, from the steps that both took
 
 
-def measure_costs(arms: Sequence[TrainReport], dials: GateSpec) -> Costs:
+def measure_costs(arms: Sequence[TrainReport], settings: GateSpec) -> Costs:
     pairs = _pairs(arms)
     if not pairs:
         return Costs(None, None, None)
     savings = [1 - qlora.peak_train_bytes / lora.peak_train_bytes for lora, qlora in pairs]
     memory = Estimate(value=float(np.mean(savings)), low=min(savings), high=max(savings), error=0.0)
     lora, qlora = pairs[0]
-    return Costs(memory, 1 - qlora.weights_bytes / lora.weights_bytes, _speed(pairs, dials))
+    return Costs(memory, 1 - qlora.weights_bytes / lora.weights_bytes, _speed(pairs, settings))
 
 
 def _pairs(arms: Sequence[TrainReport]) -> list[tuple[TrainReport, TrainReport]]:
@@ -35,7 +35,7 @@ def _pairs(arms: Sequence[TrainReport]) -> list[tuple[TrainReport, TrainReport]]
     return [(lora[arm.seed], arm) for arm in arms if arm.arm == "qlora" and arm.seed in lora]
 
 
-def _speed(pairs: list[tuple[TrainReport, TrainReport]], dials: GateSpec) -> Estimate | None:
+def _speed(pairs: list[tuple[TrainReport, TrainReport]], settings: GateSpec) -> Estimate | None:
     """Both arms take the same steps on the same rows, so their seconds are paired by step; the first warms up."""
     for lora, qlora in pairs:
         # On unlike threads or precision the ratio would measure the machine, not the method.
@@ -45,7 +45,7 @@ def _speed(pairs: list[tuple[TrainReport, TrainReport]], dials: GateSpec) -> Est
         return None  # an arm stopped early: its steps have no partner in another seed
     slow, fast = (np.array([[p.seconds for p in pair[side].loss[1:]] for pair in pairs]) for side in (1, 0))
     steps = [str(step) for step in range(slow.shape[1])]
-    return Bootstrap(steps, dials.bootstrap_draws, dials.confidence).estimate(ratio, fast, slow)
+    return Bootstrap(steps, settings.bootstrap_draws, settings.confidence).estimate(ratio, fast, slow)
 
 
 def _circumstances(arm: TrainReport) -> tuple[object, ...]:
@@ -78,7 +78,7 @@ _QUALITY = "articles; in arXiv 2305.14314 99.3 % is Guanaco's score against Chat
 
 def _claim(claim: str, source: str, found: Estimate | None, span: tuple[float, float], what: str) -> Claim:
     if found is None or not np.isfinite(found.value):
-        return Claim(claim=claim, source=source, measured=None, verdict="cannot tell", told="not measured in this run")
+        return Claim(claim=claim, source=source, measured=None, verdict="cannot tell", note="not measured in this run")
     inside = span[0] <= found.low and found.high <= span[1]
     outside = found.high < span[0] or found.low > span[1]
     told = f"{found.value:.1%} [{found.low:.1%}, {found.high:.1%}] {what}"

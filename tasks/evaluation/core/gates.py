@@ -1,4 +1,4 @@
-"""Gates: may this candidate be released? Each is a dial of the spec and answers pass, fail or inconclusive, and says why.
+"""Gates: may this candidate be released? Each is a setting of the spec and answers pass, fail or inconclusive, and says why.
 
 A gate passes only if its whole interval clears the threshold, fails only if the whole interval misses it, and is
 inconclusive in between. A missing number fails. All gates must pass, so none needs a correction for the others.
@@ -18,7 +18,7 @@ Direction = Literal["at least", "more than", "at most"]
 
 
 def judge(
-    found: Comparison, dials: GateSpec, champion: str | None, has_baseline: bool = True, served: Served | None = None
+    found: Comparison, settings: GateSpec, champion: str | None, has_baseline: bool = True, served: Served | None = None
 ) -> GateReport:
     """All gates of a run.
 
@@ -27,14 +27,14 @@ def judge(
     """
     gates: list[GateResult] = []
     off: list[str] = []
-    for dial, gate in _GATES.items():
-        threshold = getattr(dials, dial)
+    for setting, gate in _GATES.items():
+        threshold = getattr(settings, setting)
         if threshold is None:
-            off.append(f"{dial} is null")
-        elif dial in _OF_THE_METHOD and not has_baseline:
-            off.append(f"{dial}: no LoRA arm was trained beside this version")
+            off.append(f"{setting} is null")
+        elif setting in _OF_THE_METHOD and not has_baseline:
+            off.append(f"{setting}: no LoRA arm was trained beside this version")
         else:
-            gates += gate(_Case(found, dials, champion, served), threshold)
+            gates += gate(_Case(found, settings, champion, served), threshold)
     return GateReport(gates=gates, off=off, verdict=overall([gate.verdict for gate in gates]))
 
 
@@ -42,7 +42,7 @@ class _Case(NamedTuple):
     """What a gate looks at."""
 
     found: Comparison
-    dials: GateSpec
+    settings: GateSpec
     champion: str | None
     served: Served | None
 
@@ -51,7 +51,7 @@ class _Case(NamedTuple):
     ) -> GateResult:
         verdict, why = decide(direction, threshold, actual)
         if verdict == "inconclusive" and actual:
-            why += more_needed(actual, threshold, self.dials.confidence)
+            why += more_needed(actual, threshold, self.settings.confidence)
         return GateResult(
             name=name, direction=direction, threshold=threshold, actual=actual.value if actual else None,
             interval=actual.interval if actual else None, verdict=verdict, why=f"{claim}: {why}",
@@ -151,15 +151,15 @@ def _forgetting_accuracy(case: _Case, threshold: float) -> Iterator[GateResult]:
 def _slices(case: _Case, threshold: float) -> Iterator[GateResult]:
     """Worse than the floor in any slice is tested in each slice, and by Holm's method told apart from chance."""
     name, claim = "every_slice_gains", "loss of the base minus the candidate's in the worst slice"
-    large = [item for item in case.found.slices if item.items >= case.dials.min_slice_items]
+    large = [item for item in case.found.slices if item.items >= case.settings.min_slice_items]
     if not large:
-        claim = f"no slice has {case.dials.min_slice_items} items or more, so all items are judged as one"
+        claim = f"no slice has {case.settings.min_slice_items} items or more, so all items are judged as one"
         yield case.result(name, "more than", threshold, case.found.gain, claim)
         return
     below = holm({_label(item): _p_below(item.gain, threshold) for item in large})
     worst = min(large, key=lambda item: (item.gain.low, _label(item)))
     claim = f"{claim}, {_label(worst)} ({worst.items} items)"
-    alpha = 1 - case.dials.confidence
+    alpha = 1 - case.settings.confidence
     verdict: Verdict = "inconclusive"
     if missing := [_label(item) for item in large if not math.isfinite(item.gain.value)]:
         verdict, why = "fail", f"the number is missing in {', '.join(missing)}, and a missing number never passes"
@@ -169,7 +169,7 @@ def _slices(case: _Case, threshold: float) -> Iterator[GateResult]:
         verdict, why = "fail", f"below {threshold:g} in {', '.join(sorted(harmed))}, beyond chance"
     else:
         why = f"its interval holds {threshold:g}, and no slice is below beyond chance"
-        why += more_needed(worst.gain.model_copy(update={"items": worst.items}), threshold, case.dials.confidence)
+        why += more_needed(worst.gain.model_copy(update={"items": worst.items}), threshold, case.settings.confidence)
     yield GateResult(
         name=name, direction="more than", threshold=threshold, actual=worst.gain.value, interval=worst.gain.interval,
         verdict=verdict, why=f"{claim}: {why}",

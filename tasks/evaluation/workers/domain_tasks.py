@@ -119,15 +119,17 @@ class TextTask(ConfigurableTask):
         return prompt
 
 
-def domain_tasks(names: Collection[str], items: list[Item], chat: Chat, dials: dict[str, Any]) -> dict[str, TextTask]:
-    """Those of the three that are named, each with its items; none without any. dials: generate_items, generate_tokens."""
-    most = dials["generate_tokens"]
-    answered = [item for item in items if item["tokens"] <= most and _has_room(item, most, dials["max_tokens"])]
+def domain_tasks(
+    names: Collection[str], items: list[Item], chat: Chat, settings: dict[str, Any]
+) -> dict[str, TextTask]:
+    """Those of the three that are named, each with its items; none without any. settings: generate_items, generate_tokens."""
+    most = settings["generate_tokens"]
+    answered = [item for item in items if item["tokens"] <= most and _has_room(item, most, settings["max_tokens"])]
     chosen = [item for item in items if item["choices"]]
     tasks = {
         "domain_nll": (domain_nll, items),
         "domain_choice": (domain_choice, chosen),
-        "domain_generate": (lambda items: domain_generate(items, chat, most), answered[: dials["generate_items"]]),
+        "domain_generate": (lambda items: domain_generate(items, chat, most), answered[: settings["generate_items"]]),
     }
     return {name: task(own) for name, (task, own) in tasks.items() if name in names and own}
 

@@ -1,7 +1,7 @@
 """Score models with lm-eval: `python -m tasks.evaluation.workers.evaluate_models spec.json out/`.
 
 spec: base, test, targets [{name, method, adapter or null, quantisation or null, merged}], precision, threads, max_tokens
-and the dials of data_contracts.run_spec.EvaluateSpec; without tasks the targets only answer the sample questions. before: in
+and the settings of data_contracts.run_spec.EvaluateSpec; without tasks the targets only answer the sample questions. before: in
 what precision and on what device a target has been scored, by name; those that would be scored alike are left out. Each form
 of the base is loaded once (tasks/models/workers/forms.py). Writes out/NAME/samples.jsonl (task, metric, row_id, value, tokens),
 out/NAME/facts.jsonl (a line for each domain item) and out/NAME/result.json for every target; killed and started again with
@@ -29,8 +29,9 @@ from tasks.models.workers.chat_template import Chat, load_chat
 from tasks.models.workers.forms import Form, Target, attach, detach, form_of, load, told
 from tasks.models.workers.generation import Written, likeliest, next_log_probabilities, write
 from tasks.models.workers.scoring import COMPARED, Way, choose_way
+from tasks.runtime.core.files import write_atomically
 from tasks.runtime.workers.device import Device, choose_device, peak_bytes
-from tasks.runtime.workers.harness import main, say, write_json
+from tasks.runtime.workers.harness import main, say
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def score(target: Target, model: Any, way: Way, exam: Exam, folder: Path) -> dic
         "ms_per_token": statistics.median(written.ms_per_token for _, written in answers) if answers else None,
         "seconds": time.monotonic() - started,
     }
-    write_json(folder / "result.json", result)
+    write_atomically(folder / "result.json", json.dumps(result, indent=1))
     return result
 
 

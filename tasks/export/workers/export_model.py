@@ -8,6 +8,7 @@ conversation). out/: live.npy, exam.json, tokenizer/, and model/ if one was chos
 """
 
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from tasks.export.core.modelfile import CONVERSATION, QUESTION
 from tasks.export.workers.distances import make_exam, measure_live
 from tasks.export.workers.merged_forms import live_model, measured_forms, merged_model, save
 from tasks.models.workers.chat_template import Chat, load_chat
+from tasks.runtime.core.files import write_atomically
 from tasks.runtime.workers.device import Device, choose_device
-from tasks.runtime.workers.harness import main, say, write_json
+from tasks.runtime.workers.harness import main, say
 
 
 def export_model(spec: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -26,7 +28,7 @@ def export_model(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     say("note", text="loading the live model; all forms are computed in fp32, so that only weights differ")
     model = live_model(spec, device, spec["adapter"])
     exam = make_exam(spec, chat, model.config.get_text_config().vocab_size)
-    write_json(out / "exam.json", exam.told())
+    write_atomically(out / "exam.json", json.dumps(exam.told(), indent=1))
     live = measure_live(model, exam, out / "live.npy")
     del model
     gc.collect()

@@ -1,6 +1,6 @@
 """What an adapter may be, by its configuration and the header of its weights: judged before anything of it is loaded.
 
-PEFT draws what is missing at random, ignores what it does not know, and acts on dials that import modules or change the
+PEFT draws what is missing at random, ignores what it does not know, and acts on settings that import modules or change the
 base: all of that is refused here. Pure: what lies on the disk is read by adapter_files.py.
 """
 
@@ -36,7 +36,7 @@ Layers = Mapping[str, tuple[int, int]]
 
 
 class Rule(NamedTuple):
-    """What a dial must be: a test, and the same in words."""
+    """What a setting must be: a test, and the same in words."""
 
     holds: Callable[[Any], bool]
     words: str
@@ -75,7 +75,7 @@ _COMMON: Final = {
     "peft_version": _TEXT,
     "inference_mode": _FLAG,
 }
-_DIALS: Final[dict[str, dict[str, Rule]]] = {
+_SETTINGS: Final[dict[str, dict[str, Rule]]] = {
     LORA: _COMMON
     | {
         "r": _count(2**16),
@@ -104,22 +104,22 @@ _NEEDED: Final = {
 
 
 def config_faults(config: Any) -> Iterator[str]:
-    """What is wrong with adapter_config.json. A dial that is not listed above must be off: null, false, none or empty."""
+    """What is wrong with adapter_config.json. A setting that is not listed above must be off: null, false, none or empty."""
     if not isinstance(config, dict):
         yield f"is a JSON {type(config).__name__}, not an object"
         return
     kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind not in _DIALS:
-        yield f"peft_type is {_shown(kind)}, not {' or '.join(_DIALS)}"
+    if not isinstance(kind, str) or kind not in _SETTINGS:
+        yield f"peft_type is {_shown(kind)}, not {' or '.join(_SETTINGS)}"
         return
     for name in _NEEDED[kind]:
         if name not in config:
             yield f"{name} is missing"
     for name, value in config.items():
-        rule = _DIALS[kind].get(name)
+        rule = _SETTINGS[kind].get(name)
         is_off = value is None or value is False or value in ({}, [], "")
         if rule is None and not is_off:
-            yield f"{_shown(name)} is {_shown(value)}: a dial that is not known must be off"
+            yield f"{_shown(name)} is {_shown(value)}: a setting that is not known must be off"
         elif rule and not rule.holds(value):
             yield f"{name} is {_shown(value)}, not {rule.words}"
 

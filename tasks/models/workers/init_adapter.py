@@ -1,6 +1,6 @@
 """Make a step-0 adapter: `python -m tasks.models.workers.init_adapter spec.json out/`.
 
-spec: base (folder), seed, and by kind the dials of data_contracts.train_spec.TrainSpec: `lora` rank, alpha, dropout,
+spec: base (folder), seed, and by kind the settings of data_contracts.train_spec.TrainSpec: `lora` rank, alpha, dropout,
 target_modules, use_rslora, use_dora, init, for init=loftq quant_type, double_quant and precision too; `prefix`
 prefix_tokens. Writes out/adapter/.
 """

@@ -1,6 +1,6 @@
 """How every worker runs: `python -m tasks.SUBJECT.workers.NAME spec.json out/`.
 
-It reads its spec, keeps other workers out of `out/`, says how far it is as JSON lines on stdout, and ends with
+It reads its spec as the one typed model of that worker (data_contracts/jobs), keeps other workers out of `out/`, says how far it is as JSON lines on stdout, and ends with
 `out/report.json` (complete or absent). What fails with a known cause (ours, or in the table of data_contracts/failures.py)
 ends with its exit code and `out/error.json`. Where several ranks do one worker's work, the first speaks, locks and reports;
 an error is told by whichever has it first.
@@ -18,16 +18,17 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock, Timeout
+from typing import Any, TypeVar
 
 from data_contracts.errors import Problem, TransientError, TunegateError
 from data_contracts.failures import explained, without_secrets
+from data_contracts.jobs import Job
+from tasks.runtime.core.files import exclusive, write_atomically
 
 _LOCK_SECONDS = 60.0
 
-Work = Callable[[dict[str, Any], Path], dict[str, Any]]
+J = TypeVar("J", bound=Job)
+Work = Callable[[Any, Path], dict[str, Any]]
 
 
 def say(event: str, **values: object) -> None:
@@ -43,14 +44,7 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write JSON so that the file is complete or absent."""
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(value, indent=1))
-    draft.replace(path)
-
-
-def main(work: Work) -> None:
+def main(work: Work, job: type[Job] | None = None) -> None:  # TRANSITION: None goes, Work[J], type[J]
     """Run one worker from the command line's two arguments and exit with its code."""
     if len(sys.argv) != 3:
         raise SystemExit("usage: python -m tasks.SUBJECT.workers.NAME spec.json out/")
@@ -58,29 +52,26 @@ def main(work: Work) -> None:
     gc.enable()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an end by signal, as SIGTERM is: no traceback of KeyboardInterrupt
     try:
-        run(work, Path(sys.argv[1]), Path(sys.argv[2]))
+        run(work, job, Path(sys.argv[1]), Path(sys.argv[2]))
     except TunegateError as error:
         _log(f"{error}\n")
         sys.exit(error.exit_code)
 
 
-def run(work: Work, spec_file: Path, out: Path) -> None:
+def run(work: Work, job: type[Job] | None, spec_file: Path, out: Path) -> None:
     """Do the work of a spec file. An error with a known cause is left in `out` and raised as one of ours."""
     out.mkdir(parents=True, exist_ok=True)
     if "RANK" not in os.environ:
         (out / "error.json").unlink(missing_ok=True)
     _be_quiet()
-    spec = json.loads(spec_file.read_text())
+    what = "another worker is still busy here"
+    busy = TransientError(Problem(what, str(out), f"{_LOCK_SECONDS:.0f} s", "wait for it or end it"))
     try:
-        with FileLock(out / ".lock", timeout=_LOCK_SECONDS) if is_first_rank() else nullcontext():
-            report = work(spec, out)
+        with exclusive(out / ".lock", busy, seconds=_LOCK_SECONDS) if is_first_rank() else nullcontext():
+            text = spec_file.read_bytes()
+            report = work(job.model_validate_json(text) if job else json.loads(text), out)
             if is_first_rank():
-                write_json(out / "report.json", report)
-    except Timeout:
-        what = "another worker is still busy here"
-        busy = TransientError(Problem(what, str(out), f"{_LOCK_SECONDS:.0f} s", "wait for it or end it"))
-        write_error(out, busy)
-        raise busy from None
+                write_atomically(out / "report.json", json.dumps(report, indent=1))
     except TunegateError as error:
         write_error(out, error)
         raise
@@ -98,7 +89,7 @@ def write_error(out: Path, error: TunegateError) -> None:
     told = {"error": type(error).__name__, "problems": [dataclasses.asdict(problem) for problem in error.problems]}
     draft = out / f"error.{os.getpid()}"
     try:
-        write_json(draft, told)
+        draft.write_text(json.dumps(told, indent=1))
         with suppress(FileExistsError):
             os.link(draft, out / "error.json")
         draft.unlink()

@@ -101,7 +101,7 @@ def _rank(config: dict[str, Any]) -> None:
     from tasks.runtime.workers.harness import run
 
     work = importlib.import_module(config["module"])
-    run(work.WORK, Path(config["spec"]), Path(config["out"]))
+    run(work.WORK, getattr(work, "JOB", None), Path(config["spec"]), Path(config["out"]))
 
 
 def _tell(out: Path, error: TunegateError) -> int:

@@ -162,7 +162,7 @@ class Settings:
 
 
 def settings_of(
-    dials: Mapping[str, Any],
+    settings: Mapping[str, Any],
     method: Method,
     compute_bytes: int,
     length: int,
@@ -171,7 +171,7 @@ def settings_of(
     segments: Segments | None = None,
     way: Way = "packed",
 ) -> Settings:
-    """Tunegate's own training step. dials: those of a TrainSpec, by name, without DoRA (see `unplanned`). scored: None
+    """Tunegate's own training step. settings: those of a TrainSpec, by name, without DoRA (see `unplanned`). scored: None
     plans for a loss on all tokens.
 
     For one packed row of T tokens, as the training worker has at hand: length T, batch 1, its completion tokens and its
@@ -182,17 +182,17 @@ def settings_of(
         length=length,
         batch=batch,
         scored=scored,
-        rank=dials["rank"],
-        targets=dials["target_modules"],
-        dropout=dials["dropout"],
+        rank=settings["rank"],
+        targets=settings["target_modules"],
+        dropout=settings["dropout"],
         compute_bytes=compute_bytes,
-        double_quant=dials["double_quant"],
-        optimiser=dials["optimizer"],
-        checkpointing=dials["activation_checkpointing"],
+        double_quant=settings["double_quant"],
+        optimiser=settings["optimizer"],
+        checkpointing=settings["activation_checkpointing"],
         stack=_stack(method, way),
         segments=segments,
-        takes_off_start=method in LORA_ARMS and dials["init"] in ("pissa", "olora"),
-        prefix_tokens=dials["prefix_tokens"] if method == "prefix" else 0,
+        takes_off_start=method in LORA_ARMS and settings["init"] in ("pissa", "olora"),
+        prefix_tokens=settings["prefix_tokens"] if method == "prefix" else 0,
     )
 
 
@@ -208,13 +208,13 @@ def _stack(method: Method, way: Way) -> Stack:
     return Stack() if way == "packed" else PADDED
 
 
-def unplanned(dials: Mapping[str, Any], method: Method) -> Problem | None:
+def unplanned(settings: Mapping[str, Any], method: Method) -> Problem | None:
     """What of a training step has no formulas here."""
-    if method in LORA_ARMS and dials["use_dora"]:
+    if method in LORA_ARMS and settings["use_dora"]:
         act = "plan without it, and leave room: DoRA makes each adapted layer's whole weight once more"
         return Problem("DoRA's memory is not planned", "train.use_dora", act=act)
-    if dials["optimizer"] not in NAMES:
-        what = f"{dials['optimizer']}: its states are not known here"
+    if settings["optimizer"] not in NAMES:
+        what = f"{settings['optimizer']}: its states are not known here"
         return Problem(what, "train.optimizer", f"one of {', '.join(NAMES)}")
     return None
 

@@ -1,6 +1,6 @@
 """Train one arm from its start: `python -m tasks.training.workers.train_adapter spec.json out/`.
 
-spec: method, base, step0 (folders; step0 is null for the method full, which starts from the base), train, validation (JSONL of rows), model.precision and the dials of
+spec: method, base, step0 (folders; step0 is null for the method full, which starts from the base), train, validation (JSONL of rows), model.precision and the settings of
 data_contracts.train_spec.TrainSpec. Killed and started again with the same out/, it goes on from its last checkpoint.
 Writes out/adapter/ (with all weights, if the method is full) and out/report.json; out/rows_too_long.jsonl names the rows that were left out, truncated or split.
 """

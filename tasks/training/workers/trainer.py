@@ -249,7 +249,7 @@ def mean_loss(model: Any, work: Work) -> float:
 
 
 def training_arguments(spec: dict[str, Any], out: Path, device: Device, steps: int) -> TrainingArguments:
-    """The dials as Trainer knows them. Its own filter of NaN losses is off: it would hide them behind a mean."""
+    """The settings as Trainer knows them. Its own filter of NaN losses is off: it would hide them behind a mean."""
     validates = spec["validation_steps"] is not None
     return TrainingArguments(
         output_dir=str(out),

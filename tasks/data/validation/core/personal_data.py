@@ -123,7 +123,7 @@ _FICTION = re.compile(
 )
 
 _SAYS_PHONE = re.compile(
-    r"(?i)\b(?:phone|telephone|tel|call|mobile|cell|fax|whatsapp|dial|contact|text|reach)\b|电话|手机|致电|拨打|联系方式|传真"
+    r"(?i)\b(?:phone|telephone|tel|call|mobile|cell|fax|whatsapp|setting|contact|text|reach)\b|电话|手机|致电|拨打|联系方式|传真"
 )
 _SAYS_OTHER = re.compile(
     r"(?i)\b(?:isbn|issn|order|invoice|tracking|serial|item|sku|product|doi|pmid|ticket|model|ref\w*)\b"

@@ -43,7 +43,7 @@ class Seen(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """A limit and where it comes from. `name` is a dial, or an expectation of the suite."""
+    """A limit and where it comes from. `name` is a setting, or an expectation of the suite."""
 
     name: str
     value: Any
@@ -64,7 +64,7 @@ def dominant_languages(counts: Mapping[str, int], answers: int, outside: Callabl
     return next((some for some in choices if outside(some) <= (1 - _DOMINANT) * total), [])
 
 
-def proposed_dials(seen: Seen) -> list[Proposal]:
+def proposed_settings(seen: Seen) -> list[Proposal]:
     """Limits that belong into a preset."""
     rejected = 1 - seen.kept / max(1, seen.rows)
     left = round(seen.total * (1 - rejected))
@@ -79,17 +79,17 @@ def proposed_dials(seen: Seen) -> list[Proposal]:
             f"{seen.duplicates:.1%} exact copies", "observed + 10 points, at least 50 %",
         ),
     ]  # fmt: skip
-    return [*found, *_label_dials(seen), *_language_dial(seen)]
+    return [*found, *_label_settings(seen), *_language_setting(seen)]
 
 
-def _language_dial(seen: Seen) -> Iterator[Proposal]:
+def _language_setting(seen: Seen) -> Iterator[Proposal]:
     if seen.languages:
         share = 1 - seen.in_others / max(1, seen.told_answers)
         observed = f"{share:.1%} of {seen.told_answers:,} answers whose language can be told"
         yield _proposal(seen, "rules.languages", seen.languages, observed, "one or two that hold 99 %")
 
 
-def _label_dials(seen: Seen) -> Iterator[Proposal]:
+def _label_settings(seen: Seen) -> Iterator[Proposal]:
     labels = seen.profile["labels"]
     if not labels:
         return
@@ -105,7 +105,7 @@ def _label_dials(seen: Seen) -> Iterator[Proposal]:
 
 
 def proposed_suite(
-    default: Mapping[str, Any], seen: Seen, dials: list[Proposal], name: str
+    default: Mapping[str, Any], seen: Seen, settings: list[Proposal], name: str
 ) -> tuple[dict[str, Any], list[Proposal]]:
     """The default suite with the limits of this data, and what only the suite can say."""
     suite = copy.deepcopy(dict(default))
@@ -113,9 +113,9 @@ def proposed_suite(
     origin = f"Proposed by `tunegate init` from {seen.rows:,} of {seen.total:,} rows; every limit is yours to change."
     suite["meta"] = {"about": f"{origin} {default['meta']['about']}"}
     for item in suite["expectations"]:
-        for dial in dials:
-            if {"$PARAMETER": dial.name.partition(".")[2]} in item["kwargs"].values():
-                item["meta"]["why"] += f"; {dial.why}"
+        for setting in settings:
+            if {"$PARAMETER": setting.name.partition(".")[2]} in item["kwargs"].values():
+                item["meta"]["why"] += f"; {setting.why}"
     found = [*_relaxed(suite["expectations"], seen), *_added(suite["expectations"], seen)]
     return suite, found
 
