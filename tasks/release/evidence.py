@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cyclonedx.model.component import Component, ComponentType
 
 
-SBOM_FILE = "cdx.json"
+SBOM_FILE = "sbom.cdx.json"
 
 
 def write_evidence(made: Made, folder: Path, artifacts: dict[str, Path], trained_rows_sha256: str) -> Path:

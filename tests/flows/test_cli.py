@@ -15,8 +15,8 @@ from data_contracts.errors import DataError, Problem, WorkerError
 from data_contracts.run_spec import StoreSpec
 from data_contracts.verdict import GateReport, GateResult
 from flows.cli import output as console
-from flows.cli.app import EXIT_CODES, main
-from flows.cli.output import Outcome, result_stream, say
+from flows.cli.app import main
+from flows.cli.output import EXIT_CODES, Outcome, result_stream, say
 from flows.cli.pages.run import show_decision
 from flows.services.doctor import _package
 from flows.services.environment import prepare_environment

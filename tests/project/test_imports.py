@@ -24,8 +24,18 @@ ALLOWED = {
     "steps": {"steps", "core", "contracts"},
     "flows": {"flows", "steps", "contracts"},
 }
+# The subjects of tasks/, lowest first: each imports only itself and what is below it.
+FLOORS = (
+    {"runtime"},
+    {"models", "data", "reporting"},
+    {"evaluation", "release"},
+    {"training", "export", "serving"},
+    {"reproduction"},
+    {"pipeline"},
+)
 # The only modules that know MLflow.
 MLFLOW = {
+    "tasks/runtime/mlflow_client.py",
     "tasks/reporting/mlflow_run.py",
     "tasks/release/register.py",
     "tasks/release/registry.py",
@@ -71,6 +81,19 @@ def forbidden(path: Path, source: str) -> list[str]:
     )
 
 
+def floor_of(subject: str) -> int:
+    return next(number for number, subjects in enumerate(FLOORS) if subject in subjects)
+
+
+def upward(path: Path, source: str) -> list[str]:
+    """What a module of tasks/ imports of a subject that is next to or above its own."""
+    if path.parts[0] != "tasks" or len(path.parts) < 3:
+        return []
+    own = path.parts[1]
+    ours = [name for name in imported_names(source) if name.startswith("tasks.")]
+    return [name for name in ours if (other := name.split(".")[1]) != own and floor_of(other) >= floor_of(own)]
+
+
 def test_there_are_files_to_check():
     assert {path.parts[0] for path in FILES} == set(OURS)
     assert {layer_of(module_name(path)) for path in FILES} == set(ALLOWED)
@@ -79,6 +102,28 @@ def test_there_are_files_to_check():
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_point_one_way(path):
     assert forbidden(path, (ROOT / path).read_text(encoding="utf-8")) == []
+
+
+def test_every_subject_has_its_floor():
+    subjects = {path.parts[1] for path in FILES if path.parts[0] == "tasks" and len(path.parts) > 2}
+    assert subjects == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_subject_imports_only_those_below_it(path):
+    assert upward(path, (ROOT / path).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("tasks/runtime/x.py", "from tasks.models.integrity import checked_base"),
+        ("tasks/models/core/x.py", "from tasks.training.core import memory"),
+        ("tasks/release/x.py", "from tasks.evaluation.core.stats import mean"),
+    ],
+)
+def test_an_arrow_upward_or_sideways_is_caught(path, source):
+    assert upward(Path(path), source)
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def workers_here() -> Iterator[None]:
     # The server of a test file before this one is not for these: the flow's function is called without a run of Prefect.
     with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_API_URL: None}):
         patch.setattr("tasks.runtime.partitions.free_cores", lambda: 1)
-        for user in ("base", "train", "evaluate", "reproduce"):
+        for user in ("models.base", "training.train", "evaluation.evaluate", "reproduction.reproduce"):
             patch.setattr(f"tasks.{user}.run_worker", here)
         yield
 

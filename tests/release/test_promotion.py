@@ -494,7 +494,7 @@ def check_here(registry, monkeypatch):
     from tasks.release import release_check
     from tasks.release.workers import check_release as worker
 
-    def here(module: str, spec: dict, out: Path, title: str) -> dict:
+    def here(module: str, spec: dict, out: Path, *_: object) -> dict:
         out.mkdir(parents=True)
         return worker.check(spec, out)
 
