@@ -64,45 +64,80 @@ class Reason(StrEnum):
     """Every reason a row can be rejected for; the values stand in quarantine files and reports."""
 
     # found while the row is read: nothing but a repaired source brings these back
-    UNPARSABLE = "unparsable"  # not JSON, or a CSV record whose cells do not fit the header
-    UNDECODABLE = "undecodable"  # bytes that are not in the source's encoding, or a lone surrogate
-    DUPLICATE_KEY = "duplicate_key"  # a JSON object that names one field twice
-    NOT_AN_OBJECT = "not_an_object"  # JSON, but a list, a number, a string
+    UNPARSABLE = "unparsable"
+    """Not JSON, or a CSV record whose cells do not fit the header."""
+    UNDECODABLE = "undecodable"
+    """Bytes that are not in the source's encoding, or a lone surrogate."""
+    DUPLICATE_KEY = "duplicate_key"
+    """A JSON object that names one field twice."""
+    NOT_AN_OBJECT = "not_an_object"
+    """JSON, but a list, a number or a string."""
     MISSING_FIELD = "missing_field"
+    """The record has not the fields of its format."""
     WRONG_TYPE = "wrong_type"
-    UNKNOWN_ROLE = "unknown_role"  # tool turns, for example
+    """A field has another type than its format needs."""
+    UNKNOWN_ROLE = "unknown_role"
+    """A message of another role than system, user and assistant: a tool's, for example."""
     # found by the row rules: the shape of the conversation
     NO_FINAL_ANSWER = "no_final_answer"
+    """The last message is not the assistant's."""
     WRONG_ROLE_ORDER = "wrong_role_order"
+    """After an optional system message, user and assistant do not take turns."""
     EMPTY_PROMPT = "empty_prompt"
+    """A message of the system or the user is empty."""
     EMPTY_ANSWER = "empty_answer"
+    """A message of the assistant is empty."""
     TEMPLATE_TOKEN = "template_token"
+    """The text contains a token of a chat template, such as <|im_start|>."""
     TOO_LONG = "too_long"
+    """More characters than `contract.max_chars`."""
     # the answer
     ANSWER_EQUALS_PROMPT = "answer_equals_prompt"
+    """The answer is the question again."""
     PROMPT_LEAKS_ANSWER = "prompt_leaks_answer"
+    """The prompt already contains the answer."""
     PLACEHOLDER_ANSWER = "placeholder_answer"
-    PLACEHOLDER_FIELD = "placeholder_field"  # a template's {{name}} that was never filled in
+    """A placeholder stands in for the answer: N/A, TODO, three dots."""
+    PLACEHOLDER_FIELD = "placeholder_field"
+    """A template's {{name}} was never filled in."""
     REFUSAL = "refusal"
+    """The answer refuses the task."""
     TRUNCATED_ANSWER = "truncated_answer"
+    """The answer ends in the middle of a sentence."""
     UNBALANCED_CODE_FENCE = "unbalanced_code_fence"
-    BABBLE = "babble"  # the same words again and again
+    """A code block is opened and never closed."""
+    BABBLE = "babble"
+    """The same words are repeated again and again."""
     URL_ONLY = "url_only"
+    """The answer is nothing but an address."""
     MISSING_IMAGE = "missing_image"
+    """The row speaks of an image, which it cannot hold."""
     # the text
     MARKUP = "markup"
-    BROKEN_TEXT = "broken_text"  # replacement characters, or mojibake that cannot be repaired
+    """HTML tags or entities are left in the answer."""
+    BROKEN_TEXT = "broken_text"
+    """Replacement characters, or mojibake that cannot be repaired."""
     CONTROL_CHARACTERS = "control_characters"
+    """Control characters, or overrides of the text's direction, that repair leaves."""
     WRONG_LANGUAGE = "wrong_language"
+    """The answer is in none of `rules.languages`."""
     MIXED_LANGUAGE = "mixed_language"
+    """A passage of the answer is in a script that `rules.languages` do not use."""
     PERSONAL_DATA = "personal_data"
+    """Personal data were found, and `rules.personal_data` is quarantine."""
     SECRET = "secret"
-    CUSTOM = "custom"  # a rule of the user's own; the detail names it
+    """A key, token or password was found, and `rules.secrets` is quarantine."""
+    CUSTOM = "custom"
+    """A rule of your own rejects the row; the detail names it."""
     # found by comparing rows
-    CONTRADICTION = "contradiction"  # another row answers the same prompt differently
-    NEAR_TEST_ITEM = "near_test_item"  # a near copy of a held-out row
-    BRIDGES_SPLITS = "bridges_splits"  # near rows of two splits
-    CONTAMINATED = "contaminated"  # shares most of a held-out or benchmark item
+    CONTRADICTION = "contradiction"
+    """Another row answers the same prompt differently."""
+    NEAR_TEST_ITEM = "near_test_item"
+    """A near copy of a held-out row."""
+    BRIDGES_SPLITS = "bridges_splits"
+    """The row ties rows of two splits together."""
+    CONTAMINATED = "contaminated"
+    """The row contains most of a held-out or benchmark item."""
 
 
 # A repaired source brings these rows back, an overruled reason cannot: there is no conversation, or it would leak.
