@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test lint
+.PHONY: help setup demo test lint docs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -25,6 +25,11 @@ lint: $(STAMP) ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+docs: $(STAMP) ## the reference from the code, and the site in site/ without network; a broken link is an error
+	$(BIN)/python docs/generate_reference.py
+	$(BIN)/zensical build --strict --clean --config-file mkdocs.yml
+	@! grep -rnE '<(script|link|img|iframe)[^>]*(src|href)="?(https?:)?//' site --include='*.html' || { \
+		echo "a page of site/ loads something from another server" >&2; exit 1; }
 
 # The index of torch is an extra one: its own dependencies still come from the usual index, in locked versions, and
 # pip takes torch from there because 2.x+cpu and 2.x+cu128 rank above plain 2.x.

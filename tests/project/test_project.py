@@ -94,7 +94,7 @@ def test_the_constraints_name_no_index_no_file_and_no_local_build():
 
 def test_the_make_targets_users_are_told_about_exist():
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert {"setup", "demo", "test", "lint", "help"} <= set(re.findall(r"^([a-z]+):", text, re.MULTILINE))
+    assert {"setup", "demo", "test", "lint", "docs", "help"} <= set(re.findall(r"^([a-z]+):", text, re.MULTILINE))
 
 
 def test_the_license_is_the_one_declared():
