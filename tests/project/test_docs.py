@@ -28,7 +28,8 @@ FOLDERS = "flows|tasks|data_contracts|tests|infra|docs|benchmarks"
 # Files of users and of other programs.
 NOT_OURS = {"rules.py", "convert_hf_to_gguf.py", "infra/.env"}
 WORDS = re.compile(
-    r"\b(told|tells?|dials?|dialled|afresh|said aloud|whoever|what becomes of|besides?|goes on|lies|by itself)\b", re.IGNORECASE
+    r"\b(told|tells?|dials?|dialled|afresh|said aloud|whoever|what becomes of|besides?|goes on|lies|by itself)\b",
+    re.IGNORECASE,
 )
 
 
