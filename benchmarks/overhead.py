@@ -1,4 +1,4 @@
-"""What the pipeline costs beside the work: Prefect, MLflow, Great Expectations and our own code.
+"""What the pipeline costs in addition to the work: Prefect, MLflow, Great Expectations and our own code.
 
 Run: python -m benchmarks.overhead [demo] [--set KEY=VALUE ...]
 
@@ -84,10 +84,10 @@ def show(
     work = sum(workers.values())
     table.add_row("all workers", f"{work:.1f}")
     table.add_row("whole run", f"{total:.1f}")
-    table.add_row("beside the workers", f"{total - work:.1f}, {(total - work) / work:.0%}")
+    table.add_row("outside the workers", f"{total - work:.1f}, {(total - work) / work:.0%}")
     console = Console(width=100)
     console.print(table)
-    console.print(f"aim: at most {TARGET_SHARE:.0%} or {TARGET_SECONDS} s beside the workers")
+    console.print(f"aim: at most {TARGET_SHARE:.0%} or {TARGET_SECONDS} s outside the workers")
     for name, (wall, cpu) in {"a run with nothing new": again, "a look with nothing new": look}.items():
         console.print(f"{name}: {wall:.1f} s wall, {cpu:.1f} s of CPU (aim: under {TARGET_CPU_SECONDS})")
 

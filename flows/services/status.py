@@ -2,20 +2,18 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
-from data_contracts.errors import TransientError
 from data_contracts.run_spec import StoreSpec
 from flows.services import state as services_state
 from flows.services.servers import Server, servers
 from flows.services.state import State, services_folder
 from flows.services.supervisor import Supervisor
-from tasks.runtime.console import note, page
+from tasks.runtime.console import page
 from tasks.runtime.store import Store
 
 if TYPE_CHECKING:
@@ -76,11 +74,10 @@ class Status:
         return all(service.state == "running" for service in self.services)
 
 
-def look(store: StoreSpec) -> Status:
-    """Ask supervisord, Prefect and the registry. Nothing is started; only a move of a champion that a killed process left
-    is ended."""
+def read_status(store: StoreSpec) -> Status:
+    """Ask supervisord, Prefect and the registry. Nothing is started and nothing is changed."""
     folder = services_folder(store)
-    state = services_state.read_state(folder)
+    state = services_state.read_services_state(folder)
     if state and state.mlflow_uri:
         store = store.model_copy(update={"mlflow_uri": state.mlflow_uri})
     services = _services(store, folder, state) if state else []
@@ -117,11 +114,8 @@ def _service(name: str, server: Server | None, process: Any) -> Service:
 def _models(store: StoreSpec) -> list["Standing"]:
     if not store.mlflow_uri and not (Store.of(store).root / "mlflow.db").exists():
         return []
-    from tasks.release.history import reconcile, standings
+    from tasks.release.history import standings
 
-    with suppress(TransientError):  # a move is being made this moment
-        for told in reconcile(store, wait_seconds=0):
-            note(told)
     return standings(store)
 
 

@@ -1,4 +1,4 @@
-"""supervisord keeps the services alive: its configuration, and how it is asked over its socket in the store."""
+"""supervisord keeps the services alive: its configuration, and a client for its socket in the store."""
 
 import os
 import shlex
@@ -22,9 +22,9 @@ _LONGEST_SOCKET = (
 _START_SECONDS = 20.0
 _ALREADY_STARTED = 60
 IDLE = ("STOPPED", "EXITED", "FATAL")
-"""States of a program that will not run again by itself."""
+"""States of a program that supervisord does not start again."""
 
-# Files are named from its working directory, which is where this lies: paths with a % would need escapes, twice.
+# Files are named from its working directory, which is where this file is: paths with a % would need escapes, twice.
 _HEAD = """\
 ; Written by `tunegate up`; `tunegate down` stops what it names.
 [unix_http_server]
@@ -122,9 +122,9 @@ class Supervisor:
             if self.is_up():
                 return
             time.sleep(0.1)
-        told = (done.stderr + done.stdout).strip().splitlines()[-1:] or ["it does not answer"]
+        reason = (done.stderr + done.stdout).strip().splitlines()[-1:] or ["it does not answer"]
         act = f"read {self.folder / 'supervisord.log'}"
-        raise InfrastructureError(Problem(f"supervisord did not start: {told[0]}", str(self.file), act=act))
+        raise InfrastructureError(Problem(f"supervisord did not start: {reason[0]}", str(self.file), act=act))
 
     def programs(self) -> dict[str, Process]:
         """Empty if no supervisord answers."""
@@ -140,9 +140,6 @@ class Supervisor:
         except Fault as fault:
             if fault.faultCode != _ALREADY_STARTED:
                 raise InfrastructureError(Problem(f"cannot be started: {fault.faultString}", name)) from fault
-
-    def stop_program(self, name: str) -> None:
-        self._ask("stopProcess", name)
 
     def shut_down(self) -> None:
         """Ask it to stop every program, the last one first, and itself."""

@@ -117,7 +117,7 @@ def test_a_gate_is_one_line_with_what_it_needs_and_what_was_measured():
 
 def test_without_a_version_in_production_it_says_so():
     assert "No version was in production" in markdown(planted(rival=None))
-    assert "against tunegate-smoke version 2" in markdown(planted())
+    assert "Compared with tunegate-smoke version 2" in markdown(planted())
 
 
 HOSTILE = "a|b`c`<script>x</script>[l](http://e)\n\n# h *b* _i_ @team"
@@ -208,7 +208,7 @@ def test_the_report_folder_holds_the_same_json_as_the_command_prints(tmp_path, m
 
 
 def deciding(monkeypatch: pytest.MonkeyPatch, decision: Decision) -> list[tuple]:
-    """The flow answers with a planted decision; returns what it is asked. How it looks on a terminal is not tested here."""
+    """The flow answers with a planted decision; returns what it is asked."""
     asked: list[tuple] = []
 
     def decide(spec, *uris):
@@ -216,7 +216,6 @@ def deciding(monkeypatch: pytest.MonkeyPatch, decision: Decision) -> list[tuple]
         return decision
 
     monkeypatch.setattr("flows.gate.gate", decide)
-    monkeypatch.setattr("flows.cli.pages.run.show_decision", lambda *found: None)
     return asked
 
 

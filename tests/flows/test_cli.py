@@ -16,8 +16,8 @@ from data_contracts.run_spec import StoreSpec
 from data_contracts.verdict import GateReport, GateResult
 from flows.cli import output as console
 from flows.cli.app import main
-from flows.cli.output import EXIT_CODES, Outcome, result_stream, say
-from flows.cli.pages.run import show_decision
+from flows.cli.output import EXIT_CODES, Outcome, print_outcome, result_stream
+from flows.cli.pages.tables import show_gate
 from flows.services.doctor import _package
 from flows.services.environment import prepare_environment
 from flows.services.servers import Server, port_is_free, start_all, stop_all
@@ -160,7 +160,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def plan(loaded: object) -> None:
         raise error
 
-    monkeypatch.setattr("flows.cli.pages.dry_run.plan", plan)
+    monkeypatch.setattr("flows.cli.pages.dry_run.planned_run", plan)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_each_kind_of_failure_has_its_exit_code(capfd, monkeypatch, error, code)
 def test_an_interrupted_run_says_that_it_goes_on(capfd, monkeypatch):
     failing(monkeypatch, KeyboardInterrupt())
     assert main(["run", "--dry-run"]) == 130
-    assert "the same command again goes on from there" in capfd.readouterr().err
+    assert "the same command again resumes from there" in capfd.readouterr().err
 
 
 STUBBORN = """
@@ -189,7 +189,7 @@ def plan(loaded):
     except KeyboardInterrupt:
         time.sleep(60)
 
-flows.cli.pages.dry_run.plan = plan
+flows.cli.pages.dry_run.planned_run = plan
 sys.exit(main(["run", "--dry-run", "--json"]))
 """
 
@@ -207,7 +207,7 @@ def test_ctrl_c_ends_even_what_will_not_listen_and_its_children():
         finally:
             process.kill()
     assert process.returncode == json.loads(out)["exit_code"] == 130
-    assert "the same command again goes on from there" in err
+    assert "the same command again resumes from there" in err
     assert not child.is_running()
 
 
@@ -227,7 +227,7 @@ print("up", flush=True)
 time.sleep(60)
 '''
 flows.cli.output._STOP_SECONDS = 0.1
-flows.cli.pages.dry_run.plan = lambda loaded: subprocess.run([sys.executable, "-c", WORKER, sys.argv[1], "tasks.workers.x"], stdout=2)
+flows.cli.pages.dry_run.planned_run = lambda loaded: subprocess.run([sys.executable, "-c", WORKER, sys.argv[1], "tasks.workers.x"], stdout=2)
 main(["run", "--dry-run"])
 """
 
@@ -308,7 +308,7 @@ def test_only_the_json_object_reaches_stdout(capfd):
     with result_stream(as_json=True) as stream:
         sys.stdout.write("a library's chatter")
         subprocess.run([sys.executable, "-c", "print('a worker speaks')"], check=True)
-        say(Outcome({"n": 1}, lambda page: None), stream, as_json=True)
+        print_outcome(Outcome({"n": 1}, lambda page: None), stream, as_json=True)
     out, err = capfd.readouterr()
     assert out == '{"n": 1}\n'
     assert "a library's chatter" in err
@@ -468,7 +468,7 @@ def test_gates_are_shown_with_words_as_well_as_colours(capfd):
         ),
     ]
     report = GateReport(gates=gates, off=[], verdict="fail")
-    say(Outcome({}, lambda page: show_decision(report, None, page)), sys.stdout, as_json=False)
+    print_outcome(Outcome({}, lambda page: show_gate(report, page)), sys.stdout, as_json=False)
     out = capfd.readouterr().out
     assert "[0.850, 0.950]" in out
     assert "[b]kept[/b]" in out

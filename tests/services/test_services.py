@@ -25,7 +25,7 @@ from data_contracts.run_spec import RunSpec, StoreSpec
 from flows.cli.pages.services import show_status
 from flows.services import crashed_runs as runs_left
 from flows.services import deployments as deploy
-from flows.services.state import MARK, State, open_here, processes, services_folder, write_state
+from flows.services.state import MARK, State, open_here, processes, services_folder, write_services_state
 from flows.services.status import Deployed, LastRun, NextRun, Service, Status
 from flows.services.supervisor import Program, Supervisor, configuration
 from tasks.runtime.console import page
@@ -93,9 +93,9 @@ def test_what_looks_like_a_template_arrives_as_it_was_written():
 
 
 def test_deployments_are_applied_again_only_if_a_setting_has_changed():
-    now = deploy.digest(list(rendered().values()))
-    assert now == deploy.digest(list(rendered().values()))
-    assert now != deploy.digest(list(rendered(watch_minutes=6).values()))
+    now = deploy.deployments_sha256(list(rendered().values()))
+    assert now == deploy.deployments_sha256(list(rendered().values()))
+    assert now != deploy.deployments_sha256(list(rendered(watch_minutes=6).values()))
 
 
 # --- runs that were killed ----------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_a_server_is_used_only_if_its_own_supervisord_is_up(tmp_path):
     with socket.socket() as another:  # a machine that was started again: another store may have the port
         another.bind(("127.0.0.1", 0))
         another.listen()
-        write_state(folder, State("demo", [], "/", another.getsockname()[1], None))
+        write_services_state(folder, State("demo", [], "/", another.getsockname()[1], None))
         assert open_here(store) is None
 
 

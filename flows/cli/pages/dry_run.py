@@ -37,7 +37,7 @@ STAGES = {
 }
 
 
-def plan(loaded: LoadedSpec) -> dict[str, Any]:
+def planned_run(loaded: LoadedSpec) -> dict[str, Any]:
     """What a run would do, without doing it. Raises DataError if its sources are not there."""
     problems = find_sources(loaded.spec.data)[1]
     if problems:
@@ -73,7 +73,7 @@ def ignored(loaded: LoadedSpec) -> dict[str, str]:
     return {key: f"set by {origin}, and read by lora and qlora only" for key, origin in set_by.items()}
 
 
-def show_plan(loaded: LoadedSpec, console: "Console") -> None:
+def show_dry_run(loaded: LoadedSpec, console: "Console") -> None:
     table = Table(title=f"dry run of {loaded.source}", title_justify="left", title_style="bold")
     for name in ("setting", "value", "from"):
         table.add_column(name, overflow="fold")

@@ -1,4 +1,4 @@
-"""The page of an export: every form beside the live model, which one was written, where."""
+"""The page of an export: every form next to the live model, which one was written, where."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +46,7 @@ def show_shadow(found: ShadowReport, file: Path, console: "Console") -> None:
         table.add_column(Text(side.version), justify="right")
     table.add_row("tokens of an answer", *(f"{side.tokens:.1f}" for side in sides))
     table.add_row("ms per token, median", *(f"{side.ms_per_token:.0f}" for side in sides))
-    table.add_row("ended by itself", *(estimate(side.stopped) for side in sides))
+    table.add_row("ended with a stop token", *(estimate(side.stopped) for side in sides))
     console.print(table)
     console.print(f"answers alike: {estimate(found.same)}; ROUGE-L of one to the other: {found.rouge_l:.3f}")
     for one in found.most_different:

@@ -56,9 +56,7 @@ def show_up(found: "Up", console: "Console") -> None:
     if found.reaped:
         lines.append(f"set right    {', '.join(found.reaped)}: their process had been killed")
     if found.dropped:
-        lines.append(
-            f"dropped      {found.dropped} runs of schedules that nobody was there for; the newest of each goes on"
-        )
+        lines.append(f"dropped      {found.dropped} missed runs of schedules; the newest of each still runs")
     (prefect,) = (server for server in found.servers if server.name == "Prefect")
     lines.append(f"next: a retrain from the browser: {prefect.url}/deployments, retrain, Run, Custom run")
     lines.append(f"      tunegate status{_store(found)}, tunegate down{_store(found)}; logs in {found.folder}")
@@ -85,7 +83,7 @@ def show_down(found: "Down", console: "Console") -> None:
         return
     console.print(f"stopped {', '.join(found.services)}", markup=False)
     if found.runs:
-        console.print(f"ended {', '.join(found.runs)}: the next run goes on from its checkpoint", markup=False)
+        console.print(f"ended {', '.join(found.runs)}: the next run resumes from its checkpoint", markup=False)
 
 
 # --- status -------------------------------------------------------------------------------------------------
