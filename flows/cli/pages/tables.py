@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
-_CLAIM_COLOURS = {"holds": "green", "does not hold": "red", "cannot tell": "yellow"}
+_CLAIM_COLOURS = {"holds": "green", "does not hold": "red"}
+_UNDECIDED = "yellow"
 _NONE = "-"
 
 
@@ -140,7 +141,9 @@ def _show_claims(found: Comparison, console: "Console") -> None:
     for name in ("QLoRA ...", "here", "measured"):
         table.add_column(name)
     for claim in found.claims:
-        table.add_row(claim.claim, Text(claim.verdict, style=_CLAIM_COLOURS[claim.verdict]), Text(claim.note))
+        table.add_row(
+            claim.claim, Text(claim.verdict, style=_CLAIM_COLOURS.get(claim.verdict, _UNDECIDED)), Text(claim.note)
+        )
     if found.claims:
         console.print(table)
 
