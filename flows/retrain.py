@@ -13,7 +13,7 @@ from data_contracts.train_spec import arms_of, candidate_arm
 from data_contracts.verdict import Served
 from flows.prepare_data import data_stages
 from flows.runner import Stages, in_store
-from flows.services.crashed_runs import bury, hold
+from flows.services.crashed_runs import hold, mark_crashed
 from flows.train_arms import beginnings, train_arms
 from tasks.data import watermark
 from tasks.evaluation.evaluate import task_files
@@ -50,7 +50,7 @@ def retrain_flow(spec: RunSpec, force: bool = False, reason: str = BY_HAND) -> A
         if not own.mine:
             return Completed(name="Skipped", message=f"at work already: {own.other or 'another run'}", data=None)
         if own.other:
-            bury(own.other)
+            mark_crashed(own.other)
         return chain(Stages.of(spec, force), spec, reason)
 
 

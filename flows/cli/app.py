@@ -3,7 +3,7 @@
 A command function has a parameter for each of its options: typer reads the command line's declaration from them. What it
 calls takes at most six.
 
-Exit codes: 0 good, 1 a gate said no, 2 input or configuration wrong, 3 inconclusive, 4 infrastructure failed,
+Exit codes: 0 good, 1 a gate failed, 2 input or configuration wrong, 3 inconclusive, 4 infrastructure failed,
 130 interrupted. Everything heavy is imported inside the command that needs it, so `--help` answers at once.
 """
 

@@ -45,7 +45,7 @@ def run_command(
 
 @runs_app.command("watch")
 def watch_command(preset: Preset = None, changes: Changes = None, as_json: AsJson = False) -> Outcome:
-    """Look for fresh data and retrain if there is reason enough; else say why not, in seconds."""
+    """Check for fresh data and retrain if there is reason enough; else say why not, in seconds."""
     spec = prepared_spec(preset, changes)
     from flows.watch import watch
 
@@ -110,7 +110,7 @@ def gate_command(
     changes: Changes = None,
     as_json: AsJson = False,
 ) -> Outcome:
-    """Evaluate a registered version and decide: the door for CI. Without a preset: as the version was made."""
+    """Evaluate a registered version and decide, for CI. Without a preset: with the settings that made the version."""
     from flows.cli.pages.gate_report import make_folder, write_decision
 
     make_folder(report)

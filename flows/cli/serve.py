@@ -30,7 +30,7 @@ def serve_command(
     changes: StoreChanges = None,
     as_json: AsJson = False,
 ) -> Outcome:
-    """Answer over HTTP as OpenAI's API does. An alias is followed: who it points at answers, without a restart."""
+    """Answer over HTTP as OpenAI's API does. An alias is followed: when it moves, the new version answers, without a restart."""
     store = prepared_store(changes)
     from flows.serve import serve, show_serving
 
@@ -47,7 +47,7 @@ def chat_command(
     changes: StoreChanges = None,
     as_json: AsJson = False,
 ) -> Outcome:
-    """Talk to a registered version in the terminal. /reset begins anew, /quit ends. Lines from a pipe are taken too."""
+    """Talk to a registered version in the terminal. /reset starts a new conversation, /quit ends. Lines from a pipe are taken too."""
     store = prepared_store(changes)
     from flows.cli.chat import chat
 

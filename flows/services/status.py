@@ -5,19 +5,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from uuid import UUID
 from zoneinfo import ZoneInfo
 
 from data_contracts.run_spec import StoreSpec
 from flows.services import state as services_state
 from flows.services.servers import Server, servers
 from flows.services.state import State, services_folder
-from flows.services.supervisor import Supervisor
+from flows.services.supervisor import Process, Supervisor
 from tasks.runtime.console import page
 from tasks.runtime.store import Store
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.responses import DeploymentResponse
 
     from tasks.release.history import Standing
 
@@ -100,10 +103,10 @@ def _services(store: StoreSpec, folder: Path, state: State) -> list[Service]:
     return [_service(name, server, runs.get(name)) for name, server in named.items()]
 
 
-def _service(name: str, server: Server | None, process: Any) -> Service:
+def _service(name: str, server: Server | None, process: Process | None) -> Service:
     url = server.url if server else None
     if process is None or process.state not in ("RUNNING", "STARTING"):
-        return Service(name, "stopped", None, url, None)
+        return Service(name, "stopped", pid=None, url=url, since=None)
     state = "running" if process.state == "RUNNING" or server else "starting"
     if server and not server.answers():
         state = "starting" if process.state == "STARTING" else "silent"
@@ -133,20 +136,25 @@ def _deployments(client: "SyncPrefectClient") -> Iterator[Deployed]:
 _ORDER = {"retrain": 0, "watch": 1, "gate": 2, "promote": 3}
 
 
-def _schedule(deployment: Any) -> tuple[str, str]:
+def _schedule(deployment: "DeploymentResponse") -> tuple[str, str]:
     """In words, and its time zone."""
+    from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+
     if deployment.paused:
         return "paused", "UTC"
-    for item in deployment.schedules:
-        if not item.active:
-            return "paused", "UTC"
-        if cron := getattr(item.schedule, "cron", None):
-            return f"{cron} ({item.schedule.timezone})", item.schedule.timezone
-        return f"every {item.schedule.interval.total_seconds() / 60:g} min", "local"
-    return "by hand", "UTC"
+    if not deployment.schedules:
+        return "by hand", "UTC"
+    item = deployment.schedules[0]
+    if not item.active:
+        return "paused", "UTC"
+    if isinstance(item.schedule, CronSchedule):
+        zone = item.schedule.timezone or "UTC"
+        return f"{item.schedule.cron} ({zone})", zone
+    assert isinstance(item.schedule, IntervalSchedule)  # `deployments` makes no other
+    return f"every {item.schedule.interval.total_seconds() / 60:g} min", "local"
 
 
-def _runs(client: "SyncPrefectClient", deployment: Any, kinds: list[str], order: str, limit: int) -> list[Any]:
+def _runs(client: "SyncPrefectClient", deployment: UUID, kinds: list[str], order: str, limit: int) -> "list[FlowRun]":
     from prefect.client.schemas import filters
     from prefect.client.schemas.objects import StateType
     from prefect.client.schemas.sorting import FlowRunSort
@@ -159,7 +167,7 @@ def _runs(client: "SyncPrefectClient", deployment: Any, kinds: list[str], order:
     return client.read_flow_runs(flow_run_filter=asked, sort=FlowRunSort[order], limit=limit)
 
 
-def _last(client: "SyncPrefectClient", deployment: Any) -> Iterator[LastRun]:
+def _last(client: "SyncPrefectClient", deployment: UUID) -> Iterator[LastRun]:
     kinds = ["RUNNING", "PENDING", "COMPLETED", "FAILED", "CRASHED", "CANCELLED", "CANCELLING"]
     for run in _runs(client, deployment, kinds, "EXPECTED_START_TIME_DESC", 3):
         began = run.start_time
@@ -168,9 +176,11 @@ def _last(client: "SyncPrefectClient", deployment: Any) -> Iterator[LastRun]:
         yield LastRun(run.name, run.state_name or "", kind, _local(began) if began else None, seconds)
 
 
-def _next(client: "SyncPrefectClient", deployment: Any, zone: str) -> Iterator[NextRun]:
+def _next(client: "SyncPrefectClient", deployment: UUID, zone: str) -> Iterator[NextRun]:
     for run in _runs(client, deployment, ["SCHEDULED"], "NEXT_SCHEDULED_START_TIME_ASC", 2):
         when = run.next_scheduled_start_time or run.expected_start_time
+        if when is None:  # Prefect gives every scheduled run one
+            continue
         there = _local(when) if zone == "local" else when.astimezone(ZoneInfo(zone)).isoformat(timespec="seconds")
         yield NextRun(there, run.state_name or "")
 

@@ -20,7 +20,8 @@ _LONGEST_SOCKET = (
     95  # bytes; a unix socket's path has 107, on macOS 103, and supervisord makes one with its pid appended
 )
 _START_SECONDS = 20.0
-_ALREADY_STARTED = 60
+_ALREADY_STARTED = 60  # a fault of supervisord
+_DO_NOT_WAIT = False
 IDLE = ("STOPPED", "EXITED", "FATAL")
 """States of a program that supervisord does not start again."""
 
@@ -136,7 +137,7 @@ class Supervisor:
 
     def start_program(self, name: str) -> None:
         try:
-            self._ask("startProcess", name, False)
+            self._ask("startProcess", name, _DO_NOT_WAIT)
         except Fault as fault:
             if fault.faultCode != _ALREADY_STARTED:
                 raise InfrastructureError(Problem(f"cannot be started: {fault.faultString}", name)) from fault
@@ -151,7 +152,7 @@ class Supervisor:
     def _ask(self, method: str, *arguments: Any) -> Any:
         from supervisor.xmlrpc import SupervisorTransport
 
-        transport = SupervisorTransport(None, None, f"unix://{self.socket}")
+        transport = SupervisorTransport(serverurl=f"unix://{self.socket}")
         with ServerProxy("http://localhost", transport=transport) as server:
             return getattr(server.supervisor, method)(*arguments)
 

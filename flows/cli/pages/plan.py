@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from rich.table import Table
 from rich.text import Text
@@ -61,7 +61,7 @@ def make_plan(
     spec = _spec(target, changes)
     if method is not None and method not in _METHODS:
         raise ConfigError(Problem(f"no method is called {method!r}", "--method", f"one of {', '.join(_METHODS)}"))
-    methods: list[Any] = [method] if method else spec.train.methods
+    methods = [cast(Method, method)] if method else spec.train.methods
     arch, plans = plan_methods(spec, methods, length, batch, _gigabytes(gpu))
     return PlannedBase(spec.model.base, arch.parameters, plans)
 

@@ -9,6 +9,7 @@ from flows.services.status import Deployed, LastRun, NextRun, Service, Status
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
     from flows.services.down import Down
@@ -118,7 +119,7 @@ def show_status(found: Status, console: "Console") -> None:
         console.print(_models(found.models))
 
 
-def _services(services: list[Service]) -> Any:
+def _services(services: list[Service]) -> "Table":
     table = _table("service", "state", "pid", "since", "page")
     for one in services:
         state = _coloured(one.state, _COLOURS[one.state])
@@ -126,7 +127,7 @@ def _services(services: list[Service]) -> Any:
     return table
 
 
-def _deployments(deployments: list[Deployed]) -> Any:
+def _deployments(deployments: list[Deployed]) -> "Table":
     from rich.text import Text
 
     table = _table("deployment", "schedule", "last runs", "next")
@@ -150,7 +151,7 @@ def _took(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _models(models: list["Standing"]) -> Any:
+def _models(models: list["Standing"]) -> "Table":
     table = _table("model", "alias", "version", "gates", "since")
     for one in models:
         since = datetime.fromtimestamp(one.since_unix_seconds).astimezone().isoformat(timespec="seconds")
@@ -159,7 +160,7 @@ def _models(models: list["Standing"]) -> Any:
     return table
 
 
-def _table(*columns: str) -> Any:
+def _table(*columns: str) -> "Table":
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -168,7 +169,7 @@ def _table(*columns: str) -> Any:
     return table
 
 
-def _row(table: Any, *cells: "str | Text") -> None:
+def _row(table: "Table", *cells: "str | Text") -> None:
     """Names are never markup."""
     from rich.text import Text
 
