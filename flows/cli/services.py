@@ -25,7 +25,7 @@ def up_command(
     changes: Changes = None,
     as_json: AsJson = False,
 ) -> Outcome:
-    """Start servers, worker and schedules on this machine, and keep them alive. A second call starts what is missing."""
+    """Start servers, worker and schedules on this machine, and keep them alive. A second call starts what is missing and applies what changed."""
     from flows.cli.pages.services import show_up, up_summary
     from flows.services.up import up
 

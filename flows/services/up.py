@@ -176,7 +176,7 @@ def _migrate(server: Server, store: StoreSpec) -> None:
 
 def _deploy(spec: RunSpec, folder: Path, prefect: Server, fresh_worker: bool) -> tuple[list[str], list[str], int]:
     """Deployments, if they have changed; and, while no worker runs, what killed runs and missed schedules have left."""
-    from flows.services import crashed_runs as runs_left
+    from flows.services import crashed_runs
     from flows.services import deployments as deploy
 
     state = services_state.read_services_state(folder)
@@ -192,7 +192,10 @@ def _deploy(spec: RunSpec, folder: Path, prefect: Server, fresh_worker: bool) ->
             applied = [deployment["name"] for deployment in wanted]
         deploy.set_paused(client, paused=False)  # as a `down` that was interrupted has left it
         if fresh_worker:
-            reaped, dropped = runs_left.reap(client, Path(os.environ["PREFECT_HOME"])), runs_left.drop_late(client)
+            reaped, dropped = (
+                crashed_runs.reap(client, Path(os.environ["PREFECT_HOME"])),
+                crashed_runs.drop_late(client),
+            )
     services_state.write_services_state(folder, replace(state, deployed=digest))
     return applied, reaped, dropped
 

@@ -23,7 +23,7 @@ from prefect.flows import load_flow_from_entrypoint
 from data_contracts.errors import InfrastructureError
 from data_contracts.run_spec import RunSpec, StoreSpec
 from flows.cli.pages.services import show_status
-from flows.services import crashed_runs as runs_left
+from flows.services import crashed_runs
 from flows.services import deployments as deploy
 from flows.services.state import MARK, State, open_here, processes, services_folder, write_services_state
 from flows.services.status import Deployed, LastRun, NextRun, Service, Status
@@ -109,7 +109,7 @@ def test_every_flow_reports_that_it_is_alive():
                 if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "flow":
                     words = {word.arg: ast.unparse(word.value) for word in call.keywords}
                     found[ast.literal_eval(words["name"])] = words.get("on_running")
-    assert found == dict.fromkeys(runs_left.FLOWS, "[hold]") | {"retrain": "[hold, notify.run_begins]"}
+    assert found == dict.fromkeys(crashed_runs.FLOWS, "[hold]") | {"retrain": "[hold, notify.run_begins]"}
 
 
 HOLDER = """
@@ -129,10 +129,10 @@ def test_a_run_is_known_to_be_alive_until_its_process_is_killed(tmp_path):
     with subprocess.Popen([sys.executable, "-c", HOLDER, run], stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
-        assert runs_left._is_held(tmp_path, runs_left.UUID(run))
+        assert crashed_runs._is_held(tmp_path, crashed_runs.UUID(run))
         process.kill()
         process.wait()
-    assert not runs_left._is_held(tmp_path, runs_left.UUID(run))
+    assert not crashed_runs._is_held(tmp_path, crashed_runs.UUID(run))
     assert list((tmp_path / "at_work").iterdir()) == []
 
 
