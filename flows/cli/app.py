@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             return interrupted(stream, as_json)
         except TunegateError as error:
             return fail(error, stream, as_json)
-        except Exception as error:  # noqa: BLE001 the last resort: nobody should meet a bare traceback
+        except Exception as error:  # noqa: BLE001 the last resort: a user must not see a bare traceback
             return fail_unexpectedly(error, args, stream, as_json)
 
 

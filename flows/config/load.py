@@ -36,7 +36,7 @@ class LoadedSpec:
 
 @dataclass(frozen=True)
 class WrittenSetting:
-    """One value somebody wrote, and where."""
+    """One setting as the user wrote it, and where."""
 
     key: str
     value: Any
@@ -275,7 +275,7 @@ def yaml_inline(value: Any) -> str:
         return f"[{', '.join(map(yaml_inline, value))}]"
     if not isinstance(value, str):
         return json.dumps(value)
-    # Read where it will stand, inside of something: alone, three dots would end the document.
+    # Checked inside a list, as it will be written: alone, three dots would end the document.
     plain = _PLAIN.fullmatch(value) and _yaml().load(f"[{value}]") == [value]
     return value if plain else f'"{"".join(map(_escaped, value))}"'
 

@@ -1,4 +1,4 @@
-"""Flow runs whose process was killed: outside a worker Prefect never hears of it and shows them as running for ever.
+"""Detects flow runs whose process was killed: outside a worker Prefect shows them as running for ever.
 
 Each run's process holds a lock as long as it lives, however it ends: what is unfinished and holds none is gone.
 """
@@ -123,13 +123,13 @@ def drop_late(client: SyncPrefectClient) -> int:
     return dropped
 
 
-def _ours(client: SyncPrefectClient, asked: FlowRunFilter) -> list[FlowRun]:
+def _ours(client: SyncPrefectClient, run_filter: FlowRunFilter) -> list[FlowRun]:
     """Newest first."""
     flows = FlowFilter(name=FlowFilterName(any_=FLOWS))
     order = FlowRunSort.EXPECTED_START_TIME_DESC
     found: list[FlowRun] = []
     while more := client.read_flow_runs(
-        flow_filter=flows, flow_run_filter=asked, sort=order, limit=_PAGE, offset=len(found)
+        flow_filter=flows, flow_run_filter=run_filter, sort=order, limit=_PAGE, offset=len(found)
     ):
         found += more
     return found

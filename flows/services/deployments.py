@@ -92,7 +92,7 @@ def apply(client: SyncPrefectClient, deployments: list[Deployment]) -> None:
 
 
 def client_of(url: str) -> SyncPrefectClient:
-    """Of this very server, whatever the environment names."""
+    """Of this server, no matter which one the environment names."""
     return SyncPrefectClient(api=f"{url}/api")
 
 

@@ -22,7 +22,7 @@ _FLOW_RUN = "PREFECT__FLOW_RUN_ID"
 
 @dataclass(frozen=True)
 class State:
-    """What was asked for. deployed: digest of the deployments that were applied last."""
+    """What was requested. deployed: digest of the deployments that were applied last."""
 
     preset: str
     changes: list[str]

@@ -160,11 +160,11 @@ def _runs(client: "SyncPrefectClient", deployment: UUID, kinds: list[str], order
     from prefect.client.schemas.sorting import FlowRunSort
 
     types = filters.FlowRunFilterStateType(any_=[StateType[kind] for kind in kinds])
-    asked = filters.FlowRunFilter(
+    run_filter = filters.FlowRunFilter(
         deployment_id=filters.FlowRunFilterDeploymentId(any_=[deployment]),
         state=filters.FlowRunFilterState(type=types),
     )
-    return client.read_flow_runs(flow_run_filter=asked, sort=FlowRunSort[order], limit=limit)
+    return client.read_flow_runs(flow_run_filter=run_filter, sort=FlowRunSort[order], limit=limit)
 
 
 def _last(client: "SyncPrefectClient", deployment: UUID) -> Iterator[LastRun]:

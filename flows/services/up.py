@@ -82,7 +82,7 @@ def up(preset: str | None, changes: list[str], mlflow_port: int | None, prefect_
 def _wanted(
     preset: str | None, changes: list[str], mlflow_port: int | None, prefect_port: int | None
 ) -> tuple[RunSpec, State, State | None]:
-    """What is asked for. Without a preset: what runs in this store keeps running, with the same changes unless there are others."""
+    """What is requested. Without a preset: what runs in this store keeps running, with the same changes unless there are others."""
     spec = load_spec(preset, changes).spec
     before = services_state.read_services_state(services_folder(spec.store))
     directory = str(Path.cwd())
@@ -105,12 +105,12 @@ def _wanted(
     return spec, state, before
 
 
-def _refuse_other_servers(runs: State, asked: State) -> None:
-    pairs: list[tuple[str, object, object]] = [("--prefect-port", runs.prefect_port, asked.prefect_port)]
-    pairs += [("--mlflow-port", runs.mlflow_port, asked.mlflow_port)]
-    pairs += [(name, runs.versions.get(name), found) for name, found in asked.versions.items()]
+def _refuse_other_servers(runs: State, wanted: State) -> None:
+    pairs: list[tuple[str, object, object]] = [("--prefect-port", runs.prefect_port, wanted.prefect_port)]
+    pairs += [("--mlflow-port", runs.mlflow_port, wanted.mlflow_port)]
+    pairs += [(name, runs.versions.get(name), found) for name, found in wanted.versions.items()]
     problems = [
-        Problem(f"{new} is asked for, but {old} runs", name, act="tunegate down, then tunegate up")
+        Problem(f"{new} is requested, but {old} runs", name, act="tunegate down, then tunegate up")
         for name, old, new in pairs
         if old != new
     ]
@@ -131,7 +131,7 @@ def _check(found: list[Server], missing: list[str]) -> None:
 
 def _programs(found: list[Server]) -> list[Program]:
     worker = [sys.executable, "-m", "prefect", "worker", "start", "--name", "tunegate", "--pool", "tunegate"]
-    # Its log is where a flow's own output goes; the signals of a stop are not for the runs, see `down`.
+    # Its log gets a flow's own output; the runs must not get the signals of a stop, see `down`.
     log = 'PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="INFO"'
     restart = [sys.executable, "-m", "flows.services.restart"]
     listed = [Program(server.name.lower(), [*restart, *server.command]) for server in found]

@@ -87,7 +87,7 @@ def _show_deciding_gates(report: GateReport, console: "Console") -> None:
     for gate, line in zip(shown, _gate_lines(shown), strict=True):
         console.print(line, soft_wrap=True)
         if gate.verdict != "pass":  # of an inconclusive gate the reason ends with how many items or seeds decide it
-            _show_wrapped(gate.why, "      ", console)
+            _show_wrapped(gate.why, "      ", console, style="")
     if len(deciding) > len(shown):
         console.print(Text(f"  and {len(deciding) - len(shown)} more, see the tables", style="dim"))
     undecided = [gate.name for gate in report.gates if gate.verdict == "inconclusive"]
@@ -131,13 +131,13 @@ def _gate_limit(gate: GateResult) -> str:
     return f"{gate.direction} {number(gate.threshold)}" if gate.direction else gate.why.partition(":")[0]
 
 
-def _show_wrapped(text: str, indent: str, console: "Console") -> None:
-    """A dim text of at most three lines on 80 columns, shortened in its middle: its end says what would decide."""
+def _show_wrapped(text: str, indent: str, console: "Console", style: str = "dim") -> None:
+    """A text of at most three lines on 80 columns, shortened in its middle: its end says what would decide."""
     text = " ".join(text.split())
     if len(text) > _REASON_CHARS:
         text = f"{text[: _REASON_CHARS // 3]} ... {text[-(_REASON_CHARS * 2 // 3 - 5) :]}"
     for line in textwrap.wrap(text, max(40, console.width), initial_indent=indent, subsequent_indent=indent):
-        console.print(Text(line, style="dim"), soft_wrap=True)
+        console.print(Text(line, style=style), soft_wrap=True)
 
 
 # --- three numbers ------------------------------------------------------------------------------------------
@@ -211,12 +211,12 @@ def _steps_after_run(report: RunReport) -> dict[str, str]:
     store = "" if root == _DEFAULT_ROOT else f" --set store.root={root}"
     questions = [answer.question for item in report.evaluations for answer in item.answers]
     text = " ".join(min(questions, key=len, default="your question").split()).replace('"', "'").replace("`", "")
-    asked = text if len(text) <= _QUESTION_CHARS else f"{text[: _QUESTION_CHARS - 3]}..."
+    shown = text if len(text) <= _QUESTION_CHARS else f"{text[: _QUESTION_CHARS - 3]}..."
     return {
         "report": str(html_file(report)),
         "tables": f"tunegate compare{store}",
         "MLflow, Prefect": f"tunegate ui{store}",
-        "ask it": f'tunegate predict "{asked}" --model {model_uri(report.model)}{store}',
+        "ask it": f'tunegate predict "{shown}" --model {model_uri(report.model)}{store}',
     }
 
 
