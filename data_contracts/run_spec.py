@@ -54,7 +54,7 @@ class ScheduleSpec(Section):
         return self
 
 
-Form = Literal["full", "merged"]
+ServingForm = Literal["full", "merged"]
 
 
 class ModelSpec(Section):
@@ -86,7 +86,7 @@ class EvaluateSpec(Section):
     """Most test questions that domain_generate answers: writing costs far more than scoring."""
     generate_tokens: Annotated[int, Field(ge=1)] = 64
     """Longest answer of domain_generate in tokens; only questions whose true answer is no longer are asked."""
-    forms: list[Form] = []
+    forms: list[ServingForm] = []
     """Further forms in which the qlora arm's adapter may be served, scored in addition to the 4-bit base it was trained on: `full`
     on the full-precision base, `merged` into its weights as 16-bit numbers."""
     batch_tokens: Annotated[int, Field(ge=16)] = 512

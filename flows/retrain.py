@@ -8,7 +8,7 @@ from prefect.states import Completed
 
 from data_contracts.data_reports import DatasetManifest, FileRef
 from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget, RunReport, Slot, TrainReport
-from data_contracts.run_spec import DOMAIN_TASKS, Form, RunSpec
+from data_contracts.run_spec import DOMAIN_TASKS, RunSpec, ServingForm
 from data_contracts.train_spec import arms_of, candidate_arm
 from data_contracts.verdict import Served
 from flows.prepare_data import data_stages
@@ -119,7 +119,7 @@ def target_of(arm: TrainReport) -> EvalTarget:
     return EvalTarget(name=arm.name, method=arm.method, adapter=arm.adapter, quantisation=arm.quantisation)
 
 
-def forms_of(arm: TrainReport, forms: list[Form]) -> list[EvalTarget]:
+def forms_of(arm: TrainReport, forms: list[ServingForm]) -> list[EvalTarget]:
     """The same adapter as it may be served elsewhere; without 4 bits there is no other form."""
     if arm.quantisation is None:
         return []

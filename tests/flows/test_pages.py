@@ -379,6 +379,22 @@ def test_a_run_that_found_everything_done_says_so_below_its_verdict(tmp_path):
         assert "nothing to do: every stage was done before" in " ".join(lines)
 
 
+def test_details_is_an_option_of_the_command_and_json_has_no_use_for_it(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr("flows.retrain.retrain", lambda spec, force: planted(tmp_path))
+    command = ["run", "smoke", "--set", f"store.root={tmp_path}"]
+    assert main(command) == 0
+    screen = capfd.readouterr().out
+    assert screen.startswith("PASS  m version 1 may be released\n")
+    assert len(screen.splitlines()) <= MOST_LINES
+    assert main([*command, "--details"]) == 0
+    tables = capfd.readouterr().out
+    assert "claims, held against this run" in tables
+    assert "claims, held against this run" not in screen
+    assert main([*command, "--details", "--json"]) == 0
+    assert list(json.loads(capfd.readouterr().out)) == list(summary(planted(tmp_path)))
+
+
 def decision(found: Comparison, verdict: str, rival: str | None, *gates: GateResult) -> Decision:
     report = GateReport(gates=list(gates), off=[], verdict=verdict)
     return Decision(model="models:/m/3", name="m", version="3", rival=rival, gate=report, comparison=found)

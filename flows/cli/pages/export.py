@@ -1,4 +1,4 @@
-"""The page of an export: every form next to the live model, which one was written, where."""
+"""The pages of `tunegate export` (every form next to the live model, which one was written) and of `tunegate shadow`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,13 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from data_contracts.exports import Exported
-from tasks.export.card import TITLES, rows_of
-
-if TYPE_CHECKING:
-    from rich.console import Console
-from typing import TYPE_CHECKING
-
 from data_contracts.releases import ShadowReport
+from tasks.export.card import TITLES, rows_of
 from tasks.reporting.sentences import estimate
 
 if TYPE_CHECKING:
