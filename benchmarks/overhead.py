@@ -1,10 +1,10 @@
-"""What the pipeline costs beside the work: Prefect, MLflow, Great Expectations and our own code.
+"""What the pipeline costs in addition to the work: Prefect, MLflow, Great Expectations and our own code.
 
 Run: python -m benchmarks.overhead [demo] [--set KEY=VALUE ...]
 
 It runs a preset in an empty store, in this process, and takes from the wall time what its workers took (a worker is the bare
 work: `python -m tasks.training.workers.train_adapter spec.json out/`, its own imports included). Then it runs the preset again, when
-nothing is new, and looks once with `tunegate watch`, both as a schedule would, against a Prefect server that is up.
+nothing is new, and checks once with `tunegate watch`, both as a schedule would, against a Prefect server that is up.
 """
 
 import argparse
@@ -69,12 +69,12 @@ def main() -> None:
             total, workers = whole_run(given.preset, changes)
             sets = [text for change in changes for text in ("--set", change)]
             again = cpu_of(["run", given.preset, *sets], environment)
-            look = cpu_of(["watch", given.preset, *sets], environment)
-    show(given.preset, total, workers, again, look)
+            check = cpu_of(["watch", given.preset, *sets], environment)
+    show(given.preset, total, workers, again, check)
 
 
 def show(
-    preset: str, total: float, workers: dict[str, float], again: tuple[float, float], look: tuple[float, float]
+    preset: str, total: float, workers: dict[str, float], again: tuple[float, float], check: tuple[float, float]
 ) -> None:
     table = Table(title=f"the run of {preset}, seconds", title_justify="left")
     for column in ("", "wall"):
@@ -84,11 +84,11 @@ def show(
     work = sum(workers.values())
     table.add_row("all workers", f"{work:.1f}")
     table.add_row("whole run", f"{total:.1f}")
-    table.add_row("beside the workers", f"{total - work:.1f}, {(total - work) / work:.0%}")
+    table.add_row("outside the workers", f"{total - work:.1f}, {(total - work) / work:.0%}")
     console = Console(width=100)
     console.print(table)
-    console.print(f"aim: at most {TARGET_SHARE:.0%} or {TARGET_SECONDS} s beside the workers")
-    for name, (wall, cpu) in {"a run with nothing new": again, "a look with nothing new": look}.items():
+    console.print(f"aim: at most {TARGET_SHARE:.0%} or {TARGET_SECONDS} s outside the workers")
+    for name, (wall, cpu) in {"a run with nothing new": again, "a check with nothing new": check}.items():
         console.print(f"{name}: {wall:.1f} s wall, {cpu:.1f} s of CPU (aim: under {TARGET_CPU_SECONDS})")
 
 

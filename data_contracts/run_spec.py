@@ -1,4 +1,4 @@
-"""RunSpec: every knob of a run, once, with its meaning, unit and range. Defaults live only here and in data_spec.py."""
+"""RunSpec: every setting of a run, once, with its meaning, unit and range. Defaults live only here and in data_spec.py."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -12,11 +12,11 @@ from data_contracts.train_spec import TrainSpec
 
 class ScheduleSpec(Section):
     cron: str | None = None
-    """When to retrain whatever `watch` finds: five cron fields, such as "0 3 * * *"; null: only for a reason."""
+    """When to retrain, no matter what `watch` finds: five cron fields, such as "0 3 * * *"; null: only for a reason."""
     timezone: str = "UTC"
     """Time zone of `cron` (IANA name), such as Europe/Berlin."""
     watch_minutes: Annotated[int, Field(ge=1)] | None = 5
-    """Minutes between two looks for fresh data while `tunegate up` runs; null never looks."""
+    """Minutes between two checks for fresh data while `tunegate up` runs; null never checks."""
     quiet_seconds: Annotated[float, Field(ge=0.0)] = 30.0
     """How long a source file must not have changed before it is read: one that is still being written waits."""
     min_new_rows: Annotated[int, Field(ge=1)] = 1
@@ -24,9 +24,9 @@ class ScheduleSpec(Section):
     min_new_share: Fraction = 0.05
     """Smallest share of the rows known so far that the new ones must make; both limits must be reached."""
     drift_window: Annotated[int, Field(ge=1)] = 5
-    """Looks that found new rows whose drift is remembered (M of the next setting)."""
+    """Number of checks that found new rows whose drift is remembered (M of the next setting)."""
     drift_needed: Annotated[int, Field(ge=1)] | None = 3
-    """How many of the last M looks must find the new rows drifted, by the contract's limits, to start a retrain though
+    """How many of the last M checks must find the new rows drifted, by the contract's limits, to start a retrain though
     they are few; null never does."""
     max_champion_days: Annotated[float, Field(gt=0.0)] | None = None
     """Days after which a champion is too old: then one new row is enough; null: it never is. Without any new row a
@@ -34,8 +34,8 @@ class ScheduleSpec(Section):
     when_busy: Literal["wait", "skip"] = "wait"
     """What a retrain does while another one works in the same store: wait for its end, or end as Skipped."""
     notify: list[str] = []
-    """Prefect notification blocks told of start, verdict and failure, as TYPE/NAME: slack-webhook/team. Their secrets lie
-    in Prefect, never here."""
+    """Prefect notification blocks that get a message at start, verdict and failure, as TYPE/NAME: slack-webhook/team. Their
+    secrets are stored in Prefect, never here."""
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> "ScheduleSpec":
@@ -43,7 +43,7 @@ class ScheduleSpec(Section):
         if self.cron is not None and len(self.cron.split()) != 5:
             found.append(f"cron: {self.cron!r} has not five fields: minute hour day month weekday")
         if self.drift_needed is not None and self.drift_needed > self.drift_window:
-            found.append(f"drift_needed: {self.drift_needed} of the last {self.drift_window} looks cannot be")
+            found.append(f"drift_needed: {self.drift_needed} of the last {self.drift_window} checks cannot be")
         try:
             ZoneInfo(self.timezone)
         except (KeyError, ValueError, OSError):
@@ -54,7 +54,7 @@ class ScheduleSpec(Section):
         return self
 
 
-Form = Literal["full", "merged"]
+ServingForm = Literal["full", "merged"]
 
 
 class ModelSpec(Section):
@@ -86,18 +86,18 @@ class EvaluateSpec(Section):
     """Most test questions that domain_generate answers: writing costs far more than scoring."""
     generate_tokens: Annotated[int, Field(ge=1)] = 64
     """Longest answer of domain_generate in tokens; only questions whose true answer is no longer are asked."""
-    forms: list[Form] = []
-    """Further forms in which the qlora arm's adapter may be served, scored beside the 4-bit base it was trained on: `full`
+    forms: list[ServingForm] = []
+    """Further forms in which the qlora arm's adapter may be served, scored in addition to the 4-bit base it was trained on: `full`
     on the full-precision base, `merged` into its weights as 16-bit numbers."""
     batch_tokens: Annotated[int, Field(ge=16)] = 512
     """Most tokens in one forward pass."""
     sample_questions: Annotated[int, Field(ge=0)] = 3
-    """Test questions answered by every model, to read beside the numbers."""
+    """Test questions answered by every model, to read next to the numbers."""
     sample_tokens: Annotated[int, Field(ge=1)] = 48
     """Longest sample answer in tokens."""
 
 
-# An infinite limit would pass everything and not be told as turned off.
+# An infinite limit would pass everything and not be reported as turned off.
 Nats = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
@@ -105,32 +105,32 @@ class GateSpec(Section):
     """Each gate is one setting, and null turns it off: what is not written here is not judged."""
 
     min_lora_gain_nats: Nats | None = 0.0
-    """LoRA's loss must lie more than this below the base's, in nats per token, or a comparison with it says nothing."""
+    """LoRA's loss must be more than this below the base's, in nats per token, or a comparison with it says nothing."""
     min_retention: Fraction | None = 0.95
     """QLoRA must keep at least this share of LoRA's loss gain."""
     max_accuracy_drop: Fraction | None = 0.02
-    """How far QLoRA's accuracy in domain_choice may lie below LoRA's, as a share of the items."""
+    """How far QLoRA's accuracy in domain_choice may be below LoRA's, as a share of the items."""
     min_gain_nats: Nats | None = 0.0
-    """The candidate's loss must lie more than this below the base's, in nats per token."""
+    """The candidate's loss must be more than this below the base's, in nats per token."""
     max_champion_nll_increase_nats: Nats | None = 0.02
     """How much worse than the champion a candidate may be, in nats per token: 0.02 is 2 % of perplexity. With 0 a
     candidate that is as good as the champion is never decided."""
     max_forgetting_nats: Nats | None = None
     """How much worse than the base the candidate may be on general text (general_nll), in nats per token."""
     max_forgetting_accuracy: Fraction | None = None
-    """How far the candidate's accuracy may lie below the base's in each task of general knowledge, as a share of the items."""
+    """How far the candidate's accuracy may be below the base's in each task of general knowledge, as a share of the items."""
     min_slice_gain_nats: Nats | None = 0.0
-    """The candidate's loss must lie more than this below the base's in every slice: source, language, length."""
+    """The candidate's loss must be more than this below the base's in every slice: source, language, length."""
     min_slice_items: Annotated[int, Field(ge=2)] = 30
     """Slices with fewer items are shown, not judged."""
     min_stop_rate: Fraction | None = 0.8
-    """Share of domain_generate's answers that the candidate must end by itself."""
+    """Share of domain_generate's answers that the candidate must end with a stop token."""
     max_ms_per_token: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
     """Longest time of one written token, in milliseconds, one answer at a time, on this machine."""
     max_memory_gb: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
     """Most memory of a process that loads the candidate and answers, in GB, on this machine."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
-    """Level of each end of an interval: 0.95 means that the truth lies below the lower end in 5 % of all cases."""
+    """Level of each end of an interval: 0.95 means that the true value is below the lower end in 5 % of all cases."""
     bootstrap_draws: Annotated[int, Field(ge=100)] = 10_000
     """Bootstrap resamples behind each interval."""
 

@@ -8,12 +8,12 @@ from prefect.states import Completed
 
 from data_contracts.data_reports import DatasetManifest, FileRef
 from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget, RunReport, Slot, TrainReport
-from data_contracts.run_spec import DOMAIN_TASKS, Form, RunSpec
+from data_contracts.run_spec import DOMAIN_TASKS, RunSpec, ServingForm
 from data_contracts.train_spec import arms_of, candidate_arm
 from data_contracts.verdict import Served
 from flows.prepare_data import data_stages
 from flows.runner import Stages, in_store
-from flows.services.crashed_runs import bury, hold
+from flows.services.crashed_runs import hold, mark_crashed
 from flows.train_arms import beginnings, train_arms
 from tasks.data import watermark
 from tasks.evaluation.evaluate import task_files
@@ -50,7 +50,7 @@ def retrain_flow(spec: RunSpec, force: bool = False, reason: str = BY_HAND) -> A
         if not own.mine:
             return Completed(name="Skipped", message=f"at work already: {own.other or 'another run'}", data=None)
         if own.other:
-            bury(own.other)
+            mark_crashed(own.other)
         return chain(Stages.of(spec, force), spec, reason)
 
 
@@ -119,7 +119,7 @@ def target_of(arm: TrainReport) -> EvalTarget:
     return EvalTarget(name=arm.name, method=arm.method, adapter=arm.adapter, quantisation=arm.quantisation)
 
 
-def forms_of(arm: TrainReport, forms: list[Form]) -> list[EvalTarget]:
+def forms_of(arm: TrainReport, forms: list[ServingForm]) -> list[EvalTarget]:
     """The same adapter as it may be served elsewhere; without 4 bits there is no other form."""
     if arm.quantisation is None:
         return []

@@ -17,7 +17,7 @@ from data_contracts.run_spec import RunSpec
 from flows.prepare_data import ingested
 from flows.retrain import retrain
 from flows.runner import Stages, in_store
-from flows.services.crashed_runs import hold, reap_beside_a_worker
+from flows.services.crashed_runs import hold, reap_with_a_worker
 from tasks.data import freshness as fresh
 from tasks.release import champion as rivals
 from tasks.runtime.console import note
@@ -40,7 +40,7 @@ def watch(spec: RunSpec) -> Watched:
 @flow(name="watch", result_serializer="json", on_running=[hold])
 def watch_flow(spec: RunSpec) -> Any:
     """The Watched; in a state named Skipped if nothing was started."""
-    reap_beside_a_worker()
+    reap_with_a_worker()
     if changing := fresh.still_changing(spec.data, spec.schedule.quiet_seconds):
         return _skipped(Watched(due=False, why=changing, look=None))
     store = Store.of(spec.store)

@@ -1,6 +1,9 @@
 """The `tunegate` command: parses, calls a flow, prints, sets the exit code; nothing else.
 
-Exit codes: 0 good, 1 a gate said no, 2 input or configuration wrong, 3 inconclusive, 4 infrastructure failed,
+A command function has a parameter for each of its options: typer reads the command line's declaration from them. What it
+calls takes at most six.
+
+Exit codes: 0 good, 1 a gate failed, 2 input or configuration wrong, 3 inconclusive, 4 infrastructure failed,
 130 interrupted. Everything heavy is imported inside the command that needs it, so `--help` answers at once.
 """
 
@@ -21,8 +24,8 @@ from flows.cli.output import (
     fail,
     fail_unexpectedly,
     interrupted,
+    print_outcome,
     result_stream,
-    say,
     stoppable,
     write_json,
 )
@@ -71,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             return interrupted(stream, as_json)
         except TunegateError as error:
             return fail(error, stream, as_json)
-        except Exception as error:  # noqa: BLE001 the last resort: nobody should meet a bare traceback
+        except Exception as error:  # noqa: BLE001 the last resort: a user must not see a bare traceback
             return fail_unexpectedly(error, args, stream, as_json)
 
 
@@ -88,7 +91,7 @@ def _run(args: list[str], stream: TextIO, as_json: bool) -> int:
         return USAGE
     if not isinstance(result, Outcome):
         return interrupted(stream, as_json) if result == INTERRUPTED else int(result or 0)
-    say(result, stream, as_json)
+    print_outcome(result, stream, as_json)
     if result.then:
         result.then()
     return result.exit_code

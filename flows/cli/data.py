@@ -1,13 +1,18 @@
 """`tunegate data`: the data of a run without its training, one row's story, rows back from quarantine."""
 
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from flows.cli.options import AsJson, Changes, Force, Preset, prepared_spec
 from flows.cli.output import Outcome
+
+if TYPE_CHECKING:
+    from data_contracts.data_reports import DatasetManifest
+    from data_contracts.reports import Stage
+    from data_contracts.run_spec import RunSpec
 
 
 class _ShowByDefault(TyperGroup):
@@ -26,8 +31,10 @@ data_app = typer.Typer(
 )
 
 
-@data_app.command()
-def show(preset: Preset = None, changes: Changes = None, force: Force = False, as_json: AsJson = False) -> Outcome:
+@data_app.command("show")
+def show_command(
+    preset: Preset = None, changes: Changes = None, force: Force = False, as_json: AsJson = False
+) -> Outcome:
     """Ingest, validate and split only, with a report on every row."""
     spec = prepared_spec(preset, changes)
     from flows.prepare_data import prepare_data
@@ -35,26 +42,26 @@ def show(preset: Preset = None, changes: Changes = None, force: Force = False, a
     return _page(spec, prepare_data(spec, force=force))
 
 
-@data_app.command()
-def explain(
+@data_app.command("explain")
+def explain_command(
     row: Annotated[str, typer.Argument(help="FILE:LINE, or the first digits of a row id.")],
     preset: Preset = None,
     changes: Changes = None,
     as_json: AsJson = False,
 ) -> Outcome:
-    """Tell one row's whole story: as it came in, what was done to it, where it is, its history."""
+    """Show the whole story of one row: as it came in, what was done to it, where it is, its history."""
     from flows.cli.pages.data import show_stories
     from flows.config.load import load_spec
-    from tasks.data.curation.explain import explain as stories_of
+    from tasks.data.curation.explain import explain
     from tasks.runtime.store import Store
 
     spec = load_spec(preset, changes or []).spec
-    stories = stories_of(Store.of(spec.store), spec.model.name, row)
+    stories = explain(Store.of(spec.store), spec.model.name, row)
     return Outcome({"rows": [story.model_dump(mode="json") for story in stories]}, partial(show_stories, stories))
 
 
-@data_app.command()
-def release(
+@data_app.command("release")
+def release_command(
     reason: Annotated[str, typer.Option("--reason", help="The reason that was wrong about the rows.")],
     why: Annotated[str, typer.Option("--why", metavar="TEXT", help="Why it was wrong; kept in the ledger.")],
     preset: Preset = None,
@@ -64,14 +71,14 @@ def release(
 ) -> Outcome:
     """Bring rows back from quarantine: all that a reason rejected, or some. Who did it and why is kept."""
     spec = prepared_spec(preset, changes)
-    from flows.prepare_data import release as bring_back
+    from flows.prepare_data import release
 
-    return _page(spec, bring_back(spec, reason, why, rows or []))
+    return _page(spec, release(spec, reason, why, rows or []))
 
 
-def _page(spec: Any, prepared: Any) -> Outcome:
-    from flows.cli.pages.data import data_payload, show_data
+def _page(spec: "RunSpec", prepared: "tuple[DatasetManifest, list[Stage]]") -> Outcome:
+    from flows.cli.pages.data import data_payload, show_dataset
     from tasks.runtime.store import Store
 
     (manifest, stages), store = prepared, Store.of(spec.store)
-    return Outcome(data_payload(manifest, stages, store), partial(show_data, manifest, stages, store))
+    return Outcome(data_payload(manifest, stages, store), partial(show_dataset, manifest, stages, store))

@@ -14,8 +14,8 @@ _TOLERANCE_NATS = 0.01
 export_app = typer.Typer()
 
 
-@export_app.command()
-def export(
+@export_app.command("export")
+def export_command(
     model: Annotated[str, typer.Argument(metavar="URI", help="models:/NAME@champion, for example.")],
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Empty or not there; complete or absent afterwards.")],
     form: Annotated[str, typer.Option("--format", metavar="adapter|merged|gguf", help="What to write.")] = "merged",
@@ -47,16 +47,15 @@ def export(
 _CODES = {"identical": 0, "equal within tolerance": 0, "different": 1}
 
 
-@export_app.command()
-def reproduce(
+@export_app.command("reproduce")
+def reproduce_command(
     model: Annotated[str, typer.Argument(metavar="URI", help="models:/NAME/VERSION or models:/NAME@ALIAS.")],
     changes: Changes = None,
     as_json: AsJson = False,
 ) -> Outcome:
     """Make a version again from its lineage: identical, equal within tolerance, or what differs and why."""
     store = prepared_store([change for change in changes or [] if change.startswith("store.")])
-    from flows.reproduce import reproduce as make_again
-    from flows.reproduce import show_reproduction
+    from flows.reproduce import reproduce, show_reproduction
 
-    found = make_again(store, model, changes or [])
+    found = reproduce(store, model, changes or [])
     return Outcome(found.payload(), partial(show_reproduction, found), _CODES[found.result])

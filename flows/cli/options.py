@@ -16,11 +16,12 @@ Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
 ]
 StoreChanges = Annotated[
-    list[str] | None, typer.Option("--set", metavar="store.root=DIR", help="Where the store lies; repeatable.")
+    list[str] | None, typer.Option("--set", metavar="store.root=DIR", help="Where the store is; repeatable.")
 ]
-# Declared so that --help lists it; main() reads it, because stdout must be set aside before anything runs.
+# Declared so that --help lists it; main() reads it, because stdout must be redirected before anything runs.
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 Force = Annotated[bool, typer.Option("--force", help="Run every stage again, also those done before.")]
+Details = Annotated[bool, typer.Option("--details", help="Print the full tables below the summary.")]
 Name = Annotated[str, typer.Argument(help="Name in the registry.")]
 
 
@@ -38,7 +39,7 @@ def prepared_spec(preset: str | None, changes: list[str] | None) -> "RunSpec":
 
 
 def prepared_store(changes: list[str] | None) -> "StoreSpec":
-    """A store that is there, for commands that need nothing else."""
+    """An existing store, for commands that need nothing else of a spec."""
     from flows.config.load import load_store
     from flows.services.environment import prepare_environment, require_store
 

@@ -1,4 +1,4 @@
-"""What leaves the command: one JSON object or a page for people on stdout, everything else on stderr."""
+"""Command output: one JSON object or a page for people on stdout, everything else on stderr."""
 
 import json
 import math
@@ -29,7 +29,7 @@ _STOP_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command has to say: as JSON, as a page, as an exit code; `then` runs after it is said."""
+    """The result of a command: as JSON, as a page, as an exit code; `then` runs after it is printed."""
 
     payload: dict[str, Any]
     show: Callable[["Console"], None]
@@ -55,7 +55,7 @@ def result_stream(as_json: bool) -> Iterator[TextIO]:
         os.close(kept)
 
 
-def say(outcome: Outcome, stream: TextIO, as_json: bool) -> None:
+def print_outcome(outcome: Outcome, stream: TextIO, as_json: bool) -> None:
     if as_json:
         write_json(outcome.payload, stream)
     else:
@@ -81,7 +81,7 @@ def _finite(value: Any) -> Any:
 
 
 def fail(error: TunegateError, stream: TextIO, as_json: bool) -> int:
-    """Tell every problem; answer with the exit code."""
+    """Print every problem; return the exit code."""
     show_problems(type(error).__name__, error.problems)
     if as_json:
         write_json(error_payload(type(error).__name__, error.problems, error.exit_code), stream)
@@ -110,7 +110,7 @@ def fail_unexpectedly(error: Exception, args: list[str], stream: TextIO, as_json
 
 
 def interrupted(stream: TextIO, as_json: bool) -> int:
-    problem = Problem("stopped by you", act="the same command again goes on from there")
+    problem = Problem("stopped by you", act="the same command again resumes from there")
     show_problems("interrupted", [problem])
     if as_json:
         write_json(error_payload("Interrupted", [problem], INTERRUPTED), stream)
@@ -122,7 +122,7 @@ def stoppable(stream: TextIO, as_json: bool) -> Iterator[None]:
     """Ctrl-C ends this process and its children, a training worker with a checkpoint; a second one ends them at once.
 
     Raising KeyboardInterrupt is not enough: Prefect then reports to its own server, which the same Ctrl-C has
-    stopped, and tries again for minutes.
+    stopped, and retries for minutes.
     """
     before = signal.getsignal(signal.SIGINT)
     if before is signal.SIG_IGN:  # started with nohup or in the background

@@ -10,17 +10,17 @@ from flows.cli.options import AsJson, Name, StoreChanges, prepared_store
 from flows.cli.output import Outcome
 
 release_app = typer.Typer()
-Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why; kept in the promotion ledger.")]
+ReasonOption = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why; kept in the promotion ledger.")]
 
 
-@release_app.command()
-def promote(
+@release_app.command("promote")
+def promote_command(
     name: Name,
     version: Annotated[
         str | None, typer.Option("--version", help="Version number; the challenger if left out.")
     ] = None,
     override: Annotated[bool, typer.Option("--override", help="Promote though its gates or the check say no.")] = False,
-    reason: Reason = "",
+    reason: ReasonOption = "",
     changes: StoreChanges = None,
     as_json: AsJson = False,
 ) -> Outcome:
@@ -28,17 +28,17 @@ def promote(
     _needs_reason(override, reason, "promote")
     store = prepared_store(changes)
     from flows.cli.pages.release import moved_summary, show_moved
-    from flows.promote import promote as set_champion
+    from flows.promote import promote
 
-    found = set_champion(store, name, version, override, reason)
+    found = promote(store, name, version, override, reason)
     return Outcome(moved_summary(found), partial(show_moved, found))
 
 
-@release_app.command()
-def rollback(
+@release_app.command("rollback")
+def rollback_command(
     name: Name,
     override: Annotated[bool, typer.Option("--override", help="Though the check says no, or cannot be made.")] = False,
-    reason: Reason = "",
+    reason: ReasonOption = "",
     changes: StoreChanges = None,
     as_json: AsJson = False,
 ) -> Outcome:
@@ -46,9 +46,9 @@ def rollback(
     _needs_reason(override, reason, "rollback")
     store = prepared_store(changes)
     from flows.cli.pages.release import moved_summary, show_moved
-    from flows.promote import rollback as set_back
+    from flows.promote import rollback
 
-    found = set_back(store, name, override, reason)
+    found = rollback(store, name, override, reason)
     return Outcome(moved_summary(found), partial(show_moved, found))
 
 
@@ -57,24 +57,24 @@ def _needs_reason(override: bool, reason: str, act: str) -> None:
         raise ConfigError(Problem("--override without --reason", act, act='add --reason "why"'))
 
 
-@release_app.command()
-def history(
+@release_app.command("history")
+def history_command(
     name: Name,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Write a changed ledger anew from the registry.")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Write a changed ledger again from the registry.")] = False,
     changes: StoreChanges = None,
     as_json: AsJson = False,
 ) -> Outcome:
     """Every move of a model's champion: who, when, from, to, why, on what evidence. Exit code 4 if the record is broken."""
     store = prepared_store(changes)
     from flows.cli.pages.release import BROKEN, history_summary, show_history
-    from flows.promote import history as moves_of
+    from flows.promote import history
 
-    found = moves_of(store, name, rebuild)
+    found = history(store, name, rebuild)
     return Outcome(history_summary(found), partial(show_history, found), BROKEN if found.problems else 0)
 
 
-@release_app.command()
-def predict(
+@release_app.command("predict")
+def predict_command(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     model: Annotated[str, typer.Option("--model", metavar="URI", help="models:/NAME@champion, for example.")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")] = 64,

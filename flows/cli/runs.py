@@ -1,58 +1,61 @@
 """`tunegate run`, `watch`, `plan`, `compare`, `gate`, `init`: from a preset to a verdict."""
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flows.cli.options import AsJson, Changes, Force, Preset, StoreChanges, prepared_spec, preset_of
+from flows.cli.options import AsJson, Changes, Details, Force, Preset, StoreChanges, prepared_spec, preset_of
 from flows.cli.output import EXIT_CODES, Outcome
 
 runs_app = typer.Typer()
 
 
-@runs_app.command()
-def run(
+@runs_app.command("run")
+def run_command(
     preset: Preset = None,
     changes: Changes = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run; run and write nothing.")] = False,
     force: Force = False,
+    details: Details = False,
     as_json: AsJson = False,
 ) -> Outcome:
-    """Raw data to a gated, registered model. Goes on from where an earlier run stopped."""
+    """Raw data to a gated, registered model. Resumes where an earlier run stopped."""
     if dry_run:
-        from flows.cli.pages.dry_run import plan, show_plan
+        from flows.cli.pages.dry_run import planned_run, show_dry_run
         from flows.config.load import load_spec
 
         loaded = load_spec(preset, changes or [])
-        return Outcome(plan(loaded), partial(show_plan, loaded))
+        return Outcome(planned_run(loaded), partial(show_dry_run, loaded))
     spec = prepared_spec(preset, changes)
     from flows.cli.pages.payloads import summary
-    from flows.cli.pages.run import show_run
+    from flows.cli.pages.verdict import show_run
     from flows.retrain import retrain
 
+    began = time.monotonic()
     report = retrain(spec, force=force)
     if report is None:
-        told = "another run is at work in this store: nothing was done (schedule.when_busy is skip)"
-        return Outcome({"skipped": told}, lambda console: console.print(told))
-    return Outcome(summary(report), partial(show_run, report), EXIT_CODES[report.gate.verdict])
+        reason = "another run is at work in this store: nothing was done (schedule.when_busy is skip)"
+        return Outcome({"skipped": reason}, lambda console: console.print(reason))
+    show = partial(show_run, report, details=details, seconds=time.monotonic() - began)
+    return Outcome(summary(report), show, EXIT_CODES[report.gate.verdict])
 
 
-@runs_app.command()
-def watch(preset: Preset = None, changes: Changes = None, as_json: AsJson = False) -> Outcome:
-    """Look for fresh data and retrain if there is reason enough; else say why not, in seconds."""
+@runs_app.command("watch")
+def watch_command(preset: Preset = None, changes: Changes = None, as_json: AsJson = False) -> Outcome:
+    """Check for fresh data and retrain if there is reason enough; else say why not, in seconds."""
     spec = prepared_spec(preset, changes)
-    from flows.watch import watch as look
+    from flows.watch import watch
 
-    found = look(spec)
-    told = found.model_dump(mode="json")
-    run_ = f"started {found.run}" if found.run else "nothing was started"
-    return Outcome(told, lambda console: console.print(f"{found.why}\n{run_}", markup=False, soft_wrap=True))
+    found = watch(spec)
+    lines = f"{found.why}\n{f'started {found.run}' if found.run else 'nothing was started'}"
+    return Outcome(found.model_dump(mode="json"), lambda console: console.print(lines, markup=False, soft_wrap=True))
 
 
-@runs_app.command()
-def plan(
+@runs_app.command("plan")
+def plan_command(
     target: Annotated[
         str | None,
         typer.Argument(
@@ -81,32 +84,33 @@ def plan(
     return Outcome(found.payload(), partial(show_plan, found), 0 if found.fits else 1)
 
 
-@runs_app.command()
-def compare(
+@runs_app.command("compare")
+def compare_command(
     run_ids: Annotated[
         list[str] | None, typer.Option("--run", metavar="ID", help="Run id or MLflow run id; repeat it for several.")
     ] = None,
     changes: StoreChanges = None,
     as_json: AsJson = False,
 ) -> Outcome:
-    """The models of a finished run (the newest if none is named), or several runs beside each other."""
+    """The models of a finished run (the newest if none is named), or several runs side by side."""
     from flows.cli.pages.compare import compared
     from flows.config.load import load_store
 
     return Outcome(*compared(Path(load_store(changes or []).root), run_ids or []))
 
 
-@runs_app.command()
-def gate(
+@runs_app.command("gate")
+def gate_command(
     model: Annotated[str, typer.Option("--model", metavar="URI", help="models:/NAME/VERSION or models:/NAME@ALIAS.")],
     preset: Preset = None,
     baseline: Annotated[str | None, typer.Option("--baseline", metavar="URI", help="In place of the champion.")] = None,
     report: Annotated[Path | None, typer.Option("--report", metavar="DIR", help="For JSON, Markdown, JUnit.")] = None,
     comment: Annotated[bool, typer.Option("--comment", help="Comment on the pull request of this CI job.")] = False,
+    details: Details = False,
     changes: Changes = None,
     as_json: AsJson = False,
 ) -> Outcome:
-    """Evaluate a registered version and decide: the door for CI. Without a preset: as the version was made."""
+    """Evaluate a registered version and decide, for CI. Without a preset: with the settings that made the version."""
     from flows.cli.pages.gate_report import make_folder, write_decision
 
     make_folder(report)
@@ -114,21 +118,21 @@ def gate(
         preset = preset_of(model, changes)
     spec = prepared_spec(preset, changes)
     from flows.cli.pages.payloads import decision_summary
-    from flows.cli.pages.run import show_decision
-    from flows.gate import gate as decide
+    from flows.cli.pages.verdict import show_decision
+    from flows.gate import gate
 
-    decision = decide(spec, model, baseline)
+    decision = gate(spec, model, baseline)
     write_decision(decision, report)
     if comment:
         from flows.cli.pages.pull_request import put_comment
 
         put_comment(decision)
-    show = partial(show_decision, decision.gate, decision.comparison)
+    show = partial(show_decision, decision, details=details)
     return Outcome(decision_summary(decision), show, EXIT_CODES[decision.gate.verdict])
 
 
-@runs_app.command()
-def init(
+@runs_app.command("init")
+def init_command(
     file: Annotated[Path, typer.Argument(help="The preset to write, a .yaml file.")],
     data: Annotated[str, typer.Option("--data", metavar="PATH", help="File, glob or folder with your rows.")],
     name: Annotated[
@@ -139,8 +143,7 @@ def init(
     as_json: AsJson = False,
 ) -> Outcome:
     """Look at your data and write a preset with every setting annotated, and a data contract that fits them."""
-    from flows.config.init_spec import init as write_preset
-    from flows.config.init_spec import show_look
+    from flows.config.init_spec import show_preset, write_preset
 
-    look = write_preset(file, data, name, base, changes or [])
-    return Outcome(look.payload(), partial(show_look, look))
+    written = write_preset(file, data, name, base, changes or [])
+    return Outcome(written.payload(), partial(show_preset, written))

@@ -1,4 +1,4 @@
-"""`tunegate serve`, `chat`, `shadow`: a registered version answers clients, a person, and beside its challenger."""
+"""`tunegate serve`, `chat`, `shadow`: a registered version answers clients, a person, and next to its challenger."""
 
 from functools import partial
 from typing import Annotated
@@ -13,8 +13,8 @@ serve_app = typer.Typer()
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="NAME, NAME@champion or NAME/3.")]
 
 
-@serve_app.command()
-def serve(
+@serve_app.command("serve")
+def serve_command(
     model: Model,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: a free one.")] = 8000,
     host: Annotated[
@@ -30,36 +30,35 @@ def serve(
     changes: StoreChanges = None,
     as_json: AsJson = False,
 ) -> Outcome:
-    """Answer over HTTP as OpenAI's API does. An alias is followed: who it points at answers, without a restart."""
+    """Answer over HTTP as OpenAI's API does. An alias is followed: when it moves, the new version answers, without a restart."""
     store = prepared_store(changes)
-    from flows.serve import serve as start
-    from flows.serve import show_serving
+    from flows.serve import serve, show_serving
 
     limits = {"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens, "requests": requests}
-    serving = start(store, model, host, port, limits, shadow)
+    serving = serve(store, model, host, port, limits, shadow)
     return Outcome(serving.payload, partial(show_serving, serving.payload), then=serving.keep)
 
 
-@serve_app.command()
-def chat(
+@serve_app.command("chat")
+def chat_command(
     model: Model,
-    base: Annotated[bool, typer.Option("--base", help="The untuned base answers beside it.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="The untuned base answers too.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")] = 256,
     changes: StoreChanges = None,
     as_json: AsJson = False,
 ) -> Outcome:
-    """Talk to a registered version in the terminal. /reset begins anew, /quit ends. Lines from a pipe are taken too."""
+    """Talk to a registered version in the terminal. /reset starts a new conversation, /quit ends. Lines from a pipe are taken too."""
     store = prepared_store(changes)
-    from flows.cli.chat import chat as talk
+    from flows.cli.chat import chat
 
-    turns = talk(store, model, base, max_new_tokens, shows=not as_json)
+    turns = chat(store, model, base, max_new_tokens, shows=not as_json)
     failed = any(turn.error for turn in turns)
     payload = {"turns": [turn.payload() for turn in turns]}
     return Outcome(payload, lambda console: None, 2 if failed else 0)  # a page has shown them one by one
 
 
-@serve_app.command()
-def shadow(name: Name, changes: StoreChanges = None, as_json: AsJson = False) -> Outcome:
+@serve_app.command("shadow")
+def shadow_command(name: Name, changes: StoreChanges = None, as_json: AsJson = False) -> Outcome:
     """How the challenger answered what the champion was asked, where `serve --shadow` has kept both."""
     store = prepared_store(changes)
     from flows.cli.pages.export import show_shadow

@@ -1,4 +1,4 @@
-"""`tunegate up`, `down`, `status`: the pipeline that runs by itself; `ui`, its pages in the foreground; `doctor`."""
+"""`tunegate up`, `down`, `status`: the pipeline that runs unattended; `ui`, its pages in the foreground; `doctor`."""
 
 from functools import partial
 from typing import Annotated
@@ -13,8 +13,8 @@ services_app = typer.Typer()
 INFRASTRUCTURE = 4
 
 
-@services_app.command()
-def up(
+@services_app.command("up")
+def up_command(
     preset: Preset = None,
     mlflow_port: Annotated[
         int | None, typer.Option("--mlflow-port", min=1, max=65535, help="5000, or as it runs, if left out.")
@@ -25,44 +25,44 @@ def up(
     changes: Changes = None,
     as_json: AsJson = False,
 ) -> Outcome:
-    """Start servers, worker and schedules on this machine, and keep them alive. Again: only what is missing or new."""
+    """Start servers, worker and schedules on this machine, and keep them alive. A second call starts what is missing and applies what changed."""
     from flows.cli.pages.services import show_up, up_summary
-    from flows.services.up import up as start
+    from flows.services.up import up
 
-    found = start(preset, changes or [], mlflow_port, prefect_port)
+    found = up(preset, changes or [], mlflow_port, prefect_port)
     return Outcome(up_summary(found), partial(show_up, found))
 
 
-@services_app.command()
-def down(changes: StoreChanges = None, as_json: AsJson = False) -> Outcome:
+@services_app.command("down")
+def down_command(changes: StoreChanges = None, as_json: AsJson = False) -> Outcome:
     """Stop what `up` started; a training writes its checkpoint first."""
     from flows.cli.pages.services import down_summary, show_down
     from flows.config.load import load_store
-    from flows.services.down import down as stop
+    from flows.services.down import down
     from flows.services.environment import prepare_environment
 
     store = load_store(changes or [])
     prepare_environment(store)
-    found = stop(store)
+    found = down(store)
     return Outcome(down_summary(found), partial(show_down, found))
 
 
-@services_app.command()
-def status(changes: StoreChanges = None, as_json: AsJson = False) -> Outcome:
+@services_app.command("status")
+def status_command(changes: StoreChanges = None, as_json: AsJson = False) -> Outcome:
     """What runs, the last and next runs, the champions. Exit code 4 if something is down that should be up."""
     from flows.cli.pages.services import show_status, status_summary
     from flows.config.load import load_store
     from flows.services.environment import prepare_environment
-    from flows.services.status import look
+    from flows.services.status import read_status
 
     store = load_store(changes or [])
     prepare_environment(store)
-    found = look(store)
+    found = read_status(store)
     return Outcome(status_summary(found), partial(show_status, found), 0 if found.healthy else INFRASTRUCTURE)
 
 
-@services_app.command()
-def ui(
+@services_app.command("ui")
+def ui_command(
     mlflow_port: Annotated[int, typer.Option("--mlflow-port", min=1, max=65535)] = 5000,
     prefect_port: Annotated[int, typer.Option("--prefect-port", min=1, max=65535)] = 4200,
     changes: StoreChanges = None,
@@ -85,8 +85,8 @@ def ui(
     return Outcome(payload, partial(show_servers, running), then=partial(wait_for_ctrl_c, running))
 
 
-@services_app.command()
-def doctor(changes: StoreChanges = None, as_json: AsJson = False) -> Outcome:
+@services_app.command("doctor")
+def doctor_command(changes: StoreChanges = None, as_json: AsJson = False) -> Outcome:
     """What is installed, which device and precision and why, what is missing, how to fix it."""
     from flows.config.load import load_store
     from flows.services.doctor import examine, healthy, payload, show_checks

@@ -1,4 +1,4 @@
-"""`tunegate init`: look at somebody's data and write a preset and a contract that fit it."""
+"""`tunegate init`: inspect a user's data and write a preset and a data contract that fit it."""
 
 import json
 import re
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-# Names people give the two columns that matter, most telling first.
+# Names people give the two columns that matter, the most specific first.
 _PROMPTS = ("prompt", "question", "query", "ask", "instruction", "problem", "input", "user", "message")
 _COMPLETIONS = ("completion", "answer", "response", "reply", "output", "solution", "assistant", "resolution")
 _SHOWN_CHARS = 200
@@ -36,8 +36,8 @@ _ROLES = {
 
 
 @dataclass(frozen=True)
-class Look:
-    """What init found and wrote."""
+class WrittenPreset:
+    """What `tunegate init` found in the data, and the files it wrote."""
 
     file: Path
     suite: Path | None
@@ -67,7 +67,7 @@ class Look:
         }
 
 
-def init(file: Path, data: str, name: str | None, base: str | None, overrides: list[str]) -> Look:
+def write_preset(file: Path, data: str, name: str | None, base: str | None, overrides: list[str]) -> WrittenPreset:
     """Write a preset and a suite for `data`; raise ConfigError, and write nothing, if its columns cannot be mapped."""
     if file.suffix not in (".yaml", ".yml"):
         what = f"{file.name} has no .yaml ending"
@@ -84,9 +84,9 @@ def init(file: Path, data: str, name: str | None, base: str | None, overrides: l
     proposed = propose(sample, spec, suite)
     columns = spec.data.columns or _ROLES.get(next(iter(formats.values()), ""), {})
     example = {str(key): value for key, value in _first(sources[0], spec.data).items()} if sample.rows else {}
-    look = Look(file, suite if proposed.suite else None, formats, sample, columns, example, proposed)
-    _write(look, data)
-    return look
+    written = WrittenPreset(file, suite if proposed.suite else None, formats, sample, columns, example, proposed)
+    _write_files(written, data)
+    return written
 
 
 def _refuse_to_overwrite(*files: Path) -> None:
@@ -96,18 +96,18 @@ def _refuse_to_overwrite(*files: Path) -> None:
         raise ConfigError(*problems)
 
 
-def _write(look: Look, data: str) -> None:
+def _write_files(written: WrittenPreset, data: str) -> None:
     """Both files or none."""
-    rows = sum(look.sample.counts.values())
-    told = [f"{item.name}: {item.why}" for item in look.proposed.proposals if not item.name.startswith("expect_")]
-    head = [f"tunegate run {look.file}\n", f"Written by `tunegate init` for {data}: {rows} rows.", *told]
-    if look.suite:
-        write_new(look.suite, json.dumps(look.proposed.suite, indent=2, ensure_ascii=False) + "\n")
+    rows = sum(written.sample.counts.values())
+    limits = [f"{item.name}: {item.why}" for item in written.proposed.proposals if not item.name.startswith("expect_")]
+    head = [f"tunegate run {written.file}\n", f"Written by `tunegate init` for {data}: {rows} rows.", *limits]
+    if written.suite:
+        write_new(written.suite, json.dumps(written.proposed.suite, indent=2, ensure_ascii=False) + "\n")
     try:
-        write_spec(look.file, look.proposed.spec, "\n".join(head))
+        write_spec(written.file, written.proposed.spec, "\n".join(head))
     except ConfigError:
-        if look.suite:
-            look.suite.unlink()
+        if written.suite:
+            written.suite.unlink()
         raise
 
 
@@ -153,54 +153,54 @@ def _first(source: Source, data: DataSpec) -> Mapping[str, Any]:
     """The first readable record, or an empty one."""
     try:
         values = [row.value for row in islice(read_source(source, data), 100)]
-    except DataError:  # the probe has told what is wrong with the file
+    except DataError:  # the probe has reported what is wrong with the file
         return {}
     return next((value for value in values if isinstance(value, Mapping)), {})
 
 
-def show_look(look: Look, console: "Console") -> None:
+def show_preset(written: WrittenPreset, console: "Console") -> None:
     from rich.text import Text
 
-    for name, count in look.sample.counts.items():
-        console.print(Text(f"{name}: {count:,} rows, format {look.formats.get(name, 'built in')}"), soft_wrap=True)
-    if look.sample.unreadable:
-        told = f"{look.sample.unreadable:,} records cannot be read; they would be quarantined"
-        console.print(Text(told, style="yellow"))
-    for part, column in look.columns.items():
+    for name, count in written.sample.counts.items():
+        console.print(Text(f"{name}: {count:,} rows, format {written.formats.get(name, 'built in')}"), soft_wrap=True)
+    if written.sample.unreadable:
+        line = f"{written.sample.unreadable:,} records cannot be read; they would be quarantined"
+        console.print(Text(line, style="yellow"))
+    for part, column in written.columns.items():
         console.print(Text(f"  {part:<12} <- {column}"), soft_wrap=True)
     console.print(Text("first row", style="bold"))
-    for field, value in look.example.items():
+    for field, value in written.example.items():
         text = " ".join(str(value).split())
         console.print(Text(f"  {field:<12} {text[:_SHOWN_CHARS]}{'...' if len(text) > _SHOWN_CHARS else ''}"))
-    if look.proposed.proposals:
-        _show_proposals(look, console)
-    written = f"{look.file} and {look.suite}" if look.suite else f"{look.file}"
-    console.print(Text(f"wrote {written}; next: tunegate run {look.file} --dry-run, then without it"), soft_wrap=True)
+    if written.proposed.proposals:
+        _show_proposals(written, console)
+    files = f"{written.file} and {written.suite}" if written.suite else f"{written.file}"
+    console.print(Text(f"wrote {files}; next: tunegate run {written.file} --dry-run, then without it"), soft_wrap=True)
 
 
-def _show_proposals(look: Look, console: "Console") -> None:
+def _show_proposals(written: WrittenPreset, console: "Console") -> None:
     """The limits and where they come from; above the usual budget, loudly what would be lost."""
     from rich.table import Table
     from rich.text import Text
 
-    rows = f"{look.proposed.rows:,} of {sum(look.sample.counts.values()):,} rows"
+    rows = f"{written.proposed.rows:,} of {sum(written.sample.counts.values()):,} rows"
     table = Table(title=f"proposed contract, from {rows}", title_justify="left", title_style="bold")
     table.add_column("promise", no_wrap=True)
     for name in ("limit", "observed", "headroom"):
         table.add_column(name, overflow="fold")
-    for item in look.proposed.proposals:
+    for item in written.proposed.proposals:
         value = ", ".join(item.value) if isinstance(item.value, list) else str(item.value)
         name = item.name.removeprefix("expect_column_")
         table.add_row(Text(name), Text(value), Text(item.observed), Text(item.headroom))
     console.print(table)
-    if look.rejected <= ContractSpec().max_quarantine_rate:
+    if written.rejected <= ContractSpec().max_quarantine_rate:
         return
     style = "bold red"
-    console.print(Text(f"{look.rejected:.1%} of these rows would go to quarantine:", style=style))
-    for reason, count in list(look.proposed.reasons.items())[:_SHOWN_REASONS]:
-        told = f"  {reason:<20} {count:,}, first: {look.proposed.examples[reason][0]}"
-        console.print(Text(told, style=style), soft_wrap=True)
-    budget = look.proposed.spec.contract.max_quarantine_rate
-    then = "lets the rest train" if look.rejected <= budget else "will stop the run"
-    told = f"contract.max_quarantine_rate={budget} {then}: repair the source, or decide what is right"
-    console.print(Text(told, style=style), soft_wrap=True)
+    console.print(Text(f"{written.rejected:.1%} of these rows would go to quarantine:", style=style))
+    for reason, count in list(written.proposed.reasons.items())[:_SHOWN_REASONS]:
+        line = f"  {reason:<20} {count:,}, first: {written.proposed.examples[reason][0]}"
+        console.print(Text(line, style=style), soft_wrap=True)
+    budget = written.proposed.spec.contract.max_quarantine_rate
+    then = "lets the rest train" if written.rejected <= budget else "will stop the run"
+    line = f"contract.max_quarantine_rate={budget} {then}: repair the source, or decide what is right"
+    console.print(Text(line, style=style), soft_wrap=True)

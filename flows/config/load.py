@@ -17,7 +17,7 @@ from ruamel.yaml.nodes import MappingNode, Node
 
 from data_contracts.errors import ConfigError, Problem
 from data_contracts.run_spec import RunSpec, StoreSpec
-from flows.config.validation_errors import all_settings, problems_of, unknown_key
+from flows.config.validation_errors import all_settings, spec_problems, unknown_key
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "demo"
@@ -35,8 +35,8 @@ class LoadedSpec:
 
 
 @dataclass(frozen=True)
-class Given:
-    """One value somebody wrote, and where."""
+class WrittenSetting:
+    """One setting as the user wrote it, and where."""
 
     key: str
     value: Any
@@ -58,7 +58,7 @@ def load_changes(overrides: list[str]) -> RunSpec:
 
 
 def load_store(overrides: list[str]) -> StoreSpec:
-    """Answer where the store lies, for commands that need nothing else of a spec."""
+    """Where the store is, for commands that need nothing else of a spec."""
     changes, problems = _read_overrides(overrides)
     problems += [
         Problem(f"{given.key} has no effect here", "--set", "this command only reads store.*", "leave it out")
@@ -96,7 +96,7 @@ def _yaml() -> YAML:
     return YAML(typ="safe", pure=True)
 
 
-def _read_file(path: Path) -> tuple[list[Given], list[Problem]]:
+def _read_file(path: Path) -> tuple[list[WrittenSetting], list[Problem]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         values, tree = _yaml().load(text), _yaml().compose(text)
@@ -133,8 +133,10 @@ def _key_lines(node: Node | None, prefix: tuple[str, ...]) -> Iterator[tuple[tup
             yield from _key_lines(value, (str(key.value),))
 
 
-def _flatten(values: dict[Any, Any], lines: dict[tuple[str, ...], int], name: str) -> tuple[list[Given], list[Problem]]:
-    given: list[Given] = []
+def _flatten(
+    values: dict[Any, Any], lines: dict[tuple[str, ...], int], name: str
+) -> tuple[list[WrittenSetting], list[Problem]]:
+    given: list[WrittenSetting] = []
     problems: list[Problem] = []
     for section, content in values.items():
         where = f"{name}:{lines.get((str(section),), 1)}"
@@ -146,13 +148,13 @@ def _flatten(values: dict[Any, Any], lines: dict[tuple[str, ...], int], name: st
         else:
             for field, value in (content or {}).items():
                 where = f"{name}:{lines.get((str(section), str(field)), 1)}"
-                given.append(Given(f"{section}.{field}", value, where))
+                given.append(WrittenSetting(f"{section}.{field}", value, where))
     problems += [unknown_key(item.key, item.origin) for item in given if item.key not in all_settings()]
     return given, problems
 
 
-def _read_overrides(overrides: list[str]) -> tuple[list[Given], list[Problem]]:
-    given: list[Given] = []
+def _read_overrides(overrides: list[str]) -> tuple[list[WrittenSetting], list[Problem]]:
+    given: list[WrittenSetting] = []
     problems: list[Problem] = []
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -163,7 +165,7 @@ def _read_overrides(overrides: list[str]) -> tuple[list[Given], list[Problem]]:
             problems.append(unknown_key(key, "--set"))
         else:
             try:
-                given.append(Given(key, _typed(key, value), "--set"))
+                given.append(WrittenSetting(key, _typed(key, value), "--set"))
             except YAMLError as error:
                 problems.append(_syntax_problem(error, f"--set {key}"))
     return given, problems
@@ -189,8 +191,8 @@ def _typed(key: str, text: str) -> Any:
 # --- resolving ----------------------------------------------------------------------------------------------
 
 
-def _resolve(given: list[Given], problems: list[Problem], source: str) -> LoadedSpec:
-    """Later values win over earlier ones; everything wrong is told at once."""
+def _resolve(given: list[WrittenSetting], problems: list[Problem], source: str) -> LoadedSpec:
+    """Later values win over earlier ones; everything wrong is reported at once."""
     nested: dict[str, dict[str, Any]] = {}
     origins = dict.fromkeys(all_settings(), "default")
     for item in given:
@@ -211,7 +213,7 @@ def _resolve(given: list[Given], problems: list[Problem], source: str) -> Loaded
     try:
         spec = RunSpec.model_validate(nested, strict=True)
     except ValidationError as error:
-        raise ConfigError(*problems, *problems_of(error, nested, origins)) from error
+        raise ConfigError(*problems, *spec_problems(error, nested, origins)) from error
     if problems:
         raise ConfigError(*problems)
     return LoadedSpec(spec, origins, source)
@@ -261,7 +263,8 @@ def _annotated(spec: RunSpec) -> Iterator[str]:
 
 def _comment(text: str, indent: str) -> Iterator[str]:
     for line in text.splitlines():
-        yield from textwrap.wrap(line, 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+        start = f"{indent}# "
+        yield from textwrap.wrap(line, 110, initial_indent=start, subsequent_indent=start, break_on_hyphens=False)
 
 
 def yaml_inline(value: Any) -> str:
@@ -272,7 +275,7 @@ def yaml_inline(value: Any) -> str:
         return f"[{', '.join(map(yaml_inline, value))}]"
     if not isinstance(value, str):
         return json.dumps(value)
-    # Read where it will stand, inside of something: alone, three dots would end the document.
+    # Checked inside a list, as it will be written: alone, three dots would end the document.
     plain = _PLAIN.fullmatch(value) and _yaml().load(f"[{value}]") == [value]
     return value if plain else f'"{"".join(map(_escaped, value))}"'
 

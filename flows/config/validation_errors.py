@@ -74,7 +74,9 @@ def _fields_of(section: str) -> dict[str, str]:
     return {name.partition(".")[2]: name for name in all_settings() if name.startswith(f"{section}.")}
 
 
-def problems_of(error: ValidationError, given: dict[str, dict[str, Any]], origins: dict[str, str]) -> Iterator[Problem]:
+def spec_problems(
+    error: ValidationError, given: dict[str, dict[str, Any]], origins: dict[str, str]
+) -> Iterator[Problem]:
     """One problem for each wrong key; the branches of a union are one problem."""
     by_key: dict[str, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):

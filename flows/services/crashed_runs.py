@@ -1,4 +1,4 @@
-"""Flow runs whose process was killed: outside a worker Prefect never hears of it and shows them as running for ever.
+"""Detects flow runs whose process was killed: outside a worker Prefect shows them as running for ever.
 
 Each run's process holds a lock as long as it lives, however it ends: what is unfinished and holds none is gone.
 """
@@ -37,7 +37,7 @@ _SECONDS_TO_START = 600.0
 _held: dict[UUID, FileLock] = {}
 
 
-def bury(dead: Holder) -> None:
+def mark_crashed(dead: Holder) -> None:
     """Set the run of a killed process to Crashed; nothing to do if this server does not know it or it has ended."""
     with get_client(sync_client=True) as client:
         try:
@@ -45,9 +45,9 @@ def bury(dead: Holder) -> None:
         except ObjectNotFound:
             return
         if found.state is None or not found.state.is_final():
-            message = f"its process {dead.process} on {dead.host} was killed; the next run goes on from what it left"
+            message = f"its process {dead.process} on {dead.host} was killed; the next run resumes from what it left"
             client.set_flow_run_state(found.id, Crashed(message=message), force=True)
-    note(f"an earlier run was killed: {dead.name}; going on from what it left")
+    note(f"an earlier run was killed: {dead.name}; resuming from what it left")
 
 
 def hold(flow: Any, flow_run: FlowRun, state: Any) -> None:
@@ -55,10 +55,11 @@ def hold(flow: Any, flow_run: FlowRun, state: Any) -> None:
     home = os.environ.get("PREFECT_HOME")
     if home is None or flow_run.id in _held:
         return
+    # Not `exclusive`: held until the process ends, not for a block.
     lock = FileLock(_lock_file(Path(home), flow_run.id))
     Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
     lock.acquire()
-    _held[flow_run.id] = lock  # until the process ends
+    _held[flow_run.id] = lock
     atexit.register(Path(lock.lock_file).unlink, missing_ok=True)
 
 
@@ -71,6 +72,7 @@ def _is_held(home: Path, run: UUID) -> bool:
     if not file.exists():
         return False
     try:
+        # Not `exclusive`: a held lock is the expected answer here, not an error of ours.
         with FileLock(file, timeout=0):
             file.unlink()
     except Timeout:
@@ -87,13 +89,13 @@ def reap(client: SyncPrefectClient, home: Path, seconds: float = 0.0) -> list[st
         _is_held(home, UUID(file.name))  # takes away what a killed process could not
     at_work = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_AT_WORK)))
     gone = [run for run in _ours(client, at_work) if _age(run) >= seconds and not _is_held(home, run.id)]
-    message = "its process was killed; the next run goes on from what it left"
+    message = "its process was killed; the next run resumes from what it left"
     for run in gone:
         client.set_flow_run_state(run.id, Crashed(message=message), force=True)
     return [run.name for run in gone]
 
 
-def reap_beside_a_worker() -> None:
+def reap_with_a_worker() -> None:
     """For a flow that `tunegate up` starts every few minutes: on a server of your own, other machines may be at work."""
     if MARK in os.environ:
         with get_client(sync_client=True) as client:
@@ -121,13 +123,13 @@ def drop_late(client: SyncPrefectClient) -> int:
     return dropped
 
 
-def _ours(client: SyncPrefectClient, asked: FlowRunFilter) -> list[FlowRun]:
+def _ours(client: SyncPrefectClient, run_filter: FlowRunFilter) -> list[FlowRun]:
     """Newest first."""
     flows = FlowFilter(name=FlowFilterName(any_=FLOWS))
     order = FlowRunSort.EXPECTED_START_TIME_DESC
     found: list[FlowRun] = []
     while more := client.read_flow_runs(
-        flow_filter=flows, flow_run_filter=asked, sort=order, limit=_PAGE, offset=len(found)
+        flow_filter=flows, flow_run_filter=run_filter, sort=order, limit=_PAGE, offset=len(found)
     ):
         found += more
     return found

@@ -25,7 +25,7 @@ from ruamel.yaml import YAML
 from data_contracts.run_spec import RunSpec
 from tasks.pipeline.device_lock import find_or_make_limit
 
-FILE = Path(__file__).parents[2] / "infra" / "prefect.yaml"
+DEPLOYMENTS_FILE = Path(__file__).parents[2] / "infra" / "prefect.yaml"
 POOL = TAG = "tunegate"
 _STRATEGY = {"wait": "ENQUEUE", "skip": "CANCEL_NEW"}
 
@@ -34,7 +34,7 @@ Deployment = dict[str, Any]
 
 def rendered(spec: RunSpec, directory: Path) -> list[Deployment]:
     """The file's deployments for this spec. directory: where its relative paths begin."""
-    file = YAML(typ="safe", pure=True).load(FILE)
+    file = YAML(typ="safe", pure=True).load(DEPLOYMENTS_FILE)
     root = Path(directory, spec.store.root)
     spec = spec.model_copy(update={"store": spec.store.model_copy(update={"root": str(root)})})
     pull = [{"prefect.deployments.steps.set_working_directory": {"directory": str(directory)}}]
@@ -61,7 +61,7 @@ def _own(deployment: Deployment, spec: RunSpec) -> Deployment:
     return own
 
 
-def digest(deployments: list[Deployment]) -> str:
+def deployments_sha256(deployments: list[Deployment]) -> str:
     return hashlib.sha256(json.dumps(deployments, sort_keys=True).encode()).hexdigest()
 
 
@@ -92,7 +92,7 @@ def apply(client: SyncPrefectClient, deployments: list[Deployment]) -> None:
 
 
 def client_of(url: str) -> SyncPrefectClient:
-    """Of this very server, whatever the environment names."""
+    """Of this server, no matter which one the environment names."""
     return SyncPrefectClient(api=f"{url}/api")
 
 
@@ -114,7 +114,7 @@ def _make_pool(client: SyncPrefectClient) -> None:
         client.create_work_pool(WorkPoolCreate(name=POOL, type=ProcessWorker.type, base_job_template=template))
 
 
-def pause(client: SyncPrefectClient, paused: bool) -> None:
+def set_paused(client: SyncPrefectClient, *, paused: bool) -> None:
     """A worker of a paused pool takes no new run. There may be no pool yet."""
     with suppress(ObjectNotFound):
         client.update_work_pool(POOL, WorkPoolUpdate(is_paused=paused))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from data_contracts.errors import Problem
 from data_contracts.run_spec import StoreSpec
 from flows.services.servers import MLFLOW_PORT, PREFECT_PORT, port_is_free
-from flows.services.state import read_state, services_folder
+from flows.services.state import read_services_state, services_folder
 from tasks.runtime.store import Store
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _general_tasks() -> Check:
 
 
 def _device() -> Iterator[Check]:
-    """Ask a child process: torch is loaded there, so this process stays small and a broken torch is told."""
+    """Ask a child process: torch is loaded there, so this process stays small and a broken torch is reported."""
     command = [sys.executable, "-m", "tasks.runtime.workers.device"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_DEVICE_SECONDS, check=True)
@@ -171,7 +171,7 @@ def _contents(store: Store, spec: StoreSpec) -> Check:
 
 
 def _ports(spec: StoreSpec) -> Iterator[Check]:
-    state = read_state(services_folder(spec))
+    state = read_services_state(services_folder(spec))
     ours = {state.mlflow_port, state.prefect_port} if state else set()
     for name, port in (("MLflow", MLFLOW_PORT), ("Prefect", PREFECT_PORT)):
         if port in ours:

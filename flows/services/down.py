@@ -1,13 +1,11 @@
 """`tunegate down`: everything that `up` started for a store is stopped in order, and nothing is left behind."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from filelock import FileLock, Timeout
 
 from data_contracts.errors import InfrastructureError, Problem
 from data_contracts.run_spec import StoreSpec
@@ -16,6 +14,7 @@ from flows.services.state import services_folder
 from flows.services.supervisor import IDLE, Supervisor, end
 from tasks.runtime.console import note, page
 from tasks.runtime.processes import SECONDS_TO_END
+from tasks.runtime.store import exclusive
 
 _SECONDS_TO_STOP = 20.0
 
@@ -33,7 +32,7 @@ def down(store: StoreSpec) -> Down:
     folder = services_folder(store)
     if not folder.is_dir():
         return Down([], [])
-    with alone(folder):
+    with services_lock(folder):
         return stop(Supervisor(folder), folder)
 
 
@@ -47,7 +46,7 @@ def stop(supervisor: Supervisor, folder: Path) -> Down:
         daemon = psutil.Process(supervisor.pid())
         supervisor.shut_down()
         psutil.wait_procs([daemon], timeout=2 * _SECONDS_TO_STOP * len(services))
-    left = services_state.processes(folder)  # of a supervisord that was killed, or what would not listen
+    left = services_state.processes(folder)  # of a supervisord that was killed, or what ignored the signal
     end(left, _SECONDS_TO_STOP)
     services_state.forget(folder)
     return Down(services or [process.name() for process in left], runs)
@@ -55,7 +54,7 @@ def stop(supervisor: Supervisor, folder: Path) -> Down:
 
 def _pause(folder: Path) -> None:
     """The worker must not take another run while this one ends. A server that is gone gives it none anyway."""
-    state = services_state.read_state(folder)
+    state = services_state.read_services_state(folder)
     if state is None:
         return
     server = services_state.prefect_of(folder, state)
@@ -63,11 +62,11 @@ def _pause(folder: Path) -> None:
         from flows.services import deployments as deploy
 
         with deploy.client_of(server.url) as client:
-            deploy.pause(client, True)
+            deploy.set_paused(client, paused=True)
 
 
 def _stop_runs(folder: Path) -> list[str]:
-    """SIGTERM for every run's own process: one that trains has its checkpoint written and tells Prefect how it ended."""
+    """SIGTERM for every run's own process: one that trains has its checkpoint written and reports to Prefect how it ended."""
     runs = list(services_state.flow_runs(folder))
     names = [name for _, name in runs]
     if runs:
@@ -78,16 +77,13 @@ def _stop_runs(folder: Path) -> list[str]:
 
 
 def end_services(folder: Path) -> None:
-    """Servers and workers whose supervisord was killed. Runs that still work go on: they wait for their server to come back."""
+    """Servers and workers whose supervisord was killed. Runs that still work continue: they wait for their server to come back."""
     left = [process for process in services_state.processes(folder) if not services_state.is_of_a_run(process)]
     end(left, _SECONDS_TO_STOP)
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    try:
-        with FileLock(folder / "up.lock", timeout=0):
-            yield
-    except Timeout:
-        act = "wait for it, or end it"
-        raise InfrastructureError(Problem("another tunegate up or down is at work", str(folder), act=act)) from None
+def services_lock(folder: Path) -> AbstractContextManager[None]:
+    """Only one `up` or `down` of a store works at a time; a second one raises InfrastructureError."""
+    act = "wait for it, or end it"
+    problem = Problem("another tunegate up or down is at work", str(folder), act=act)
+    return exclusive(folder / "up.lock", InfrastructureError(problem))

@@ -64,7 +64,7 @@ _QUIET = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # A request waits for a server for one minute, not four: a stage tries again by itself (docs/failures.md).
+    # A request waits for a server for one minute, not four: a stage is retried automatically (docs/failures.md).
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -83,7 +83,7 @@ def _homes(files: Path) -> dict[str, str]:
     cache = files / "cache"
     return {
         "PREFECT_HOME": str(files / "prefect"),
-        # Results outlive the server they were made under: a run goes on from them.
+        # Results outlive the server they were made under: a run resumes from them.
         "PREFECT_LOCAL_STORAGE_PATH": str(files / "prefect" / "results"),
         # The hub's own cache stays where it is: other projects share its models.
         "HF_DATASETS_CACHE": str(cache / "datasets"),

@@ -14,11 +14,11 @@ _PROGRAM = "SUPERVISOR_PROCESS_NAME"
 _SECONDS = 10.0
 
 
-def main() -> None:
+def end_leftovers_and_become_the_server() -> None:
     mine = os.environ[_PROGRAM]
     end([process for process in processes(Path(os.environ[MARK])) if value_of(process, _PROGRAM) == mine], _SECONDS)
     os.execv(sys.argv[1], sys.argv[1:])
 
 
 if __name__ == "__main__":
-    main()
+    end_leftovers_and_become_the_server()

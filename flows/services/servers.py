@@ -64,9 +64,9 @@ class Server:
         raise self.no_start()
 
     def no_start(self) -> InfrastructureError:
-        """The last thing it said, and where the rest is."""
+        """The last line of its log, and where the rest is."""
         tail = self.log.read_text(errors="replace").strip().splitlines()[-1:] if self.log.exists() else []
-        what = f"{self.name} did not start: {tail[0] if tail else 'it said nothing'}"
+        what = f"{self.name} did not start: {tail[0] if tail else 'its log is empty'}"
         return InfrastructureError(Problem(what, self.url, f"{START_SECONDS:.0f} s", f"read {self.log}"))
 
     def stop(self) -> None:
@@ -113,7 +113,7 @@ def start_all(wanted: list[Server]) -> None:
 
 
 def wait_for_ctrl_c(running: list[Server]) -> None:
-    """Return when the user has had enough; raise if a server dies on its own."""
+    """Return on Ctrl-C; raise if a server dies on its own."""
     try:
         while True:
             time.sleep(0.5)

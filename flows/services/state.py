@@ -13,7 +13,7 @@ from data_contracts.errors import Problem, StoreError
 from data_contracts.run_spec import StoreSpec
 from flows.services.servers import HEALTH, Server
 from flows.services.supervisor import Supervisor
-from tasks.runtime.store import Store
+from tasks.runtime.store import Store, write_atomically
 
 MARK = "TUNEGATE_SERVICES"
 """In the environment of all that `up` starts and of what these start: the folder. Nothing of it can get lost."""
@@ -22,7 +22,7 @@ _FLOW_RUN = "PREFECT__FLOW_RUN_ID"
 
 @dataclass(frozen=True)
 class State:
-    """What was asked for. deployed: digest of the deployments that were applied last."""
+    """What was requested. deployed: digest of the deployments that were applied last."""
 
     preset: str
     changes: list[str]
@@ -38,7 +38,7 @@ def services_folder(store: StoreSpec) -> Path:
     return Store.of(store).files.resolve() / "services"
 
 
-def read_state(folder: Path) -> State | None:
+def read_services_state(folder: Path) -> State | None:
     """None if nothing was started, or it was stopped."""
     try:
         return State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
@@ -49,10 +49,8 @@ def read_state(folder: Path) -> State | None:
         raise StoreError(Problem(f"cannot be read: {error}", str(folder / "state.json"), act=act)) from error
 
 
-def write_state(folder: Path, state: State) -> None:
-    draft = folder / "state.json.draft"
-    draft.write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
-    draft.replace(folder / "state.json")
+def write_services_state(folder: Path, state: State) -> None:
+    write_atomically(folder / "state.json", json.dumps(asdict(state), indent=1))
 
 
 def forget(folder: Path) -> None:
@@ -67,14 +65,14 @@ def prefect_of(folder: Path, state: State) -> Server:
 def open_here(store: StoreSpec) -> State | None:
     """What is up here and answers within a second: the port alone may be another store's by now."""
     folder = services_folder(store)
-    state = read_state(folder)
+    state = read_services_state(folder)
     if state is None or not Supervisor(folder).is_up():
         return None
     return state if prefect_of(folder, state).answers(1.0) else None
 
 
 def processes(folder: Path) -> list[psutil.Process]:
-    """Everything that `up` started here and what that started, whoever its parent is now."""
+    """Everything that `up` started here and what that started, no matter which process is its parent now."""
     mine = os.getpid()
     return [
         process for process in psutil.process_iter() if process.pid != mine and value_of(process, MARK) == str(folder)

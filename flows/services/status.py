@@ -2,24 +2,25 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from uuid import UUID
 from zoneinfo import ZoneInfo
 
-from data_contracts.errors import TransientError
 from data_contracts.run_spec import StoreSpec
 from flows.services import state as services_state
 from flows.services.servers import Server, servers
 from flows.services.state import State, services_folder
-from flows.services.supervisor import Supervisor
-from tasks.runtime.console import note, page
+from flows.services.supervisor import Process, Supervisor
+from tasks.runtime.console import page
 from tasks.runtime.store import Store
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.responses import DeploymentResponse
 
     from tasks.release.history import Standing
 
@@ -76,11 +77,10 @@ class Status:
         return all(service.state == "running" for service in self.services)
 
 
-def look(store: StoreSpec) -> Status:
-    """Ask supervisord, Prefect and the registry. Nothing is started; only a move of a champion that a killed process left
-    is ended."""
+def read_status(store: StoreSpec) -> Status:
+    """Ask supervisord, Prefect and the registry. Nothing is started and nothing is changed."""
     folder = services_folder(store)
-    state = services_state.read_state(folder)
+    state = services_state.read_services_state(folder)
     if state and state.mlflow_uri:
         store = store.model_copy(update={"mlflow_uri": state.mlflow_uri})
     services = _services(store, folder, state) if state else []
@@ -103,10 +103,10 @@ def _services(store: StoreSpec, folder: Path, state: State) -> list[Service]:
     return [_service(name, server, runs.get(name)) for name, server in named.items()]
 
 
-def _service(name: str, server: Server | None, process: Any) -> Service:
+def _service(name: str, server: Server | None, process: Process | None) -> Service:
     url = server.url if server else None
     if process is None or process.state not in ("RUNNING", "STARTING"):
-        return Service(name, "stopped", None, url, None)
+        return Service(name, "stopped", pid=None, url=url, since=None)
     state = "running" if process.state == "RUNNING" or server else "starting"
     if server and not server.answers():
         state = "starting" if process.state == "STARTING" else "silent"
@@ -117,11 +117,8 @@ def _service(name: str, server: Server | None, process: Any) -> Service:
 def _models(store: StoreSpec) -> list["Standing"]:
     if not store.mlflow_uri and not (Store.of(store).root / "mlflow.db").exists():
         return []
-    from tasks.release.history import reconcile, standings
+    from tasks.release.history import standings
 
-    with suppress(TransientError):  # a move is being made this moment
-        for told in reconcile(store, wait_seconds=0):
-            note(told)
     return standings(store)
 
 
@@ -139,33 +136,38 @@ def _deployments(client: "SyncPrefectClient") -> Iterator[Deployed]:
 _ORDER = {"retrain": 0, "watch": 1, "gate": 2, "promote": 3}
 
 
-def _schedule(deployment: Any) -> tuple[str, str]:
+def _schedule(deployment: "DeploymentResponse") -> tuple[str, str]:
     """In words, and its time zone."""
+    from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+
     if deployment.paused:
         return "paused", "UTC"
-    for item in deployment.schedules:
-        if not item.active:
-            return "paused", "UTC"
-        if cron := getattr(item.schedule, "cron", None):
-            return f"{cron} ({item.schedule.timezone})", item.schedule.timezone
-        return f"every {item.schedule.interval.total_seconds() / 60:g} min", "local"
-    return "by hand", "UTC"
+    if not deployment.schedules:
+        return "by hand", "UTC"
+    item = deployment.schedules[0]
+    if not item.active:
+        return "paused", "UTC"
+    if isinstance(item.schedule, CronSchedule):
+        zone = item.schedule.timezone or "UTC"
+        return f"{item.schedule.cron} ({zone})", zone
+    assert isinstance(item.schedule, IntervalSchedule)  # `deployments` makes no other
+    return f"every {item.schedule.interval.total_seconds() / 60:g} min", "local"
 
 
-def _runs(client: "SyncPrefectClient", deployment: Any, kinds: list[str], order: str, limit: int) -> list[Any]:
+def _runs(client: "SyncPrefectClient", deployment: UUID, kinds: list[str], order: str, limit: int) -> "list[FlowRun]":
     from prefect.client.schemas import filters
     from prefect.client.schemas.objects import StateType
     from prefect.client.schemas.sorting import FlowRunSort
 
     types = filters.FlowRunFilterStateType(any_=[StateType[kind] for kind in kinds])
-    asked = filters.FlowRunFilter(
+    run_filter = filters.FlowRunFilter(
         deployment_id=filters.FlowRunFilterDeploymentId(any_=[deployment]),
         state=filters.FlowRunFilterState(type=types),
     )
-    return client.read_flow_runs(flow_run_filter=asked, sort=FlowRunSort[order], limit=limit)
+    return client.read_flow_runs(flow_run_filter=run_filter, sort=FlowRunSort[order], limit=limit)
 
 
-def _last(client: "SyncPrefectClient", deployment: Any) -> Iterator[LastRun]:
+def _last(client: "SyncPrefectClient", deployment: UUID) -> Iterator[LastRun]:
     kinds = ["RUNNING", "PENDING", "COMPLETED", "FAILED", "CRASHED", "CANCELLED", "CANCELLING"]
     for run in _runs(client, deployment, kinds, "EXPECTED_START_TIME_DESC", 3):
         began = run.start_time
@@ -174,9 +176,11 @@ def _last(client: "SyncPrefectClient", deployment: Any) -> Iterator[LastRun]:
         yield LastRun(run.name, run.state_name or "", kind, _local(began) if began else None, seconds)
 
 
-def _next(client: "SyncPrefectClient", deployment: Any, zone: str) -> Iterator[NextRun]:
+def _next(client: "SyncPrefectClient", deployment: UUID, zone: str) -> Iterator[NextRun]:
     for run in _runs(client, deployment, ["SCHEDULED"], "NEXT_SCHEDULED_START_TIME_ASC", 2):
         when = run.next_scheduled_start_time or run.expected_start_time
+        if when is None:  # Prefect gives every scheduled run one
+            continue
         there = _local(when) if zone == "local" else when.astimezone(ZoneInfo(zone)).isoformat(timespec="seconds")
         yield NextRun(there, run.state_name or "")
 

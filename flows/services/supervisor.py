@@ -1,4 +1,4 @@
-"""supervisord keeps the services alive: its configuration, and how it is asked over its socket in the store."""
+"""supervisord keeps the services alive: its configuration, and a client for its socket in the store."""
 
 import os
 import shlex
@@ -20,11 +20,12 @@ _LONGEST_SOCKET = (
     95  # bytes; a unix socket's path has 107, on macOS 103, and supervisord makes one with its pid appended
 )
 _START_SECONDS = 20.0
-_ALREADY_STARTED = 60
+_ALREADY_STARTED = 60  # a fault of supervisord
+_DO_NOT_WAIT = False
 IDLE = ("STOPPED", "EXITED", "FATAL")
-"""States of a program that will not run again by itself."""
+"""States of a program that supervisord does not start again."""
 
-# Files are named from its working directory, which is where this lies: paths with a % would need escapes, twice.
+# Files are named from its working directory, which is where this file is: paths with a % would need escapes, twice.
 _HEAD = """\
 ; Written by `tunegate up`; `tunegate down` stops what it names.
 [unix_http_server]
@@ -122,9 +123,9 @@ class Supervisor:
             if self.is_up():
                 return
             time.sleep(0.1)
-        told = (done.stderr + done.stdout).strip().splitlines()[-1:] or ["it does not answer"]
+        reason = (done.stderr + done.stdout).strip().splitlines()[-1:] or ["it does not answer"]
         act = f"read {self.folder / 'supervisord.log'}"
-        raise InfrastructureError(Problem(f"supervisord did not start: {told[0]}", str(self.file), act=act))
+        raise InfrastructureError(Problem(f"supervisord did not start: {reason[0]}", str(self.file), act=act))
 
     def programs(self) -> dict[str, Process]:
         """Empty if no supervisord answers."""
@@ -136,13 +137,10 @@ class Supervisor:
 
     def start_program(self, name: str) -> None:
         try:
-            self._ask("startProcess", name, False)
+            self._ask("startProcess", name, _DO_NOT_WAIT)
         except Fault as fault:
             if fault.faultCode != _ALREADY_STARTED:
                 raise InfrastructureError(Problem(f"cannot be started: {fault.faultString}", name)) from fault
-
-    def stop_program(self, name: str) -> None:
-        self._ask("stopProcess", name)
 
     def shut_down(self) -> None:
         """Ask it to stop every program, the last one first, and itself."""
@@ -154,7 +152,7 @@ class Supervisor:
     def _ask(self, method: str, *arguments: Any) -> Any:
         from supervisor.xmlrpc import SupervisorTransport
 
-        transport = SupervisorTransport(None, None, f"unix://{self.socket}")
+        transport = SupervisorTransport(serverurl=f"unix://{self.socket}")
         with ServerProxy("http://localhost", transport=transport) as server:
             return getattr(server.supervisor, method)(*arguments)
 

@@ -16,7 +16,7 @@ from data_contracts.run_spec import RunSpec, StoreSpec
 from flows.config.load import DEFAULT_PRESET, load_spec
 from flows.services import state as services_state
 from flows.services.doctor import package_problems
-from flows.services.down import alone, end_services, stop
+from flows.services.down import end_services, services_lock, stop
 from flows.services.environment import make_homes, prepare_environment
 from flows.services.servers import ENVIRONMENT, MLFLOW_PORT, PREFECT_PORT, START_SECONDS, Server, check_ports, servers
 from flows.services.state import MARK, State, services_folder
@@ -55,19 +55,19 @@ def up(preset: str | None, changes: list[str], mlflow_port: int | None, prefect_
         _check(found, names)  # before anything is written
     make_homes(spec.store)
     folder.mkdir(mode=0o700, exist_ok=True)
-    with alone(folder):
+    with services_lock(folder):
         supervisor = Supervisor(folder)
         runs = supervisor.programs()
         if runs and before:
             _refuse_other_servers(before, state)
-        else:  # what a killed supervisord has left, or what runs on nobody knows which ports
+        else:  # what a killed supervisord has left, or what runs on unknown ports
             end_services(folder)
             runs = {}
         missing = [name for name in names if _is_idle(runs, name)]
         _check(found, missing)
         prepare_environment(spec.store)
         os.environ["PREFECT_API_URL"] = url
-        services_state.write_state(folder, replace(state, deployed=before.deployed if before and runs else ""))
+        services_state.write_services_state(folder, replace(state, deployed=before.deployed if before and runs else ""))
         try:
             if not runs:
                 supervisor.file.write_text(configuration(_programs(found)), encoding="utf-8")
@@ -82,9 +82,9 @@ def up(preset: str | None, changes: list[str], mlflow_port: int | None, prefect_
 def _wanted(
     preset: str | None, changes: list[str], mlflow_port: int | None, prefect_port: int | None
 ) -> tuple[RunSpec, State, State | None]:
-    """What is asked for. Without a preset: what runs in this store goes on, with the same changes unless there are others."""
+    """What is requested. Without a preset: what runs in this store keeps running, with the same changes unless there are others."""
     spec = load_spec(preset, changes).spec
-    before = services_state.read_state(services_folder(spec.store))
+    before = services_state.read_services_state(services_folder(spec.store))
     directory = str(Path.cwd())
     if before and preset is None:
         preset, changes, directory = before.preset, changes or before.changes, before.directory
@@ -105,12 +105,12 @@ def _wanted(
     return spec, state, before
 
 
-def _refuse_other_servers(runs: State, asked: State) -> None:
-    pairs: list[tuple[str, object, object]] = [("--prefect-port", runs.prefect_port, asked.prefect_port)]
-    pairs += [("--mlflow-port", runs.mlflow_port, asked.mlflow_port)]
-    pairs += [(name, runs.versions.get(name), found) for name, found in asked.versions.items()]
+def _refuse_other_servers(runs: State, wanted: State) -> None:
+    pairs: list[tuple[str, object, object]] = [("--prefect-port", runs.prefect_port, wanted.prefect_port)]
+    pairs += [("--mlflow-port", runs.mlflow_port, wanted.mlflow_port)]
+    pairs += [(name, runs.versions.get(name), found) for name, found in wanted.versions.items()]
     problems = [
-        Problem(f"{new} is asked for, but {old} runs", name, act="tunegate down, then tunegate up")
+        Problem(f"{new} is requested, but {old} runs", name, act="tunegate down, then tunegate up")
         for name, old, new in pairs
         if old != new
     ]
@@ -131,10 +131,10 @@ def _check(found: list[Server], missing: list[str]) -> None:
 
 def _programs(found: list[Server]) -> list[Program]:
     worker = [sys.executable, "-m", "prefect", "worker", "start", "--name", "tunegate", "--pool", "tunegate"]
-    # Its log is where a flow's own output goes; the signals of a stop are not for the runs, see `down`.
+    # Its log gets a flow's own output; the runs must not get the signals of a stop, see `down`.
     log = 'PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="INFO"'
-    afresh = [sys.executable, "-m", "flows.services.restart"]
-    listed = [Program(server.name.lower(), [*afresh, *server.command]) for server in found]
+    restart = [sys.executable, "-m", "flows.services.restart"]
+    listed = [Program(server.name.lower(), [*restart, *server.command]) for server in found]
     return [*listed, Program(WORKER, [*worker, "--type", "process"], group=False, environment=log)]
 
 
@@ -161,7 +161,7 @@ def _start(spec: RunSpec, supervisor: Supervisor, found: list[Server], missing: 
     if WORKER in missing:
         supervisor.start_program(WORKER)
     _wait_for_worker(supervisor, prefect)
-    state = services_state.read_state(supervisor.folder)
+    state = services_state.read_services_state(supervisor.folder)
     assert state is not None  # written above, under the lock
     return Up(state, supervisor.folder, found, missing, deployed, reaped, dropped)
 
@@ -176,13 +176,13 @@ def _migrate(server: Server, store: StoreSpec) -> None:
 
 def _deploy(spec: RunSpec, folder: Path, prefect: Server, fresh_worker: bool) -> tuple[list[str], list[str], int]:
     """Deployments, if they have changed; and, while no worker runs, what killed runs and missed schedules have left."""
-    from flows.services import crashed_runs as runs_left
+    from flows.services import crashed_runs
     from flows.services import deployments as deploy
 
-    state = services_state.read_state(folder)
+    state = services_state.read_services_state(folder)
     assert state is not None  # written by the caller
     wanted = deploy.rendered(spec, Path(state.directory))
-    digest = deploy.digest(wanted)
+    digest = deploy.deployments_sha256(wanted)
     applied: list[str] = []
     reaped: list[str] = []
     dropped = 0
@@ -190,10 +190,13 @@ def _deploy(spec: RunSpec, folder: Path, prefect: Server, fresh_worker: bool) ->
         if digest != state.deployed or not deploy.are_there(client, wanted):
             deploy.apply(client, wanted)
             applied = [deployment["name"] for deployment in wanted]
-        deploy.pause(client, False)  # as a `down` that was interrupted has left it
+        deploy.set_paused(client, paused=False)  # as a `down` that was interrupted has left it
         if fresh_worker:
-            reaped, dropped = runs_left.reap(client, Path(os.environ["PREFECT_HOME"])), runs_left.drop_late(client)
-    services_state.write_state(folder, replace(state, deployed=digest))
+            reaped, dropped = (
+                crashed_runs.reap(client, Path(os.environ["PREFECT_HOME"])),
+                crashed_runs.drop_late(client),
+            )
+    services_state.write_services_state(folder, replace(state, deployed=digest))
     return applied, reaped, dropped
 
 

@@ -19,6 +19,10 @@ from data_contracts.data_reports import FileRef
 from data_contracts.errors import Problem, StoreError
 from data_contracts.reports import RunReport
 from data_contracts.run_spec import StoreSpec
+from tasks.runtime.core.files import exclusive, write_atomically
+
+# Flows import no `core`: for their files in the store they take the two functions from here.
+__all__ = ["Store", "exclusive", "write_atomically"]
 
 _FREE_BYTES_NEEDED = 2 * 1024**3  # the default base (0.5 GB) twice while it is converted, checkpoints, artifacts
 

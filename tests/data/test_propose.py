@@ -14,7 +14,7 @@ from data_contracts.data_reports import ValidatedData
 from data_contracts.data_spec import ContractSpec, DataSpec, RulesSpec
 from data_contracts.errors import ConfigError, DataError
 from flows.cli.app import main
-from flows.config.init_spec import Look, init
+from flows.config.init_spec import WrittenPreset, write_preset
 from flows.config.load import load_spec
 from tasks.data.ingestion.ingest import ingest
 from tasks.data.ingestion.sources import find_sources
@@ -83,8 +83,8 @@ def written(rows: Rows, name: str = "rows.jsonl") -> str:
     return name
 
 
-def proposal(rows: Rows, *changes: str) -> Look:
-    return init(Path("my.yaml"), written(rows), None, None, list(changes))
+def proposal(rows: Rows, *changes: str) -> WrittenPreset:
+    return write_preset(Path("my.yaml"), written(rows), None, None, list(changes))
 
 
 def checked(rows: Rows, before: ValidatedData | None = None) -> tuple[ValidatedData, set[str]]:
@@ -97,7 +97,7 @@ def checked(rows: Rows, before: ValidatedData | None = None) -> tuple[ValidatedD
     return result, {item["name"].partition("(")[2][:-1] for item in outcomes if not item["success"]}
 
 
-def limits(look: Look) -> dict[str, Any]:
+def limits(look: WrittenPreset) -> dict[str, Any]:
     return {item.name: item.value for item in look.proposed.proposals}
 
 
@@ -277,7 +277,7 @@ def test_data_of_which_nothing_is_left_get_a_contract_that_still_asks_for_rows()
 def test_unreadable_rows_count_against_the_budget() -> None:
     with Path(written(english(8))).open("a") as file:
         file.write("{broken\n" * 2)
-    look = init(Path("my.yaml"), "rows.jsonl", None, None, [])
+    look = write_preset(Path("my.yaml"), "rows.jsonl", None, None, [])
     assert (look.sample.unreadable, look.rejected) == (2, 0.2)
     assert limits(look)["contract.max_quarantine_rate"] == 0.25
 

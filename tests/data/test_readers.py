@@ -15,7 +15,7 @@ import pytest
 from data_contracts.data_spec import DataSpec
 from data_contracts.errors import DataError, InfrastructureError
 from data_contracts.rows import Rejection
-from flows.config.init_spec import init
+from flows.config.init_spec import write_preset
 from tasks.data.ingestion.encodings import open_text, resolve_encoding
 from tasks.data.ingestion.ingest import ingest
 from tasks.data.ingestion.raw_rows import RawRow, printable
@@ -247,7 +247,7 @@ def test_a_delimiter_that_was_found_is_told(tmp_path: Path, capfd: pytest.Captur
 
 def test_init_writes_a_preset_for_a_csv_with_semicolons(tmp_path: Path) -> None:
     path = write(tmp_path, "semi.csv", "question;answer\nIs it a, or b?;It is b.\n")
-    look = init(tmp_path / "my.yaml", path, None, None, [])
+    look = write_preset(tmp_path / "my.yaml", path, None, None, [])
     assert (look.sample.counts, look.sample.unreadable) == ({"semi.csv": 1}, 0)
     assert look.columns == {"prompt": "question", "completion": "answer"}
     assert look.example["question"] == "Is it a, or b?"

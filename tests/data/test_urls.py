@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from data_contracts.data_spec import DataSpec
 from data_contracts.errors import DataError, TransientError
-from flows.config.init_spec import init
+from flows.config.init_spec import write_preset
 from flows.config.load import load_spec
 from tasks.data.ingestion import urls
 from tasks.data.ingestion.ingest import ingest
@@ -127,7 +127,7 @@ def test_init_writes_a_preset_for_rows_on_the_web(web, tmp_path, monkeypatch):
     address, folder, _ = web
     (folder / "rows.jsonl").write_text(lines(*range(60)))
     monkeypatch.chdir(tmp_path)
-    look = init(Path("my.yaml"), f"{address}/rows.jsonl", None, None, [])
+    look = write_preset(Path("my.yaml"), f"{address}/rows.jsonl", None, None, [])
     assert look.sample.counts == {"rows.jsonl": 60}
     assert load_spec("my.yaml", []).spec.data.source == [f"{address}/rows.jsonl"]
 

@@ -39,12 +39,12 @@ TOKEN = "ghs_secret"
 def gate(
     name: str, verdict: str, why: str, found: Estimate | None = None, needs: tuple = ("at least", 0.8)
 ) -> GateResult:
-    told = {"actual": found.value, "interval": found.interval} if found else {"actual": None, "interval": None}
-    return GateResult(name=name, direction=needs[0], threshold=needs[1], verdict=verdict, why=why, **told)
+    measured = {"actual": found.value, "interval": found.interval} if found else {"actual": None, "interval": None}
+    return GateResult(name=name, direction=needs[0], threshold=needs[1], verdict=verdict, why=why, **measured)
 
 
 def planted(**changes) -> Decision:
-    """What a gate says of version 3 against version 2, with numbers that nobody measured."""
+    """A gate decision on version 3 against version 2, with numbers that nobody measured."""
     measured = comparison(
         "candidate", 40, 31,
         nll_nats={"base": 5.83, "candidate": 4.39, "champion": 4.37},
@@ -117,7 +117,7 @@ def test_a_gate_is_one_line_with_what_it_needs_and_what_was_measured():
 
 def test_without_a_version_in_production_it_says_so():
     assert "No version was in production" in markdown(planted(rival=None))
-    assert "against tunegate-smoke version 2" in markdown(planted())
+    assert "Compared with tunegate-smoke version 2" in markdown(planted())
 
 
 HOSTILE = "a|b`c`<script>x</script>[l](http://e)\n\n# h *b* _i_ @team"
@@ -199,16 +199,16 @@ def test_the_report_folder_holds_the_same_json_as_the_command_prints(tmp_path, m
     asked = deciding(monkeypatch, planted())
     code = main(["gate", "smoke", "--model", "models:/m/3", "--baseline", "models:/m/2", "--report", "a/b", "--json"])
     assert code == 3
-    told = json.loads(capfd.readouterr().out)
+    printed = json.loads(capfd.readouterr().out)
     assert sorted(path.name for path in Path("a/b").iterdir()) == ["gate.json", "gate.md", "gate.xml"]
-    assert json.loads(Path("a/b/gate.json").read_text()) == told
-    assert (told["verdict"], told["version"], told["off"]) == ("inconclusive", "3", ["max_ms_per_token"])
-    assert told["comparison"]["champion_gain"]["value"] == -0.02
+    assert json.loads(Path("a/b/gate.json").read_text()) == printed
+    assert (printed["verdict"], printed["version"], printed["off"]) == ("inconclusive", "3", ["max_ms_per_token"])
+    assert printed["comparison"]["champion_gain"]["value"] == -0.02
     assert asked == [("models:/m/3", "models:/m/2")]
 
 
 def deciding(monkeypatch: pytest.MonkeyPatch, decision: Decision) -> list[tuple]:
-    """The flow answers with a planted decision; returns what it is asked. How it looks on a terminal is not tested here."""
+    """The flow answers with a planted decision; returns what it is asked."""
     asked: list[tuple] = []
 
     def decide(spec, *uris):
@@ -216,11 +216,10 @@ def deciding(monkeypatch: pytest.MonkeyPatch, decision: Decision) -> list[tuple]
         return decision
 
     monkeypatch.setattr("flows.gate.gate", decide)
-    monkeypatch.setattr("flows.cli.pages.run.show_decision", lambda *found: None)
     return asked
 
 
-def test_a_folder_that_cannot_be_made_is_told_before_anything_runs(tmp_path, monkeypatch, capfd):
+def test_a_folder_that_cannot_be_made_is_reported_before_anything_runs(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     asked = deciding(monkeypatch, planted())
     Path("file").write_text("mine")
@@ -351,7 +350,7 @@ def test_no_comment_goes_stale_where_two_were_made(api):
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_what_may_pass_is_tried_again(api, capfd, status):
+def test_what_is_transient_is_retried(api, capfd, status):
     api["failures"] += [(status, {}), (200, []), (status, {})]
     put_comment(planted())
     assert [method for method, _ in asked(api)] == ["GET", "GET", "POST", "POST"]
@@ -360,21 +359,21 @@ def test_what_may_pass_is_tried_again(api, capfd, status):
 
 
 @pytest.mark.parametrize(
-    ("failures", "told"),
+    ("failures", "warning"),
     [
         ([(403, {"message": "Resource not accessible by integration"})], "403 Forbidden: Resource not accessible"),
         ([(500, "no json")] * 9, "500 Internal Server Error"),
         ([(200, {"odd": 1})], "ValidationError"),
     ],
 )
-def test_a_comment_that_fails_warns_and_decides_nothing(api, tmp_path, monkeypatch, capfd, failures, told):
+def test_a_comment_that_fails_warns_and_decides_nothing(api, tmp_path, monkeypatch, capfd, failures, warning):
     monkeypatch.chdir(tmp_path)
     deciding(monkeypatch, planted())
     api["failures"] += failures
     assert main(["gate", "smoke", "--model", "models:/m/3", "--comment", "--json"]) == 3
     out, err = capfd.readouterr()
     assert json.loads(out)["verdict"] == "inconclusive"
-    assert told in err
+    assert warning in err
     assert TOKEN not in out + err
 
 
@@ -394,7 +393,7 @@ def test_nothing_is_sent_without_being_asked(api, tmp_path, monkeypatch):
     assert api["asked"] == []
 
 
-def test_a_job_without_a_pull_request_is_told_what_is_needed(api, tmp_path, monkeypatch, capfd):
+def test_a_job_without_a_pull_request_is_warned_what_is_needed(api, tmp_path, monkeypatch, capfd):
     (tmp_path / "event.json").write_text('{"ref": "refs/heads/main"}')
     put_comment(planted())
     assert "CI_MERGE_REQUEST_IID" in capfd.readouterr().err
@@ -457,7 +456,7 @@ def rival_of(*args):
     return ask(StoreSpec(), *args)
 
 
-def test_a_version_stands_against_the_champion_or_the_one_named(registered):
+def test_a_version_is_compared_with_the_champion_or_the_one_named(registered):
     candidate = version("3", "c")
     assert rival_of(candidate, None) is None
     registered |= {"champion": version("1", "a"), "models:/m/2": version("2", "b")}
@@ -473,7 +472,7 @@ def test_a_version_that_is_the_champion_itself_is_measured_against_itself_and_sa
     assert rival.target is not None
 
 
-def test_a_baseline_on_another_base_is_refused_and_a_champion_there_leaves_its_number_missing(registered):
+def test_a_baseline_of_another_base_model_is_refused_and_a_champion_there_leaves_its_number_missing(registered):
     registered |= {"champion": version("1", "a", "other"), "models:/m/1": version("1", "a", "other")}
     with pytest.raises(ConfigError, match="stands on another base than m version 3"):
         rival_of(version("3", "c"), "models:/m/1")
@@ -519,9 +518,9 @@ def test_every_command_of_the_workflows_is_one_that_there_is():
 
 
 def test_the_workflow_is_safe_for_pull_requests_from_forks():
-    told = workflow()
-    assert set(told["on"]) == {"pull_request"}
-    assert told["permissions"] == {"contents": "read", "pull-requests": "write"}
+    found = workflow()
+    assert set(found["on"]) == {"pull_request"}
+    assert found["permissions"] == {"contents": "read", "pull-requests": "write"}
     assert "secrets." not in WORKFLOW.read_text(encoding="utf-8")
     (checkout,) = [step for step in steps() if step.get("uses", "").startswith("actions/checkout@")]
     assert checkout["with"] == {"fetch-depth": 0, "persist-credentials": False}
@@ -606,11 +605,11 @@ def test_the_workflows_own_steps_gate_a_change_against_main_and_comment(job, api
         assert code == 0, said
     assert git("rev-parse", "origin/main", cwd=work) in Path(environment["GITHUB_OUTPUT"]).read_text()
     code, said = run_step(decide, job)
-    told = json.loads((work / "gate" / "gate.json").read_text())
-    assert code == {"pass": 0, "fail": 1, "inconclusive": 3}[told["verdict"]], said
-    assert told["rival"] == "tunegate-smoke version 1"
-    assert told["version"] == "2"
-    assert told["comparison"]["champion_gain"]["value"] != 0
+    printed = json.loads((work / "gate" / "gate.json").read_text())
+    assert code == {"pass": 0, "fail": 1, "inconclusive": 3}[printed["verdict"]], said
+    assert printed["rival"] == "tunegate-smoke version 1"
+    assert printed["version"] == "2"
+    assert printed["comparison"]["champion_gain"]["value"] != 0
     assert (work / "gate" / "gate.md").read_text() in Path(environment["GITHUB_STEP_SUMMARY"]).read_text()
     assert ElementTree.parse(work / "gate" / "gate.xml").getroot().tag == "testsuites"
     again, _ = run_step(decide, job)

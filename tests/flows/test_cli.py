@@ -1,4 +1,4 @@
-"""The command: what it imports, what it says about bad input, its exit codes, its one JSON object."""
+"""The command: what it imports, how it reports bad input, its exit codes, its one JSON object."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from data_contracts.run_spec import StoreSpec
 from data_contracts.verdict import GateReport, GateResult
 from flows.cli import output as console
 from flows.cli.app import main
-from flows.cli.output import EXIT_CODES, Outcome, result_stream, say
-from flows.cli.pages.run import show_decision
+from flows.cli.output import EXIT_CODES, Outcome, print_outcome, result_stream
+from flows.cli.pages.tables import show_gate
 from flows.services.doctor import _package
 from flows.services.environment import prepare_environment
 from flows.services.servers import Server, port_is_free, start_all, stop_all
@@ -82,7 +82,7 @@ def test_every_command_explains_itself_and_takes_json(capfd, command):
     assert "--json" in capfd.readouterr().out
 
 
-def test_the_version_is_told(capfd):
+def test_the_version_is_printed(capfd):
     assert main(["--version"]) == 0
     assert capfd.readouterr().out == "tunegate 0.1.0\n"
     assert answer(capfd, "--version")[:2] == (0, {"version": "0.1.0"})
@@ -130,16 +130,16 @@ STORE = "store.root=elsewhere"
     ],
 )
 def test_bad_input_ends_with_2_and_says_what_to_do(capfd, tmp_path, args, kind, what, act):
-    code, told, err = answer(capfd, *args)
-    (problem,) = told["error"]["problems"]
-    assert (code, told["exit_code"], told["error"]["kind"]) == (2, 2, kind)
+    code, payload, err = answer(capfd, *args)
+    (problem,) = payload["error"]["problems"]
+    assert (code, payload["exit_code"], payload["error"]["kind"]) == (2, 2, kind)
     assert what in problem["what"]
     assert act in problem["act"]
     assert what in err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_problem_stands_on_stderr_and_stdout_stays_empty(capfd):
+def test_every_problem_is_on_stderr_and_stdout_stays_empty(capfd):
     assert main(["run", "--set", "train.rank=0", "--set", "foo=1"]) == 2
     out, err = capfd.readouterr()
     assert out == ""
@@ -160,7 +160,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def plan(loaded: object) -> None:
         raise error
 
-    monkeypatch.setattr("flows.cli.pages.dry_run.plan", plan)
+    monkeypatch.setattr("flows.cli.pages.dry_run.planned_run", plan)
 
 
 @pytest.mark.parametrize(
@@ -172,10 +172,10 @@ def test_each_kind_of_failure_has_its_exit_code(capfd, monkeypatch, error, code)
     assert answer(capfd, "run", "--dry-run")[0] == code
 
 
-def test_an_interrupted_run_says_that_it_goes_on(capfd, monkeypatch):
+def test_an_interrupted_run_says_that_it_resumes(capfd, monkeypatch):
     failing(monkeypatch, KeyboardInterrupt())
     assert main(["run", "--dry-run"]) == 130
-    assert "the same command again goes on from there" in capfd.readouterr().err
+    assert "the same command again resumes from there" in capfd.readouterr().err
 
 
 STUBBORN = """
@@ -189,12 +189,12 @@ def plan(loaded):
     except KeyboardInterrupt:
         time.sleep(60)
 
-flows.cli.pages.dry_run.plan = plan
+flows.cli.pages.dry_run.planned_run = plan
 sys.exit(main(["run", "--dry-run", "--json"]))
 """
 
 
-def test_ctrl_c_ends_even_what_will_not_listen_and_its_children():
+def test_ctrl_c_ends_even_what_ignores_the_signal_and_its_children():
     command = [sys.executable, "-c", STUBBORN]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, start_new_session=True, **streams) as process:
@@ -207,7 +207,7 @@ def test_ctrl_c_ends_even_what_will_not_listen_and_its_children():
         finally:
             process.kill()
     assert process.returncode == json.loads(out)["exit_code"] == 130
-    assert "the same command again goes on from there" in err
+    assert "the same command again resumes from there" in err
     assert not child.is_running()
 
 
@@ -227,7 +227,7 @@ print("up", flush=True)
 time.sleep(60)
 '''
 flows.cli.output._STOP_SECONDS = 0.1
-flows.cli.pages.dry_run.plan = lambda loaded: subprocess.run([sys.executable, "-c", WORKER, sys.argv[1], "tasks.workers.x"], stdout=2)
+flows.cli.pages.dry_run.planned_run = lambda loaded: subprocess.run([sys.executable, "-c", WORKER, sys.argv[1], "tasks.workers.x"], stdout=2)
 main(["run", "--dry-run"])
 """
 
@@ -250,10 +250,10 @@ def test_ctrl_c_waits_for_a_worker_and_a_second_one_does_not(tmp_path, seconds, 
 
 def test_an_unexpected_failure_leaves_one_line_and_a_traceback_in_the_store(capfd, monkeypatch):
     failing(monkeypatch, ZeroDivisionError("oops"))
-    code, told, err = answer(capfd, "run", "--dry-run", "--set", STORE)
+    code, payload, err = answer(capfd, "run", "--dry-run", "--set", STORE)
     (log,) = Path("elsewhere/store/logs").iterdir()
     assert code == 4
-    assert str(log) in told["error"]["problems"][0]["act"]
+    assert str(log) in payload["error"]["problems"][0]["act"]
     assert "Traceback" not in err
     assert "ZeroDivisionError: oops" in log.read_text()
 
@@ -268,9 +268,9 @@ def test_debug_prints_the_traceback(capfd, monkeypatch, tmp_path):
 
 def test_a_store_that_cannot_be_made_is_an_infrastructure_failure(capfd):
     Path("elsewhere").write_text("a file")
-    code, told, _ = answer(capfd, "data", "smoke", "--set", STORE)
-    assert (code, told["error"]["kind"]) == (4, "StoreError")
-    assert "cannot be made" in told["error"]["problems"][0]["what"]
+    code, payload, _ = answer(capfd, "data", "smoke", "--set", STORE)
+    assert (code, payload["error"]["kind"]) == (4, "StoreError")
+    assert "cannot be made" in payload["error"]["problems"][0]["what"]
 
 
 def test_the_environment_keeps_home_clean_and_what_is_set_wins(tmp_path, monkeypatch):
@@ -308,7 +308,7 @@ def test_only_the_json_object_reaches_stdout(capfd):
     with result_stream(as_json=True) as stream:
         sys.stdout.write("a library's chatter")
         subprocess.run([sys.executable, "-c", "print('a worker speaks')"], check=True)
-        say(Outcome({"n": 1}, lambda page: None), stream, as_json=True)
+        print_outcome(Outcome({"n": 1}, lambda page: None), stream, as_json=True)
     out, err = capfd.readouterr()
     assert out == '{"n": 1}\n'
     assert "a library's chatter" in err
@@ -321,11 +321,11 @@ def test_json_has_no_nan_and_no_infinity(capfd):
 
 
 def test_a_dry_run_shows_values_with_their_origin_and_writes_nothing(capfd, tmp_path):
-    code, told, _ = answer(capfd, "run", "smoke", "--dry-run", "--set", "train.rank=2", "--set", STORE)
+    code, payload, _ = answer(capfd, "run", "smoke", "--dry-run", "--set", "train.rank=2", "--set", STORE)
     assert code == 0
-    assert told["spec"]["train"]["rank"] == 2
-    assert told["origins"]["train.rank"] == "--set"
-    assert [stage["name"] for stage in told["stages"]][:4] == ["ingest", "validate", "benchmarks", "curate"]
+    assert payload["spec"]["train"]["rank"] == 2
+    assert payload["origins"]["train.rank"] == "--set"
+    assert [stage["name"] for stage in payload["stages"]][:4] == ["ingest", "validate", "benchmarks", "curate"]
     assert main(["run", "smoke", "--dry-run"]) == 0
     assert "nothing was run and nothing was written" in capfd.readouterr().out
     assert list(tmp_path.iterdir()) == []
@@ -333,9 +333,9 @@ def test_a_dry_run_shows_values_with_their_origin_and_writes_nothing(capfd, tmp_
 
 def test_a_dry_run_names_the_settings_that_no_arm_reads(capfd):
     arms = ["--set", "train.methods=[full]"]
-    told = answer(capfd, "run", "smoke", "--dry-run", *arms, "--set", "train.target_modules=[q_proj]")[1]
-    assert set(told["without_effect"]) == {"train.rank", "train.alpha", "train.target_modules"}
-    assert told["without_effect"]["train.target_modules"] == "set by --set, and read by lora and qlora only"
+    payload = answer(capfd, "run", "smoke", "--dry-run", *arms, "--set", "train.target_modules=[q_proj]")[1]
+    assert set(payload["without_effect"]) == {"train.rank", "train.alpha", "train.target_modules"}
+    assert payload["without_effect"]["train.target_modules"] == "set by --set, and read by lora and qlora only"
     variant = ["--set", "train.variants=[{name: wide, method: lora, settings: {rank: 64}}]"]
     assert answer(capfd, "run", "smoke", "--dry-run", *arms, *variant)[1]["without_effect"] == {}
     assert main(["run", "smoke", "--dry-run", *arms]) == 0
@@ -347,8 +347,8 @@ def test_a_dry_run_names_the_settings_that_no_arm_reads(capfd):
 
 def test_init_writes_a_preset_that_runs_as_it_is(capfd):
     data = written("support.jsonl", [{"instruction": f"how {n}?", "output": f"so {n}"} for n in range(3)])
-    code, told, _ = answer(capfd, "init", "my.yaml", "--data", data, "--name", "support")
-    assert (code, told["formats"], told["rows"]) == (0, {"support.jsonl": "alpaca"}, {"support.jsonl": 3})
+    code, payload, _ = answer(capfd, "init", "my.yaml", "--data", data, "--name", "support")
+    assert (code, payload["formats"], payload["rows"]) == (0, {"support.jsonl": "alpaca"}, {"support.jsonl": 3})
     code, plan, _ = answer(capfd, "run", "my.yaml", "--dry-run")
     assert code == 0
     assert plan["spec"]["data"]["source"] == ["support.jsonl"]
@@ -370,9 +370,9 @@ def test_init_shows_how_it_maps_columns_it_knows_by_name(capfd):
 
 def test_init_asks_for_columns_it_cannot_map_and_writes_nothing(capfd):
     written("odd.jsonl", [{"alpha": "a", "beta": "b"}])
-    code, told, _ = answer(capfd, "init", "my.yaml", "--data", "odd.jsonl")
-    (problem,) = told["error"]["problems"]
-    assert (code, told["error"]["kind"]) == (2, "ConfigError")
+    code, payload, _ = answer(capfd, "init", "my.yaml", "--data", "odd.jsonl")
+    (problem,) = payload["error"]["problems"]
+    assert (code, payload["error"]["kind"]) == (2, "ConfigError")
     assert "alpha, beta" in problem["what"]
     assert "--set data.columns.prompt=alpha" in problem["act"]
     assert not Path("my.yaml").exists()
@@ -390,12 +390,12 @@ def test_init_overwrites_nothing(capfd):
 # --- doctor and ui ------------------------------------------------------------------------------------------
 
 
-def test_doctor_tells_versions_device_and_store(capfd, tmp_path):
-    code, told, _ = answer(capfd, "doctor")
-    checks = {check["name"]: check for check in told["checks"]}
-    assert code == (0 if told["ok"] else 2)
+def test_doctor_reports_versions_device_and_store(capfd, tmp_path):
+    code, payload, _ = answer(capfd, "doctor")
+    checks = {check["name"]: check for check in payload["checks"]}
+    assert code == (0 if payload["ok"] else 2)
     assert {"Python", "fastapi", "sqlalchemy", "default model", "precision", "threads", "disk", "store"} <= set(checks)
-    assert all(check["fix"] for check in told["checks"] if check["health"] == "bad")
+    assert all(check["fix"] for check in payload["checks"] if check["health"] == "bad")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -412,9 +412,9 @@ def test_a_port_in_use_is_named_and_nothing_starts(capfd):
         taken.listen()
         port = taken.getsockname()[1]
         assert not port_is_free(port)
-        code, told, _ = answer(capfd, "ui", "--mlflow-port", str(port), "--set", STORE)
-    (problem,) = told["error"]["problems"]
-    assert (code, told["error"]["kind"]) == (4, "InfrastructureError")
+        code, payload, _ = answer(capfd, "ui", "--mlflow-port", str(port), "--set", STORE)
+    (problem,) = payload["error"]["problems"]
+    assert (code, payload["error"]["kind"]) == (4, "InfrastructureError")
     assert problem["what"] == f"port {port} is in use"
     assert "--mlflow-port" in problem["act"]
     assert not Path("elsewhere").exists()
@@ -438,7 +438,7 @@ def test_servers_start_answer_and_stop(tmp_path):
     assert port_is_free(port)
 
 
-def test_a_server_that_dies_is_told_and_the_others_are_stopped(tmp_path):
+def test_a_server_that_dies_is_reported_and_the_others_are_stopped(tmp_path):
     good_port = free_port()
     command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(good_port)]
     good = Server("Good", good_port, command, "/", tmp_path / "good.log")
@@ -468,7 +468,7 @@ def test_gates_are_shown_with_words_as_well_as_colours(capfd):
         ),
     ]
     report = GateReport(gates=gates, off=[], verdict="fail")
-    say(Outcome({}, lambda page: show_decision(report, None, page)), sys.stdout, as_json=False)
+    print_outcome(Outcome({}, lambda page: show_gate(report, page)), sys.stdout, as_json=False)
     out = capfd.readouterr().out
     assert "[0.850, 0.950]" in out
     assert "[b]kept[/b]" in out

@@ -1,4 +1,4 @@
-"""A preset, a file and `--set` make one spec; what is wrong in them is told all at once, in plain words."""
+"""A preset, a file and `--set` make one spec; what is wrong in them is reported all at once, in plain words."""
 
 import string
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_set_wins_over_the_file_and_the_file_over_defaults(tmp_path):
     assert (origins["train.rank"], origins["train.alpha"], origins["train.seeds"]) == ("my.yaml:2", "--set", "default")
 
 
-def test_the_store_may_lie_under_home():
+def test_the_store_may_be_under_home():
     assert load_store(["store.root=~/runs"]).root == str(Path("~/runs").expanduser())
 
 
@@ -98,7 +98,7 @@ def test_set_takes_a_mapping_as_a_whole_and_seeds_and_variants_survive_being_wri
     assert spec.train.variants[0].settings == {"rank": 64, "alpha": 128}
 
 
-def test_a_gate_without_its_task_is_told_with_the_settings_that_clash():
+def test_a_gate_without_its_task_is_reported_with_the_settings_that_clash():
     problem = one_problem("smoke", "gates.max_forgetting_nats=0.1")
     assert "gates.max_forgetting_nats (--set)" in problem.where
     assert "needs general_nll in evaluate.tasks" in problem.limit
@@ -176,7 +176,7 @@ def test_a_section_is_no_setting():
         ("model.name=a/b", "text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$"),
     ],
 )
-def test_a_wrong_value_is_told_with_its_key_its_value_and_the_limit(change, limit):
+def test_a_wrong_value_is_reported_with_its_key_its_value_and_the_limit(change, limit):
     key, _, value = change.partition("=")
     found = problems("demo", change)
     assert limit in [problem.limit for problem in found]
@@ -188,13 +188,13 @@ def test_a_set_without_equals_says_how_to_write_one():
     assert "train.rank=8" in one_problem("demo", "train.rank").act
 
 
-def test_settings_that_do_not_fit_together_are_told():
+def test_settings_that_do_not_fit_together_are_reported():
     problem = one_problem("demo", "curate.test_fraction=0.99", "curate.validation_fraction=0.5")
     assert "curate.test_fraction (--set)" in problem.where
     assert "no row would be left to train on" in problem.limit
 
 
-def test_everything_wrong_is_told_at_once(tmp_path):
+def test_everything_wrong_is_reported_at_once(tmp_path):
     path = written(tmp_path, "train:\n  rnk: 4\n  alpha: none\ntrian:\n  rank: 1\ndata: 3\n")
     found = problems(path, "train", "train.rank=0", "foo=1")
     assert {problem.where for problem in found} == {"my.yaml:2", "my.yaml:3", "my.yaml:4", "my.yaml:6", "--set"}
@@ -210,13 +210,13 @@ def test_everything_wrong_is_told_at_once(tmp_path):
         ("- a\n", "my.yaml", "holds a list"),
     ],
 )
-def test_broken_yaml_is_told_with_its_line(tmp_path, text, where, what):
+def test_broken_yaml_is_reported_with_its_line(tmp_path, text, where, what):
     problem = one_problem(written(tmp_path, text))
     assert problem.where.endswith(where)
     assert what in problem.what
 
 
-def test_a_file_that_is_not_utf8_is_told(tmp_path):
+def test_a_file_that_is_not_utf8_is_reported(tmp_path):
     path = tmp_path / "my.yaml"
     path.write_bytes("model:\n  name: Größe\n".encode("utf-16"))
     assert "UTF-8" in one_problem(str(path)).limit

@@ -92,7 +92,7 @@ def test_the_constraints_name_no_index_no_file_and_no_local_build():
     assert [line for line in lines if not line.startswith("#") and re.search(r"[/@+]|--", line)] == []
 
 
-def test_the_make_targets_users_are_told_about_exist():
+def test_the_make_targets_the_docs_name_exist():
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert {"setup", "demo", "test", "lint", "docs", "help"} <= set(re.findall(r"^([a-z]+):", text, re.MULTILINE))
 

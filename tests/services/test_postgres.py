@@ -150,7 +150,7 @@ def test_the_same_run_again_finds_every_stage_done(cluster, champion):
     assert again["model"] == champion["model"]
 
 
-def test_artifacts_lie_in_the_object_store_and_clients_need_no_key_of_it(cluster, champion):
+def test_artifacts_are_in_the_object_store_and_clients_need_no_key_of_it(cluster, champion):
     found = bucket(cluster).list_objects_v2(Bucket="mlflow")["Contents"]
     assert any(item["Key"].endswith("adapter_model.safetensors") for item in found)
     assert not list(cluster.store.glob("mlflow.db")) and not (cluster.store / "artifacts").exists()
@@ -177,7 +177,7 @@ def test_mlflow_answers_to_its_name_in_the_network_and_to_no_other(cluster):
     assert list(asked.values()) == [200, 403]
 
 
-def test_a_worker_of_the_pool_goes_on_from_what_was_done_elsewhere(cluster, champion):
+def test_a_worker_of_the_pool_resumes_from_what_was_done_elsewhere(cluster, champion):
     worker = cluster.service("worker")
     worker.start()
     try:

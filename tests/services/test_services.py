@@ -1,4 +1,4 @@
-"""`tunegate up`, `down`, `status`: what runs by itself, what comes back, what is left behind.
+"""`tunegate up`, `down`, `status`: what runs unattended, what comes back, what is left behind.
 
 Run: pytest tests/services/test_services.py; with -m slow everything is started for real.
 """
@@ -23,9 +23,9 @@ from prefect.flows import load_flow_from_entrypoint
 from data_contracts.errors import InfrastructureError
 from data_contracts.run_spec import RunSpec, StoreSpec
 from flows.cli.pages.services import show_status
-from flows.services import crashed_runs as runs_left
+from flows.services import crashed_runs
 from flows.services import deployments as deploy
-from flows.services.state import MARK, State, open_here, processes, services_folder, write_state
+from flows.services.state import MARK, State, open_here, processes, services_folder, write_services_state
 from flows.services.status import Deployed, LastRun, NextRun, Service, Status
 from flows.services.supervisor import Program, Supervisor, configuration
 from tasks.runtime.console import page
@@ -93,15 +93,15 @@ def test_what_looks_like_a_template_arrives_as_it_was_written():
 
 
 def test_deployments_are_applied_again_only_if_a_setting_has_changed():
-    now = deploy.digest(list(rendered().values()))
-    assert now == deploy.digest(list(rendered().values()))
-    assert now != deploy.digest(list(rendered(watch_minutes=6).values()))
+    now = deploy.deployments_sha256(list(rendered().values()))
+    assert now == deploy.deployments_sha256(list(rendered().values()))
+    assert now != deploy.deployments_sha256(list(rendered(watch_minutes=6).values()))
 
 
 # --- runs that were killed ----------------------------------------------------------------------------------
 
 
-def test_every_flow_tells_that_it_is_alive():
+def test_every_flow_reports_that_it_is_alive():
     found = {}
     for path in sorted((ROOT / "flows").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -109,7 +109,7 @@ def test_every_flow_tells_that_it_is_alive():
                 if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "flow":
                     words = {word.arg: ast.unparse(word.value) for word in call.keywords}
                     found[ast.literal_eval(words["name"])] = words.get("on_running")
-    assert found == dict.fromkeys(runs_left.FLOWS, "[hold]") | {"retrain": "[hold, notify.run_begins]"}
+    assert found == dict.fromkeys(crashed_runs.FLOWS, "[hold]") | {"retrain": "[hold, notify.run_begins]"}
 
 
 HOLDER = """
@@ -129,10 +129,10 @@ def test_a_run_is_known_to_be_alive_until_its_process_is_killed(tmp_path):
     with subprocess.Popen([sys.executable, "-c", HOLDER, run], stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
-        assert runs_left._is_held(tmp_path, runs_left.UUID(run))
+        assert crashed_runs._is_held(tmp_path, crashed_runs.UUID(run))
         process.kill()
         process.wait()
-    assert not runs_left._is_held(tmp_path, runs_left.UUID(run))
+    assert not crashed_runs._is_held(tmp_path, crashed_runs.UUID(run))
     assert list((tmp_path / "at_work").iterdir()) == []
 
 
@@ -167,7 +167,7 @@ def test_a_program_that_is_killed_comes_back_and_nothing_is_left_in_the_end(odd_
     assert not supervisor.is_up()
 
 
-def test_a_store_whose_path_is_too_long_for_a_socket_is_told_so(tmp_path):
+def test_a_store_whose_path_is_too_long_for_a_socket_is_reported(tmp_path):
     folder = tmp_path / ("x" * 100)
     folder.mkdir()
     with pytest.raises(InfrastructureError, match="path is too long"):
@@ -181,7 +181,7 @@ def test_a_server_is_used_only_if_its_own_supervisord_is_up(tmp_path):
     with socket.socket() as another:  # a machine that was started again: another store may have the port
         another.bind(("127.0.0.1", 0))
         another.listen()
-        write_state(folder, State("demo", [], "/", another.getsockname()[1], None))
+        write_services_state(folder, State("demo", [], "/", another.getsockname()[1], None))
         assert open_here(store) is None
 
 
@@ -195,8 +195,8 @@ def tunegate(tmp_path) -> Tunegate:
 
 def test_where_nothing_is_up_down_and_status_say_so_and_end_well(tunegate):
     assert tunegate("down")[:2] == (0, {"stopped": [], "runs": []})
-    code, told, _ = tunegate("status")
-    assert (code, told["up"], told["services"], told["models"]) == (0, False, [], [])
+    code, payload, _ = tunegate("status")
+    assert (code, payload["up"], payload["services"], payload["models"]) == (0, False, [], [])
     assert list(tunegate.folder.iterdir()) == []
 
 
@@ -204,17 +204,17 @@ def test_ports_are_checked_before_anything_is_written(tunegate):
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", tunegate.mlflow))
         busy.listen()
-        code, told, _ = tunegate("up", "smoke", *tunegate.ports)
-    (problem,) = told["error"]["problems"]
+        code, payload, _ = tunegate("up", "smoke", *tunegate.ports)
+    (problem,) = payload["error"]["problems"]
     assert (code, problem["what"]) == (4, f"port {tunegate.mlflow} is in use")
     assert f"--mlflow-port {tunegate.mlflow + 1}" in problem["act"]
     assert list(tunegate.folder.iterdir()) == []
 
 
 def test_a_prefect_server_of_your_own_is_not_passed_over_in_silence(tunegate):
-    code, told, _ = tunegate("up", "smoke", PREFECT_API_URL="http://prefect.example/api")
+    code, payload, _ = tunegate("up", "smoke", PREFECT_API_URL="http://prefect.example/api")
     assert code == 2
-    assert "http://prefect.example/api" in told["error"]["problems"][0]["what"]
+    assert "http://prefect.example/api" in payload["error"]["problems"][0]["what"]
 
 
 def test_the_page_of_status_says_what_is_wrong_and_what_waits(capfd):
@@ -227,11 +227,11 @@ def test_the_page_of_status_says_what_is_wrong_and_what_waits(capfd):
     assert not found.healthy
     show_status(found, page(sys.stdout))
     out = capfd.readouterr().out
-    for told in (
+    for text in (
         "silent", "next: tunegate up", "Skipped 2026-01-02 03:04 +01:00, 3 s", "2026-01-03 03:00 +01:00",
         "waits for its turn", "as [b]my.yaml says",
     ):  # fmt: skip
-        assert told in out
+        assert text in out
 
 
 # --- everything, for real -----------------------------------------------------------------------------------
@@ -243,11 +243,11 @@ def running(tmp_path_factory) -> Iterator[Tunegate]:
     command = Tunegate(tmp_path_factory.mktemp("up"))
     settings = ["train.max_steps=3000", "train.epochs=999", "train.checkpoint_steps=5", "schedule.watch_minutes=60"]
     try:
-        code, told, errors = command(
+        code, payload, errors = command(
             "up", "smoke", *command.ports, *(x for setting in settings for x in ("--set", setting))
         )
         assert code == 0, errors
-        assert told["started"] == ["mlflow", "prefect", "worker"]
+        assert payload["started"] == ["mlflow", "prefect", "worker"]
         yield command
     finally:
         command("down")
@@ -286,11 +286,15 @@ def start(command: Tunegate) -> str:
 @pytest.mark.timeout(900)
 class TestUp:
     def test_everything_answers_on_loopback_only_and_home_stays_clean(self, running):
-        code, told, _ = running("status")
-        assert (code, told["healthy"], [service["state"] for service in told["services"]]) == (0, True, ["running"] * 3)
-        assert [one["name"] for one in told["deployments"]] == ["retrain", "watch", "gate", "promote"]
-        assert told["deployments"][1]["schedule"] == "every 60 min"
-        assert told["deployments"][1]["next"]
+        code, payload, _ = running("status")
+        assert (code, payload["healthy"], [service["state"] for service in payload["services"]]) == (
+            0,
+            True,
+            ["running"] * 3,
+        )
+        assert [one["name"] for one in payload["deployments"]] == ["retrain", "watch", "gate", "promote"]
+        assert payload["deployments"][1]["schedule"] == "every 60 min"
+        assert payload["deployments"][1]["next"]
         listening = {
             connection.laddr.ip
             for process in processes(services(running))
@@ -303,10 +307,10 @@ class TestUp:
 
     def test_again_starts_nothing_and_applies_only_what_has_changed(self, running):
         before = pids(running)
-        code, told, errors = running("up")
-        assert (code, told["started"], told["deployed"]) == (0, [], []), errors
-        code, told, _ = running("up", "--set", "schedule.cron=0 3 * * *", "--set", "schedule.timezone=Europe/Berlin")
-        assert (code, told["started"], told["deployed"]) == (0, [], ["retrain", "watch", "gate", "promote"])
+        code, payload, errors = running("up")
+        assert (code, payload["started"], payload["deployed"]) == (0, [], []), errors
+        code, payload, _ = running("up", "--set", "schedule.cron=0 3 * * *", "--set", "schedule.timezone=Europe/Berlin")
+        assert (code, payload["started"], payload["deployed"]) == (0, [], ["retrain", "watch", "gate", "promote"])
         assert pids(running) == before
         (schedule,) = deployment(running, "retrain")["schedules"]
         assert schedule["schedule"] == {"cron": "0 3 * * *", "timezone": "Europe/Berlin", "day_or": True}
@@ -316,9 +320,9 @@ class TestUp:
         assert first["when"][-6:] in ("+01:00", "+02:00")
 
     def test_other_ports_than_what_runs_are_refused(self, running):
-        code, told, _ = running("up", "--prefect-port", str(free_port()))
+        code, payload, _ = running("up", "--prefect-port", str(free_port()))
         assert code == 2
-        assert "tunegate down" in told["error"]["problems"][0]["act"]
+        assert "tunegate down" in payload["error"]["problems"][0]["act"]
 
     def test_a_command_by_hand_uses_this_server_and_starts_none(self, running):
         code, _, errors = running("data", "smoke")
@@ -341,23 +345,23 @@ class TestUp:
         for process in processes(services(running)):
             process.kill()
         until(lambda: not processes(services(running)))
-        code, told, _ = running("status")
-        assert (code, {service["state"] for service in told["services"]}) == (4, {"stopped"})
+        code, payload, _ = running("status")
+        assert (code, {service["state"] for service in payload["services"]}) == (4, {"stopped"})
         late = a_day_later(running)
         assert late > 2
-        code, told, errors = running("up")
+        code, payload, errors = running("up")
         assert code == 0, errors
-        assert name in told["reaped"]
-        assert told["late_runs_dropped"] == late - 1
+        assert name in payload["reaped"]
+        assert payload["late_runs_dropped"] == late - 1
         (run,) = runs(running, name)
         assert run["state_type"] == "CRASHED"
         assert running("status")[0] == 0
 
     def test_down_lets_a_training_write_its_checkpoint_and_leaves_nothing(self, running):
         name = start(running)
-        code, told, errors = running("down")
-        assert (code, told["stopped"]) == (0, ["mlflow", "prefect", "worker"]), errors
-        assert "retrain" in told["runs"]
+        code, payload, errors = running("down")
+        assert (code, payload["stopped"]) == (0, ["mlflow", "prefect", "worker"]), errors
+        assert "retrain" in payload["runs"]
         assert "with a checkpoint" in errors
         assert processes(services(running)) == []
         with closing(sqlite3.connect(running.folder / "mlruns" / "store" / "prefect" / "prefect.db")) as database:

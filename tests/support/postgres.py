@@ -19,7 +19,7 @@ from tests.support.servers import free_port
 
 
 def binaries() -> Path:
-    """Where initdb and postgres lie; skips if they are nowhere, unless REQUIRE_POSTGRES=1."""
+    """Where initdb and postgres are; skips if they are nowhere, unless REQUIRE_POSTGRES=1."""
     found = [Path(path).parent for path in [shutil.which("initdb")] if path]
     found += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
     if not found:

@@ -109,10 +109,10 @@ class Tunegate:
     def api(self, path: str, body: object = None) -> Any:
         """An answer of its Prefect server."""
         data = None if body is None else json.dumps(body).encode()
-        asked = urllib.request.Request(f"http://127.0.0.1:{self.prefect}/api{path}", data)
-        asked.add_header("Content-Type", "application/json")
+        request = urllib.request.Request(f"http://127.0.0.1:{self.prefect}/api{path}", data)
+        request.add_header("Content-Type", "application/json")
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(asked, timeout=30) as response:
+        with opener.open(request, timeout=30) as response:
             return json.load(response)
 
 

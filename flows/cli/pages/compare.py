@@ -1,4 +1,4 @@
-"""Finished runs beside each other, of any age: their models, and where they answered the same items, their difference."""
+"""Finished runs side by side, of any age: their models, and where they answered the same items, their difference."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from data_contracts.reports import EvalReport, RunReport
 from data_contracts.run_spec import GateSpec
 from data_contracts.verdict import Estimate
 from flows.cli.pages.payloads import summary
-from flows.cli.pages.run import COLOURS, show_verdict
+from flows.cli.pages.tables import COLOURS, show_finished_run
 from tasks.evaluation.compare import difference
 from tasks.reporting.finished_runs import find_report, store_of
 from tasks.reporting.sentences import estimate, number
@@ -32,17 +32,17 @@ class Runs:
     against_first: list[Estimate | str]
 
     def payload(self) -> dict[str, Any]:
-        told = [item if isinstance(item, str) else item.model_dump(mode="json") for item in self.against_first]
-        return {"runs": [summary(report) for report in self.reports], "against_first": told}
+        differences = [item if isinstance(item, str) else item.model_dump(mode="json") for item in self.against_first]
+        return {"runs": [summary(report) for report in self.reports], "against_first": differences}
 
 
 def compared(root: Path, run_ids: list[str]) -> "tuple[dict[str, Any], Callable[[Console], None]]":
-    """JSON and page of one run, by default the newest, or of several beside each other."""
+    """JSON and page of one run, by default the newest, or of several side by side."""
     if len(run_ids) > 1:
         runs = compare_runs(root, run_ids)
         return runs.payload(), partial(show_runs, runs)
     report = find_report(Store(root), run_ids[0] if run_ids else None)
-    return summary(report), partial(show_verdict, report)
+    return summary(report), partial(show_finished_run, report)
 
 
 def compare_runs(root: Path, run_ids: list[str]) -> Runs:
@@ -93,5 +93,5 @@ def _rows(runs: Runs) -> list[tuple[str, list[str]]]:
         ("its held-out loss, nats/token", [number(_released(report).nll_nats) for report in runs.reports]),
         ("gain over the base", [estimate(item.gain) if item.gain else "-" for item in found]),
         ("share of LoRA's gain kept", [estimate(item.retention, ".1%") if item.retention else "-" for item in found]),
-        ("loss below the first run's", [told if isinstance(told, str) else estimate(told, "+.3f") for told in runs.against_first]),
+        ("loss below the first run's", [item if isinstance(item, str) else estimate(item, "+.3f") for item in runs.against_first]),
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from data_contracts.data_reports import DatasetManifest, RowStory
 from data_contracts.reports import Stage
 from data_contracts.rows import LEAKS, UNREADABLE
 from flows.cli.pages.payloads import data_summary
-from flows.cli.pages.run import show_stages
+from flows.cli.pages.tables import show_stages
 from tasks.reporting.links import data_files
 from tasks.runtime.store import Store
 
@@ -23,7 +23,7 @@ _EXAMPLES = 3
 _SHOWN_CHARS = 1000
 
 
-def show_data(data: DatasetManifest, stages: list[Stage], store: Store, console: "Console") -> None:
+def show_dataset(data: DatasetManifest, stages: list[Stage], store: Store, console: "Console") -> None:
     """Every row accounted for: kept, in quarantine by reason with examples, or a duplicate."""
     show_stages(stages, console)
     table = Table(title=f"snapshot {data.snapshot_id[:16]}", title_justify="left", title_style="bold")
@@ -87,9 +87,9 @@ def _examples(store: Store, data: DatasetManifest) -> dict[str, list[str]]:
     """For each reason the first rows it rejected, as file:line and what was wrong."""
     found: dict[str, list[str]] = {}
     for row in _quarantined(store, data):
-        told = found.setdefault(str(row["reason"]), [])
-        if len(told) < _EXAMPLES:
-            told.append(f"{row['source']}:{row['line']} {row['detail'] or ''}".strip())
+        examples = found.setdefault(str(row["reason"]), [])
+        if len(examples) < _EXAMPLES:
+            examples.append(f"{row['source']}:{row['line']} {row['detail'] or ''}".strip())
     return found
 
 
@@ -101,7 +101,7 @@ def _quarantined(store: Store, data: DatasetManifest) -> Iterator[dict[str, Any]
 
 def _languages(data: DatasetManifest) -> Text:
     shares = [f"{name} {count / max(1, sum(data.languages.values())):.1%}" for name, count in data.languages.items()]
-    return Text(f"languages (? = too short to tell): {', '.join(shares[:8])}")
+    return Text(f"languages (? = too short to detect): {', '.join(shares[:8])}")
 
 
 def _drift(data: DatasetManifest) -> Text:
@@ -112,9 +112,9 @@ def _drift(data: DatasetManifest) -> Text:
 
 
 def _contamination(data: DatasetManifest) -> Text:
-    told = ", ".join(f"{name} {count:,}" for name, count in data.contamination.items()) or "none"
+    counts = ", ".join(f"{name} {count:,}" for name, count in data.contamination.items()) or "none"
     return Text(
-        f"contamination (training rows that share most of an item, taken out; any_13_gram is only counted): {told}"
+        f"contamination (training rows that share most of an item, taken out; any_13_gram is only counted): {counts}"
     )
 
 
@@ -148,12 +148,12 @@ def show_stories(stories: list[RowStory], console: "Console") -> None:
                     console.print(Text(f"  repaired    {_short(repr(before[1]))}"), soft_wrap=True)
                     console.print(Text(f"         to   {_short(repr(after[1]))}"), soft_wrap=True)
         for snapshot, fate, reason, split in story.history:
-            told = " ".join(part for part in (fate, reason, split and f"({split})") if part)
-            console.print(Text(f"  ledger      {told}, since snapshot {str(snapshot)[:16]}"), soft_wrap=True)
+            state = " ".join(part for part in (fate, reason, split and f"({split})") if part)
+            console.print(Text(f"  ledger      {state}, since snapshot {str(snapshot)[:16]}"), soft_wrap=True)
         for release in story.releases:
             day = datetime.fromtimestamp(release["at"], UTC).date()
-            told = f"{release['reason']} overruled by {release['who']} on {day}: {release['why']}"
-            console.print(Text(f"  released    {told}"), soft_wrap=True)
+            line = f"{release['reason']} overruled by {release['who']} on {day}: {release['why']}"
+            console.print(Text(f"  released    {line}"), soft_wrap=True)
 
 
 def _short(text: str) -> str:

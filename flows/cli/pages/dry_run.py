@@ -1,4 +1,4 @@
-"""Pages for people before and around a run: its plan, its data, a report over a finished one."""
+"""The page of `tunegate run --dry-run`: every setting with its origin, what is decided at run time, the stages."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ STAGES = {
 }
 
 
-def plan(loaded: LoadedSpec) -> dict[str, Any]:
+def planned_run(loaded: LoadedSpec) -> dict[str, Any]:
     """What a run would do, without doing it. Raises DataError if its sources are not there."""
     problems = find_sources(loaded.spec.data)[1]
     if problems:
@@ -53,7 +53,7 @@ def plan(loaded: LoadedSpec) -> dict[str, Any]:
 
 
 def automatic(spec: RunSpec) -> dict[str, str]:
-    """What is decided at run time, and by whom; each choice is printed with its reason and saved with the run."""
+    """What is decided at run time, and how; each choice is printed with its reason and saved with the run."""
     chosen = {}
     if spec.data.format == "auto" and not spec.data.columns:
         chosen["data.format"] = "the first rows of each file decide"
@@ -67,13 +67,13 @@ def automatic(spec: RunSpec) -> dict[str, str]:
 
 
 def ignored(loaded: LoadedSpec) -> dict[str, str]:
-    """Settings that somebody set and that no arm reads, with why."""
+    """Settings that the user set and that no arm reads, with the reason."""
     keys = (f"train.{setting}" for setting in without_effect(loaded.spec.train))
     set_by = {key: loaded.origins[key] for key in keys if loaded.origins[key] != "default"}
     return {key: f"set by {origin}, and read by lora and qlora only" for key, origin in set_by.items()}
 
 
-def show_plan(loaded: LoadedSpec, console: "Console") -> None:
+def show_dry_run(loaded: LoadedSpec, console: "Console") -> None:
     table = Table(title=f"dry run of {loaded.source}", title_justify="left", title_style="bold")
     for name in ("setting", "value", "from"):
         table.add_column(name, overflow="fold")

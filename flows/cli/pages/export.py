@@ -1,4 +1,4 @@
-"""The page of an export: every form beside the live model, which one was written, where."""
+"""The pages of `tunegate export` (every form next to the live model, which one was written) and of `tunegate shadow`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,13 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from data_contracts.exports import Exported
-from tasks.export.card import TITLES, rows_of
-
-if TYPE_CHECKING:
-    from rich.console import Console
-from typing import TYPE_CHECKING
-
 from data_contracts.releases import ShadowReport
+from tasks.export.card import TITLES, rows_of
 from tasks.reporting.sentences import estimate
 
 if TYPE_CHECKING:
@@ -46,7 +41,7 @@ def show_shadow(found: ShadowReport, file: Path, console: "Console") -> None:
         table.add_column(Text(side.version), justify="right")
     table.add_row("tokens of an answer", *(f"{side.tokens:.1f}" for side in sides))
     table.add_row("ms per token, median", *(f"{side.ms_per_token:.0f}" for side in sides))
-    table.add_row("ended by itself", *(estimate(side.stopped) for side in sides))
+    table.add_row("ended with a stop token", *(estimate(side.stopped) for side in sides))
     console.print(table)
     console.print(f"answers alike: {estimate(found.same)}; ROUGE-L of one to the other: {found.rouge_l:.3f}")
     for one in found.most_different:

@@ -1,4 +1,4 @@
-"""What the gates said, as files: JSON for scripts, Markdown for people, JUnit XML for dashboards."""
+"""A gate decision as files: JSON for scripts, Markdown for people, JUnit XML for dashboards."""
 
 import os
 import re
@@ -75,11 +75,11 @@ def junit(decision: "Decision") -> str:
     suite = ElementTree.SubElement(root, "testsuite", {"name": name, **counts, "skipped": str(len(off))})
     for gate in gates:
         case = _case(suite, gate.name)
-        told = _xml(f"needs {needs(gate)}, measured {number(gate.actual)} ({interval(gate.interval)}): {gate.why}")
+        text = _xml(f"needs {needs(gate)}, measured {number(gate.actual)} ({interval(gate.interval)}): {gate.why}")
         if gate.verdict == "pass":
-            ElementTree.SubElement(case, "system-out").text = told
+            ElementTree.SubElement(case, "system-out").text = text
         else:
-            ElementTree.SubElement(case, "failure", {"type": gate.verdict, "message": _xml(gate.why)}).text = told
+            ElementTree.SubElement(case, "failure", {"type": gate.verdict, "message": _xml(gate.why)}).text = text
     for setting in off:
         ElementTree.SubElement(_case(suite, setting), "skipped", {"message": "turned off in the spec"})
     if not gates:  # the verdict is then fail, and skipped tests alone would be green

@@ -10,7 +10,7 @@ from tasks.reporting.links import model_uri
 
 
 def summary(report: RunReport) -> dict[str, Any]:
-    """A whole run: data, arms, verdict, registered model, stages and where the files lie."""
+    """A whole run: data, arms, verdict, registered model, stages and where the files are."""
     evals = {item.target: item for item in report.evaluations}
     children = report.recorded.arm_run_ids
     return {

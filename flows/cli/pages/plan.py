@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _METHODS = get_args(Method)
 _GIGABYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:gi?b)?\s*", re.IGNORECASE)
 _GIB = 2**30
-_HOW_FAR_OFF = "published peaks lie 5 % off such plans at the median; the worst is 1.24 times its plan; on a CPU 1.31 (docs/planner.md)"
+_HOW_FAR_OFF = "published peaks are 5 % off such plans at the median; the worst is 1.24 times its plan; on a CPU 1.31 (docs/planner.md)"
 _PARTS = {
     "weights": "base weights",
     "constants": "quantisation constants",
@@ -61,7 +61,7 @@ def make_plan(
     spec = _spec(target, changes)
     if method is not None and method not in _METHODS:
         raise ConfigError(Problem(f"no method is called {method!r}", "--method", f"one of {', '.join(_METHODS)}"))
-    methods: list[Any] = [method] if method else spec.train.methods
+    methods = [cast(Method, method)] if method else spec.train.methods
     arch, plans = plan_methods(spec, methods, length, batch, _gigabytes(gpu))
     return PlannedBase(spec.model.base, arch.parameters, plans)
 
@@ -126,21 +126,21 @@ def _show_parts(found: PlannedBase, console: "Console") -> None:
         table.add_row(label, *(_gib(getattr(plan.parts, name)) for plan in found.plans))
     console.print(table)
     for plan in found.plans:
-        console.print(Text(f"  {plan.settings.method}: {_told(plan)}"), soft_wrap=True)
+        console.print(Text(f"  {plan.settings.method}: {_settings_line(plan)}"), soft_wrap=True)
         for name, more in plan.alternatives.items():
             console.print(Text(f"    {name}: {_gib(more)} GiB more", style="dim"), soft_wrap=True)
 
 
-def _told(plan: Plan) -> str:
+def _settings_line(plan: Plan) -> str:
     """The settings that the numbers hold for."""
     made = plan.settings
     rows = "1 row" if made.batch == 1 else f"{made.batch} rows"
-    told = [f"{rows} x {made.length} tokens, all with a loss", f"peak at the {plan.parts.moment}"]
-    told += [f"rank {made.rank} on {made.targets}"] if made.has_lora else []
-    told += [f"{made.prefix_tokens} virtual tokens"] if made.prefix_tokens else []
-    told += [f"4 bits with {'double' if made.double_quant else 'single'} quantisation"] if made.is_quantised else []
-    told += [f"{'bf16' if made.compute_bytes == 2 else 'fp32'}", made.optimiser]
-    return ", ".join([*told, f"checkpointing {'on' if made.checkpointing else 'off'}"])
+    parts = [f"{rows} x {made.length} tokens, all with a loss", f"peak at the {plan.parts.moment}"]
+    parts += [f"rank {made.rank} on {made.targets}"] if made.has_lora else []
+    parts += [f"{made.prefix_tokens} virtual tokens"] if made.prefix_tokens else []
+    parts += [f"4 bits with {'double' if made.double_quant else 'single'} quantisation"] if made.is_quantised else []
+    parts += [f"{'bf16' if made.compute_bytes == 2 else 'fp32'}", made.optimiser]
+    return ", ".join([*parts, f"checkpointing {'on' if made.checkpointing else 'off'}"])
 
 
 def _show_cards(plan: Plan, console: "Console") -> None:

@@ -1,4 +1,4 @@
-"""The verdict beside the change: one comment on a pull or merge request, which later runs edit.
+"""The verdict next to the change: one comment on a pull or merge request, which later runs edit.
 
 Sends only with `--comment`, only to the API that the CI job names, and never decides: what goes wrong is a warning.
 """
@@ -84,15 +84,15 @@ def put_comment(decision: Decision) -> None:
 
 
 def find_thread(environment: Mapping[str, str]) -> Thread | None:
-    """The request that this CI job is for, from what GitHub or GitLab tells a job; None if it is for none."""
+    """The request that this CI job is for, from the variables that GitHub or GitLab sets for a job; None if it is for none."""
     given = {name: value.strip() for name, value in environment.items()}
     return _github(given) or _gitlab(given)
 
 
 def body(decision: Decision, commit: str) -> str:
     """The comment: a marker to find it by, the Markdown (without its details where it is too long), the commit."""
-    told = f"\n<sub>commit {re.sub('[^0-9a-f]', '', commit)[:12]}</sub>\n" if commit else ""
-    found = [f"{marker(decision.name)}\n{markdown(decision, details)}{told}" for details in (True, False)]
+    footer = f"\n<sub>commit {re.sub('[^0-9a-f]', '', commit)[:12]}</sub>\n" if commit else ""
+    found = [f"{marker(decision.name)}\n{markdown(decision, details)}{footer}" for details in (True, False)]
     return next((text for text in found if len(text) <= _MOST_CHARACTERS), found[1][:_MOST_CHARACTERS])
 
 
@@ -116,8 +116,8 @@ def _put(thread: Thread, text: str, mark: str) -> None:
 def _comments(session: requests.Session, thread: Thread) -> Iterator[_Comment]:
     page, count = 1, _PAGE
     while count == _PAGE:
-        told = _ask(session, "GET", thread.comments, params={"per_page": _PAGE, "page": page})
-        found = _LISTED.validate_json(told)
+        answer = _ask(session, "GET", thread.comments, params={"per_page": _PAGE, "page": page})
+        found = _LISTED.validate_json(answer)
         yield from found
         page, count = page + 1, len(found)
 

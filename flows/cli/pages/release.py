@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from data_contracts.releases import Entry, History, Moved
 from data_contracts.reports import ReleaseCheck
 from flows.cli.pages.payloads import model_summary
-from flows.cli.pages.run import show_version
+from flows.cli.pages.tables import show_version
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,12 +29,12 @@ def show_moved(found: Moved, console: "Console") -> None:
     move = found.move
     check = move.evidence.check if move.evidence else None
     console.print(Text(f"champion: {move.before or 'none'} -> {move.to}, by {move.who}: {move.why}"), soft_wrap=True)
-    console.print(Text(f"checked: {told(check)}"), soft_wrap=True)
+    console.print(Text(f"checked: {check_line(check)}"), soft_wrap=True)
     for overruled in move.overrode:
         console.print(Text(f"overruled: {overruled}", style="bold red"), soft_wrap=True)
 
 
-def told(check: ReleaseCheck | None) -> str:
+def check_line(check: ReleaseCheck | None) -> str:
     """A check in one line."""
     if check is None:
         return "not checked"
@@ -86,7 +86,7 @@ def _cells(entry: Entry) -> list[str]:
     passed = "not checked" if check is None else "refused" if check.refusals else "passed"
     who = move.who or "not kept"
     why = "; ".join(
-        [move.why, *(f"overruled: {told}" for told in move.overrode), *([entry.note] if entry.note else [])]
+        [move.why, *(f"overruled: {rule}" for rule in move.overrode), *([entry.note] if entry.note else [])]
     )
     return [when, f"{act}{state}", move.before or "-", move.to, gates, passed, f"{who}{_by(move.run)}", why]
 

@@ -9,6 +9,7 @@ from flows.services.status import Deployed, LastRun, NextRun, Service, Status
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
     from flows.services.down import Down
@@ -56,9 +57,7 @@ def show_up(found: "Up", console: "Console") -> None:
     if found.reaped:
         lines.append(f"set right    {', '.join(found.reaped)}: their process had been killed")
     if found.dropped:
-        lines.append(
-            f"dropped      {found.dropped} runs of schedules that nobody was there for; the newest of each goes on"
-        )
+        lines.append(f"dropped      {found.dropped} missed runs of schedules; the newest of each still runs")
     (prefect,) = (server for server in found.servers if server.name == "Prefect")
     lines.append(f"next: a retrain from the browser: {prefect.url}/deployments, retrain, Run, Custom run")
     lines.append(f"      tunegate status{_store(found)}, tunegate down{_store(found)}; logs in {found.folder}")
@@ -85,7 +84,7 @@ def show_down(found: "Down", console: "Console") -> None:
         return
     console.print(f"stopped {', '.join(found.services)}", markup=False)
     if found.runs:
-        console.print(f"ended {', '.join(found.runs)}: the next run goes on from its checkpoint", markup=False)
+        console.print(f"ended {', '.join(found.runs)}: the next run resumes from its checkpoint", markup=False)
 
 
 # --- status -------------------------------------------------------------------------------------------------
@@ -120,7 +119,7 @@ def show_status(found: Status, console: "Console") -> None:
         console.print(_models(found.models))
 
 
-def _services(services: list[Service]) -> Any:
+def _services(services: list[Service]) -> "Table":
     table = _table("service", "state", "pid", "since", "page")
     for one in services:
         state = _coloured(one.state, _COLOURS[one.state])
@@ -128,7 +127,7 @@ def _services(services: list[Service]) -> Any:
     return table
 
 
-def _deployments(deployments: list[Deployed]) -> Any:
+def _deployments(deployments: list[Deployed]) -> "Table":
     from rich.text import Text
 
     table = _table("deployment", "schedule", "last runs", "next")
@@ -152,7 +151,7 @@ def _took(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _models(models: list["Standing"]) -> Any:
+def _models(models: list["Standing"]) -> "Table":
     table = _table("model", "alias", "version", "gates", "since")
     for one in models:
         since = datetime.fromtimestamp(one.since_unix_seconds).astimezone().isoformat(timespec="seconds")
@@ -161,7 +160,7 @@ def _models(models: list["Standing"]) -> Any:
     return table
 
 
-def _table(*columns: str) -> Any:
+def _table(*columns: str) -> "Table":
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -170,7 +169,7 @@ def _table(*columns: str) -> Any:
     return table
 
 
-def _row(table: Any, *cells: "str | Text") -> None:
+def _row(table: "Table", *cells: "str | Text") -> None:
     """Names are never markup."""
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""Pages for people: a run's models side by side, its data, what to do next. Text from data is never read as markup."""
+"""Tables for people: a run's models side by side, every difference, the gates. Text from data is never read as markup."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -7,48 +7,45 @@ from rich.table import Table
 from rich.text import Text
 
 from data_contracts.reports import EvalReport, ModelVersion, RunReport, Stage
-from tasks.reporting.finished_runs import html_file, store_of
-from tasks.reporting.links import model_uri
-from tasks.reporting.sentences import label_of, started
+from data_contracts.verdict import Comparison, GateReport
+from tasks.reporting.finished_runs import store_of
+from tasks.reporting.sentences import estimate, interval, label_of, number, p_value, sentences, started
 from tasks.reporting.tables import cost_rows, models_of, score_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
-from typing import TYPE_CHECKING
 
-from data_contracts.verdict import Comparison, GateReport
-from tasks.reporting.sentences import estimate, interval, number, p_value, sentences
-
-if TYPE_CHECKING:
-    from rich.console import Console
+COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
+_CLAIM_COLOURS = {"holds": "green", "does not hold": "red"}
+_UNDECIDED = "yellow"
+_NONE = "-"
 
 
-_DEFAULT_ROOT = "mlruns"
-
-
-def show_run(report: RunReport, console: "Console") -> None:
-    """The whole story of a run, ending with what to do next."""
-    show_stages(report.stages, console)
+def show_run_tables(report: RunReport, console: "Console") -> None:
+    """Everything that was measured in a run: models, differences, gates, and one question with its answers."""
     show_models(report, console)
-    show_comparison(report.comparison, console, report.base.note)
-    show_gate(report.gate, console)
-    show_version(report.model, console)
+    show_decision_tables(report.gate, report.comparison, console, report.base.note)
     models = models_of(report.arms, report.evaluations)
     _show_sample([scores[0] for scores, _ in models.values() if scores], console)
-    _show_next(report, console)
+    data_docs = store_of(report).files / report.dataset.data_docs
+    console.print(Text(f"\ndata, by Great Expectations: {data_docs}", style="dim"), soft_wrap=True)
+
+
+def show_decision_tables(report: GateReport, found: Comparison, console: "Console", base_note: str = "") -> None:
+    show_comparison(found, console, base_note)
+    show_gate(report, console)
 
 
 def show_stages(stages: Sequence[Stage], console: "Console") -> None:
-    """Each stage was told when it ended; all that is left to say is that none had anything to do."""
+    """Each stage was reported when it ended; all that is left to say is that none had anything to do."""
     if stages and all(stage.status != "ran" for stage in stages):
         console.print("nothing to do: every stage was done before with the same input (--force runs it all again)")
 
 
-def show_verdict(report: RunReport, console: "Console") -> None:
-    """A finished run's table and verdict, without its stages and next steps."""
+def show_finished_run(report: RunReport, console: "Console") -> None:
+    """A finished run's tables and its version."""
     show_models(report, console)
-    show_comparison(report.comparison, console, report.base.note)
-    show_gate(report.gate, console)
+    show_decision_tables(report.gate, report.comparison, console, report.base.note)
     show_version(report.model, console)
 
 
@@ -73,8 +70,11 @@ def show_models(report: RunReport, console: "Console") -> None:
 
 
 def show_version(model: ModelVersion, console: "Console") -> None:
-    aliases = ", ".join(model.aliases) or "no alias"
-    console.print(Text(f"registered: {model.name} version {model.version} ({aliases})"), soft_wrap=True)
+    console.print(Text(version_line(model)), soft_wrap=True)
+
+
+def version_line(model: ModelVersion) -> str:
+    return f"registered: {model.name} version {model.version} ({', '.join(model.aliases) or 'no alias'})"
 
 
 def _show_sample(evaluations: Sequence[EvalReport], console: "Console") -> None:
@@ -84,42 +84,15 @@ def _show_sample(evaluations: Sequence[EvalReport], console: "Console") -> None:
         return
     first = next(iter(answers.values()))
     console.print(Text("\na held-out question, and who answers what", style="bold"))
-    told = {"question": first.question, "reference": first.reference}
-    told |= {label_of(target): answer.answer for target, answer in answers.items()}
-    for label, text in told.items():
+    lines = {"question": first.question, "reference": first.reference}
+    lines |= {label_of(target): answer.answer for target, answer in answers.items()}
+    for label, text in lines.items():
         console.print(Text(f"  {label:<10} {_one_line(text)}"), soft_wrap=True)
 
 
 def _one_line(text: str, limit: int = 240) -> str:
     line = " ".join(text.split())
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
-
-
-def _show_next(report: RunReport, console: "Console") -> None:
-    root = report.spec["store"]["root"]
-    store = "" if root == _DEFAULT_ROOT else f" --set store.root={root}"
-    question = next((item.answers[0].question for item in report.evaluations if item.answers), "your question")
-    asked = _one_line(question, 80).replace('"', "'").replace("`", "")
-    steps = {
-        "report": str(html_file(report)),
-        "data": str(store_of(report).files / report.dataset.data_docs),
-        "MLflow, Prefect": f"tunegate ui{store}",
-        "ask it": f'tunegate predict "{asked}" --model {model_uri(report.model)}{store}',
-    }
-    console.print(Text("\nwhere to look next", style="bold"))
-    for label, text in steps.items():
-        console.print(Text(f"  {label:<16} {text}"), soft_wrap=True)
-
-
-COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
-_CLAIM_COLOURS = {"holds": "green", "does not hold": "red", "cannot tell": "yellow"}
-_NONE = "-"
-
-
-def show_decision(report: GateReport, comparison: Comparison | None, console: "Console") -> None:
-    if comparison:
-        show_comparison(comparison, console)
-    show_gate(report, console)
 
 
 def show_comparison(found: Comparison, console: "Console", note: str = "") -> None:
@@ -163,12 +136,14 @@ def _table(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]], con
 
 
 def _show_claims(found: Comparison, console: "Console") -> None:
-    """What articles say of QLoRA, each beside what this run measured."""
+    """What articles say of QLoRA, each next to what this run measured."""
     table = Table(title="\nclaims, held against this run", title_justify="left", title_style="bold")
     for name in ("QLoRA ...", "here", "measured"):
         table.add_column(name)
     for claim in found.claims:
-        table.add_row(claim.claim, Text(claim.verdict, style=_CLAIM_COLOURS[claim.verdict]), Text(claim.note))
+        table.add_row(
+            claim.claim, Text(claim.verdict, style=_CLAIM_COLOURS.get(claim.verdict, _UNDECIDED)), Text(claim.note)
+        )
     if found.claims:
         console.print(table)
 
@@ -179,9 +154,9 @@ def show_gate(report: GateReport, console: "Console") -> None:
         table.add_column(name, justify="right" if name in ("is", "interval") else "left")
     for item in report.gates:
         verdict = Text(item.verdict, style=COLOURS[item.verdict])
-        needs = f"{item.direction} {number(item.threshold)}" if item.direction else _NONE
+        limit = f"{item.direction} {number(item.threshold)}" if item.direction else _NONE
         spread = interval(item.interval) or _NONE
-        table.add_row(item.name, needs, number(item.actual), spread, verdict, Text(item.why))
+        table.add_row(item.name, limit, number(item.actual), spread, verdict, Text(item.why))
     console.print(table)
     if report.off:
         console.print(Text(f"not judged: {'; '.join(report.off)}", style="dim"), soft_wrap=True)
