@@ -45,7 +45,7 @@ def explain(
     """Tell one row's whole story: as it came in, what was done to it, where it is, its history."""
     from flows.cli.pages.data import show_stories
     from flows.config.load import load_spec
-    from tasks.data.curation.explain import explain as stories_of
+    from tasks.data.curation.explain import row_stories as stories_of
     from tasks.runtime.store import Store
 
     spec = load_spec(preset, changes or []).spec
