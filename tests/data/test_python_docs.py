@@ -11,6 +11,7 @@ import pytest
 
 from data_contracts.data_spec import DataSpec
 from data_contracts.errors import DataError
+from data_contracts.jobs.data import PythonDocsJob
 from tasks.data.ingestion.core.docstrings import explanation, functions
 from tasks.data.ingestion.ingest import ingest_sources
 from tasks.runtime.store import Store
@@ -18,17 +19,12 @@ from tasks.runtime.store import Store
 PACKAGES = ["json", "shutil"]
 
 
-def build(out: Path, **spec: Any) -> list[dict[str, Any]]:
+def build(out: Path, **settings: Any) -> list[dict[str, Any]]:
     """Run the builder as the project does: as a child process."""
-    full = {
-        "packages": PACKAGES,
-        "max_lookup_rows": None,
-        "max_summary_rows": None,
-        "max_rows_per_package": 400,
-        **spec,
-    }
+    defaults = {"packages": PACKAGES, "max_lookup_rows": None, "max_summary_rows": None, "max_rows_per_package": 400}
+    job = PythonDocsJob(**(defaults | settings))
     out.mkdir()
-    (out / "spec.json").write_text(json.dumps(full))
+    (out / "spec.json").write_text(job.model_dump_json())
     command = [sys.executable, "-m", "tasks.data.ingestion.workers.build_python_docs", str(out / "spec.json"), str(out)]
     subprocess.run(command, check=True, capture_output=True)
     return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
