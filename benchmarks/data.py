@@ -66,7 +66,7 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
         copies = write_rows(folder / str(count), count)
         for processes in sorted({1, arguments.processes}):
             result = measure("ours", [sys.executable], folder / str(count), processes)
-            report(f"ours, {processes} processes", result, count, copies, None)
+            report(f"ours, {processes} processes", result, count, copies, ours=None)
             if count == arguments.rows and processes == arguments.processes and "seconds" in result:
                 ours = count / result["seconds"]
     copies = write_rows(folder / str(arguments.rows), arguments.rows)

@@ -20,6 +20,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 
+from data_contracts.jobs.data import PythonDocsJob
 from data_contracts.train_spec import TrainSpec
 from tasks.evaluation.core.items import TestRow, choose_distractors
 from tasks.evaluation.workers.packed_lm import PackedLM
@@ -59,8 +60,8 @@ def run(folder: Path, pairs: int, device: Device) -> None:
 
 def documentation_rows(out: Path) -> list[dict[str, Any]]:
     """Look-up and summary rows of the installed Python, in the order of their hashes."""
-    spec = {"packages": ["stdlib"], "max_lookup_rows": 200, "max_summary_rows": 100, "max_rows_per_package": 400}
-    run_worker("tasks.data.ingestion.workers.build_python_docs", spec, out)
+    job = PythonDocsJob(packages=["stdlib"], max_lookup_rows=200, max_summary_rows=100, max_rows_per_package=400)
+    run_worker("tasks.data.ingestion.workers.build_python_docs", job, out)
     return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
 
 

@@ -88,10 +88,11 @@ def own_rows(file: Path) -> Iterator[list[dict[str, str]]]:
 
 
 def documentation_rows(out: Path) -> Iterator[list[dict[str, str]]]:
+    from data_contracts.jobs.data import PythonDocsJob
     from tasks.runtime.processes import run_worker
 
-    spec = {"packages": ["stdlib"], "max_lookup_rows": 300, "max_summary_rows": 150, "max_rows_per_package": 400}
-    run_worker("tasks.data.ingestion.workers.build_python_docs", spec, out)
+    job = PythonDocsJob(packages=["stdlib"], max_lookup_rows=300, max_summary_rows=150, max_rows_per_package=400)
+    run_worker("tasks.data.ingestion.workers.build_python_docs", job, out)
     for line in (out / "rows.jsonl").read_text().splitlines():
         yield json.loads(line)["messages"]
 

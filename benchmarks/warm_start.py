@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_contracts.jobs.data import PythonDocsJob
 from data_contracts.reports import RunReport
 from flows.cli.options import prepared_spec
 from tasks.evaluation.core.candidate import NLL
@@ -53,11 +54,11 @@ def main() -> None:
 def rows_of(arguments: argparse.Namespace, package: str) -> Path:
     """Question and answer rows from the docs of one package."""
     out = arguments.store / "rows" / package
-    spec = {
-        "packages": [package], "max_lookup_rows": arguments.lookups, "max_summary_rows": arguments.summaries,
-        "max_rows_per_package": max(arguments.lookups, arguments.summaries),
-    }  # fmt: skip
-    run_worker("tasks.data.ingestion.workers.build_python_docs", spec, out)
+    job = PythonDocsJob(
+        packages=[package], max_lookup_rows=arguments.lookups, max_summary_rows=arguments.summaries,
+        max_rows_per_package=max(arguments.lookups, arguments.summaries),
+    )  # fmt: skip
+    run_worker("tasks.data.ingestion.workers.build_python_docs", job, out)
     file: Path = out / f"{package}.jsonl"
     lines = (json.loads(line) for line in (out / "rows.jsonl").read_text(encoding="utf-8").splitlines())
     file.write_text("".join(json.dumps({"messages": line["messages"]}) + "\n" for line in lines), encoding="utf-8")

@@ -15,7 +15,7 @@ class Report(BaseModel):
 
 
 Note = Annotated[str, Field(validation_alias=AliasChoices("note", "told"))]
-"""A sentence for people. What 0.1 wrote calls it `told`."""
+"""A sentence for people. Reports of version 0.1 have it under an older name."""
 
 
 class FileRef(Report):
@@ -119,13 +119,13 @@ class RowStory(Report):
     line: int
     raw: str
     read: list[list[str]] | None  # pairs of role and text before any repair; None if it could not be read
-    now: dict[str, Any]  # the file it lies in, and its line there
+    now: dict[str, Any]  # the file that holds it, and its line there
     history: list[list[str | None]]  # snapshot, fate, reason, split
     releases: list[dict[str, Any]]
 
 
-class Look(Report):
-    """What a look at the sources found, against the rows that the last finished run had."""
+class SourceCheck(Report):
+    """What is new in the sources since the last finished run."""
 
     snapshot_id: str
     new_rows: int  # never seen before, or changed
@@ -139,5 +139,5 @@ class Watched(Report):
 
     due: bool
     why: str
-    look: Look | None  # None: the sources are still being written
+    look: SourceCheck | None  # None: the sources are still being written
     run: str | None = None  # name of the flow run at work on it

@@ -36,7 +36,7 @@ class DataSpec(Section):
     """Where raw rows come from: files, globs, folders, on this machine or at a URL (s3://, https:// and more, see docs/data.md);
     `hub:ORG/NAME` or `hub:ORG/NAME@REVISION`; or `builtin:python-docs`."""
     format: Format = "auto"
-    """Row format; `auto` looks at the first rows of each file."""
+    """Row format; `auto` finds it from the first rows of each file."""
     columns: dict[str, str] = {}
     """Your column names for `prompt`, `completion` and optionally `system`; dots reach into nested values."""
     slice_field: str | None = None
@@ -54,7 +54,7 @@ class DataSpec(Section):
     engine: Literal["local", "ray"] = "local"
     """What works on the parts of the data: this machine's cores, or a Ray cluster that sees the store (`[ray]`)."""
     licence: str | None = None
-    """Licence of the rows, an SPDX id such as CC-BY-4.0 or words; null: known for built-in data, else "unknown". It goes into
+    """Licence of the rows, an SPDX id such as CC-BY-4.0 or words; null: known for built-in data, else "unknown". It is kept in
     the version's lineage, card and SBOM."""
     hub_split: str = "train"
     """Split to read from a hub data set."""
@@ -72,8 +72,8 @@ class DataSpec(Section):
         # The entry is not repeated here.
         wrong = [number for number, entry in enumerate(self.source, start=1) if holds_secret(entry)]
         if wrong:
-            told = ", ".join(map(str, wrong))
-            raise ValueError(f"source: entry {told} holds a password, key or signature; put it in the environment")
+            entries = ", ".join(map(str, wrong))
+            raise ValueError(f"source: entry {entries} holds a password, key or signature; put it in the environment")
         return self
 
 
@@ -157,7 +157,7 @@ class CurateSpec(Section):
     max_test_rows: Annotated[int, Field(ge=1)] = 1000
     """Most rows in the test split; once it is full, new rows go to training."""
     validation_fraction: Fraction = 0.02
-    """Share of rows whose loss is measured after training, beside the test rows that decide."""
+    """Share of rows whose loss is measured after training, in addition to the test rows that decide."""
     max_validation_rows: Annotated[int, Field(ge=0)] = 64
     """Most rows in the validation split."""
 

@@ -18,11 +18,14 @@ class Message(NamedTuple):
     content: str
 
 
+Conversation = tuple[Message, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One training example: messages end with the assistant's answer once the row has passed the rules."""
 
-    messages: tuple[Message, ...]
+    messages: Conversation
     source: str  # file name or builder, without the path of this machine
     line: int  # 1-based line, or record number where the format has no lines
 
@@ -42,18 +45,32 @@ class Row:
         return content_id(self.messages)
 
 
-def content_id(messages: tuple[Message, ...]) -> str:
+class SnapshotRow(NamedTuple):
+    """One record as the snapshot keeps it, readable or not: the columns of its Parquet files, in their order."""
+
+    row_id: str
+    source: str
+    line: int
+    raw: str
+    messages: str | None  # of `conversation_as_json`; None if the record was rejected
+    reason: str | None
+    detail: str | None
+    slice: str | None  # the value of data.slice_field
+    cluster: str | None  # a hash of the value of data.cluster_field
+
+
+def content_id(messages: Conversation) -> str:
     """Hex sha256 of the messages as compact JSON."""
-    return hashlib.sha256(as_json(messages).encode()).hexdigest()
+    return hashlib.sha256(conversation_as_json(messages).encode()).hexdigest()
 
 
-def as_json(messages: tuple[Message, ...]) -> str:
+def conversation_as_json(messages: Conversation) -> str:
     """Compact ASCII JSON: pairs of role and text."""
     return json.dumps(messages, ensure_ascii=True, separators=(",", ":"))
 
 
-def from_json(text: str) -> tuple[Message, ...]:
-    """The messages that `as_json` wrote."""
+def conversation_from_json(text: str) -> Conversation:
+    """The messages that `conversation_as_json` wrote."""
     return tuple(Message(role, content) for role, content in json.loads(text))
 
 

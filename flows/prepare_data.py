@@ -14,7 +14,7 @@ from data_contracts.run_spec import DOMAIN_TASKS, RunSpec
 from flows.runner import Stages, in_store
 from flows.services.crashed_runs import hold
 from tasks.data.curation import row_ledger as ledger
-from tasks.data.curation.explain import write_state
+from tasks.data.curation.explain import write_data_state
 from tasks.data.ingestion.sources import source_digests
 from tasks.data.validation.validate import promised
 from tasks.evaluation.evaluate import task_files
@@ -55,7 +55,7 @@ def data_stages(run: Stages, spec: RunSpec) -> DatasetManifest:
         stages.curate, store, validated, spec.curate, scope, contradictions, items, engine
     )
     artifacts.show_data(store, dataset)
-    write_state(store, scope, DataState(snapshot=snapshot, validated=validated, dataset=dataset))
+    write_data_state(store, scope, DataState(snapshot=snapshot, validated=validated, dataset=dataset))
     return dataset
 
 
@@ -78,7 +78,7 @@ def release(spec: RunSpec, reason: str, why: str, rows: list[str]) -> tuple[Data
     if not found:
         there = ", ".join(sorted({r for _, r in rejected})) or "nothing"
         raise ConfigError(Problem(f"no such row is in quarantine for {reason}", str(quarantine), f"there: {there}"))
-    ledger.release(store, spec.model.name, found, reason, why)
+    ledger.release_rows(store, spec.model.name, found, reason, why)
     return prepare_data(spec)
 
 

@@ -12,7 +12,7 @@ from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed
 
-from data_contracts.data_reports import Look, Watched
+from data_contracts.data_reports import SourceCheck, Watched
 from data_contracts.run_spec import RunSpec
 from flows.prepare_data import ingested
 from flows.retrain import retrain
@@ -46,7 +46,7 @@ def watch_flow(spec: RunSpec) -> Any:
     store = Store.of(spec.store)
     snapshot = ingested(Stages.of(spec), store, spec)
     age = rivals.champion_days(spec.store, spec.model.name)
-    look, due, why = fresh.decide(store, spec, snapshot, age)
+    look, due, why = fresh.decide_retrain(store, spec, snapshot, age)
     if not due:
         return _skipped(Watched(due=False, why=why, look=look))
     note(f"due: {why}")
@@ -54,7 +54,7 @@ def watch_flow(spec: RunSpec) -> Any:
     return _start(spec, Watched(due=True, why=why, look=look))
 
 
-def _tell_automations(name: str, look: Look, why: str) -> None:
+def _tell_automations(name: str, look: SourceCheck, why: str) -> None:
     payload = {"new_rows": look.new_rows, "known_rows": look.known_rows, "snapshot": look.snapshot_id, "reason": why}
     emit_event(FRESH_EVENT, resource={"prefect.resource.id": f"tunegate.data.{name}"}, payload=payload)
 

@@ -52,11 +52,11 @@ def explain_command(
     """Show the whole story of one row: as it came in, what was done to it, where it is, its history."""
     from flows.cli.pages.data import show_stories
     from flows.config.load import load_spec
-    from tasks.data.curation.explain import explain
+    from tasks.data.curation.explain import row_stories
     from tasks.runtime.store import Store
 
     spec = load_spec(preset, changes or []).spec
-    stories = explain(Store.of(spec.store), spec.model.name, row)
+    stories = row_stories(Store.of(spec.store), spec.model.name, row)
     return Outcome({"rows": [story.model_dump(mode="json") for story in stories]}, partial(show_stories, stories))
 
 

@@ -15,7 +15,7 @@ from flows.config.load import DEFAULT_PRESET, load_changes, load_spec, write_new
 from tasks.data.ingestion.preflight import probe
 from tasks.data.ingestion.readers import read_source
 from tasks.data.ingestion.sources import Source, find_sources, local_copies
-from tasks.data.validation.propose import Proposed, Sample, draw, propose
+from tasks.data.validation.propose import Proposed, RowSample, draw, propose
 from tasks.runtime.store import Store
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class WrittenPreset:
     file: Path
     suite: Path | None
     formats: dict[str, str]
-    sample: Sample
+    sample: RowSample
     columns: dict[str, str]
     example: dict[str, Any]
     proposed: Proposed

@@ -1,11 +1,11 @@
-"""How far finished runs have got with the data, and what each look since then found. Kept beside the row ledger."""
+"""How far finished runs have got with the data, and what each check since then found. Kept in the row ledger's file."""
 
 import json
 import time
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-from data_contracts.data_reports import FileRef, Look
+from data_contracts.data_reports import FileRef, SourceCheck
 from tasks.data.curation.row_ledger import connection
 from tasks.runtime.store import Store
 
@@ -69,15 +69,16 @@ def count_known_rows(store: Store, scope: str) -> int:
         return int(database.execute(f"SELECT COUNT(DISTINCT row_id) FROM {_KNOWN}", {"scope": scope}).fetchone()[0])
 
 
-def remember(store: Store, scope: str, look: Look) -> None:
-    """Keep what a look found; the same snapshot counts once, however often it is looked at."""
-    told = (look.snapshot_id, look.new_rows, look.known_rows, json.dumps(look.drift), json.dumps(look.drifted))
+def keep_check(store: Store, scope: str, found: SourceCheck) -> None:
+    """Keep what a check of the sources found; the same snapshot counts once, however often it is checked."""
+    distances = (json.dumps(found.drift), json.dumps(found.drifted))
+    values = (found.snapshot_id, found.new_rows, found.known_rows, *distances)
     with connection(store, _TABLES) as database:
-        database.execute("INSERT OR IGNORE INTO looks VALUES (?, ?, ?, ?, ?, ?, ?)", (scope, *told, time.time()))
+        database.execute("INSERT OR IGNORE INTO looks VALUES (?, ?, ?, ?, ?, ?, ?)", (scope, *values, time.time()))
 
 
-def drifted_looks(store: Store, scope: str) -> list[bool]:
-    """For every look that found new rows, oldest first: had they drifted?"""
+def drifted_checks(store: Store, scope: str) -> list[bool]:
+    """For every check that found new rows, oldest first: had they drifted?"""
     query = "SELECT drifted FROM looks WHERE scope = ? AND new_rows > 0 ORDER BY at"
     with connection(store, _TABLES) as database:
         found: Iterable[tuple[str]] = database.execute(query, (scope,))

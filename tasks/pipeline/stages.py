@@ -44,7 +44,7 @@ from tasks.training import train, warm_start
 
 @stage("ingest")
 def ingest(store: Store, data: DataSpec, sources: dict[str, str]) -> Snapshot:
-    return ingestion.ingest(store, data)
+    return ingestion.ingest_sources(store, data)
 
 
 @stage("validate")
@@ -52,7 +52,9 @@ def check(
     store: Store, snapshot: Snapshot, rules: RulesSpec, contract: ContractSpec, promises: dict[str, str],
     released: list[tuple[str, str]], reference: tuple[str, FileRef] | None, engine: str,
 ) -> ValidatedData:  # fmt: skip
-    return validate.validate(store, snapshot, rules, contract, released, reference, engine, is_forced())
+    return validate.validate(
+        store, snapshot, validate.Checks(rules, contract, released), reference, engine, is_forced()
+    )
 
 
 @stage("benchmarks")
@@ -65,7 +67,7 @@ def curate(
     store: Store, validated: ValidatedData, spec: CurateSpec, scope: str, contradictions: Action,
     benchmarks: FileRef | None, engine: str,
 ) -> DatasetManifest:  # fmt: skip
-    return curation.curate(store, validated, spec, scope, contradictions, benchmarks, engine)
+    return curation.curate_rows(store, validated, curation.Curation(spec, scope, contradictions, benchmarks), engine)
 
 
 @stage("prepare_base")

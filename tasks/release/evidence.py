@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from data_contracts.data_reports import Report
 from data_contracts.lineage import EVIDENCE, LINEAGE_FILE, Lineage
-from tasks.data.ingestion.sources import UNKNOWN, distribution_licence
+from tasks.data.ingestion.sources import UNKNOWN_LICENCE, distribution_licence
 from tasks.release.lineage import Made, file_digests, lineage_of
 from tasks.reporting.markdown import environment, escape
 from tasks.reporting.plots import figures
@@ -194,5 +194,5 @@ def _packages(lineage: Lineage) -> Iterator["Component"]:
     for name, version in lineage.machine.packages.items():
         address = PackageURL("pypi", None, name, version)
         told = distribution_licence(name)
-        known = [] if told == UNKNOWN else [licences.make_from_string(told)]
+        known = [] if told == UNKNOWN_LICENCE else [licences.make_from_string(told)]
         yield Component(name=name, version=version, bom_ref=str(address), purl=address, licenses=known)

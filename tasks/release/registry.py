@@ -14,7 +14,7 @@ from data_contracts.releases import OVERRIDE_TAG
 from data_contracts.reports import ModelVersion, Quantisation
 from data_contracts.run_spec import StoreSpec
 from data_contracts.train_spec import Method
-from tasks.data.curation.dataset_files import NAME
+from tasks.data.curation.dataset_files import TRAINED_ROWS_FILE
 from tasks.models.integrity import checked_spec, verify_version
 from tasks.release.lineage import read_lineage
 from tasks.runtime.mlflow_client import SPEC_FILE, connect
@@ -152,7 +152,7 @@ def _registered(client: "MlflowClient", found: "MlflowVersion") -> Registered:
         run_id=tags["tunegate.run"],
         spec_sha256=tags.get(SPEC_TAG),
         started_from=None if tags.get(STARTED_TAG, SCRATCH) == SCRATCH else tags[STARTED_TAG],
-        trained=FileRef(path=str(files / NAME), sha256=tags[TRAINED_TAG]) if TRAINED_TAG in tags else None,
+        trained=FileRef(path=str(files / TRAINED_ROWS_FILE), sha256=tags[TRAINED_TAG]) if TRAINED_TAG in tags else None,
         override=tags.get(OVERRIDE_TAG, ""),
     )
 

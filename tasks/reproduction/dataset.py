@@ -12,11 +12,11 @@ from data_contracts.lineage import Compared, DataLineage, Lineage
 from data_contracts.rows import Reason, action_of
 from data_contracts.run_spec import DOMAIN_TASKS, RunSpec
 from tasks.data.curation import row_ledger as ledger
-from tasks.data.curation.curate import curate
+from tasks.data.curation.curate import Curation, curate_rows
 from tasks.data.curation.dataset_files import SPLITS
-from tasks.data.ingestion.ingest import ingest, snapshot_id_of
+from tasks.data.ingestion.ingest import ingest_sources, snapshot_id_of
 from tasks.data.ingestion.sources import find_sources
-from tasks.data.validation.validate import validate
+from tasks.data.validation.validate import Checks, validate
 from tasks.evaluation.evaluate import benchmark_items, task_files
 from tasks.runtime.store import Store, digest
 
@@ -103,7 +103,7 @@ def _snapshot(store: Store, place: Store, data: DataSpec, then: DataLineage) -> 
         return Snapshot(id=found, parts=files, rows_in=then.rows_in, unreadable=0, sources=rows), "the store's snapshot"
     why = f"the store's snapshot is {found}"
     try:
-        made = ingest(place, data)
+        made = ingest_sources(place, data)
     except DataError as error:
         gone = Problem(f"the rows of the version are gone: {why}", "data", act=_act(then))
         raise DataError(gone, *error.problems) from error
@@ -162,8 +162,9 @@ def _split_again(store: Store, place: Store, spec: RunSpec, lineage: Lineage, sn
     before = ledger.batch_before(place, scope, snapshot.id)
     if before:  # its profile lies in the store
         before = (before[0], before[1].model_copy(update={"path": str(store.path(before[1]).resolve())}))
-    validated = validate(place, snapshot, spec.rules, spec.contract, released, before)
+    validated = validate(place, snapshot, Checks(spec.rules, spec.contract, released), before)
     further = sorted(set(spec.evaluate.tasks) - set(DOMAIN_TASKS))
     wanted = further and spec.curate.decontaminate
     items = benchmark_items(place, further, task_files(spec.evaluate)) if wanted else None
-    return curate(place, validated, spec.curate, scope, action_of(Reason.CONTRADICTION, spec.rules.actions), items)
+    contradictions = action_of(Reason.CONTRADICTION, spec.rules.actions)
+    return curate_rows(place, validated, Curation(spec.curate, scope, contradictions, items))

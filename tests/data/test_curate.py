@@ -16,22 +16,23 @@ import pytest
 from data_contracts.data_reports import DatasetManifest, Drift, FileRef, ValidatedData
 from data_contracts.data_spec import CurateSpec
 from data_contracts.errors import DataError, StoreError
-from data_contracts.rows import Message, as_json, content_id
+from data_contracts.rows import Message, content_id, conversation_as_json
 from tasks.data.curation.core.shingles import words
 from tasks.data.curation.core.split import Known, position
-from tasks.data.curation.curate import curate
+from tasks.data.curation.curate import Curation, curate_rows
 from tasks.data.curation.dataset_files import SPLITS
 from tasks.data.curation.row_ledger import (
-    Entry,
+    CuratedBatch,
     HeldOut,
+    LedgerEntry,
     batch_before,
     held_out,
-    history,
     known_clusters,
     known_splits,
-    record,
-    release,
+    record_batch,
+    release_rows,
     releases,
+    row_history,
 )
 from tasks.data.validation.core.row_hashes import answer_hash, content_hash, normalise
 from tasks.runtime.store import Store
@@ -61,7 +62,12 @@ def validated(store: Store, rows: Sequence[tuple[str, ...]], quarantined: int = 
     items = []
     for line, (prompt, answer, *cluster) in enumerate(rows, start=1):
         messages = (Message("user", prompt), Message("assistant", answer))
-        place = {"row_id": content_id(messages), "source": "a.jsonl", "line": line, "messages": as_json(messages)}
+        place = {
+            "row_id": content_id(messages),
+            "source": "a.jsonl",
+            "line": line,
+            "messages": conversation_as_json(messages),
+        }
         quality = {
             "flags": 0,
             "repairs": 0,
@@ -94,7 +100,7 @@ def validated(store: Store, rows: Sequence[tuple[str, ...]], quarantined: int = 
 
 
 def run(store: Store, rows: Sequence[tuple[str, ...]], quarantined: int = 0, **spec: Any) -> DatasetManifest:
-    return curate(store, validated(store, rows, quarantined), CurateSpec(**spec), "model")
+    return curate_rows(store, validated(store, rows, quarantined), Curation(CurateSpec(**spec), "model"))
 
 
 def lines(store: Store, ref: FileRef) -> list[dict[str, Any]]:
@@ -123,7 +129,7 @@ def test_rows_that_vanish_between_the_steps_are_noticed(tmp_path: Path) -> None:
     store = Store(tmp_path)
     data = validated(store, facts(50)).model_copy(update={"rows_in": 51, "rows_kept": 51})
     with pytest.raises(AssertionError, match="51 rows in, 50 kept"):
-        curate(store, data, CurateSpec(), "model")
+        curate_rows(store, data, Curation(CurateSpec(), "model"))
 
 
 def test_the_order_of_the_rows_changes_nothing(tmp_path: Path) -> None:
@@ -169,9 +175,9 @@ def test_the_same_data_twice_give_the_same_files(tmp_path: Path) -> None:
 def test_other_models_have_their_own_ledger(tmp_path: Path) -> None:
     store = Store(tmp_path)
     data = validated(store, facts(50))
-    curate(store, data, CurateSpec(), "one")
-    assert curate(store, data, CurateSpec(), "two").known_rows == 0
-    assert curate(store, data, CurateSpec(), "one").known_rows == 50
+    curate_rows(store, data, Curation(CurateSpec(), "one"))
+    assert curate_rows(store, data, Curation(CurateSpec(), "two")).known_rows == 0
+    assert curate_rows(store, data, Curation(CurateSpec(), "one")).known_rows == 50
 
 
 def test_copies_of_a_held_out_row_never_reach_training(tmp_path: Path) -> None:
@@ -219,9 +225,15 @@ def test_a_split_that_would_be_empty_stops_the_run_with_numbers(tmp_path: Path) 
 
 def test_the_first_split_of_a_row_counts_for_ever(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    record(store, "m", "s1", [Entry("a", "kept", None, "train"), Entry("q", "quarantined", "too_long", None)])
-    record(store, "m", "s2", [Entry("a", "duplicate", "near", "test")])
-    record(store, "m", "s1", [Entry("a", "kept", None, "train")])
+    record_batch(
+        store,
+        "m",
+        CuratedBatch(
+            "s1", [LedgerEntry("a", "kept", None, "train"), LedgerEntry("q", "quarantined", "too_long", None)]
+        ),
+    )
+    record_batch(store, "m", CuratedBatch("s2", [LedgerEntry("a", "duplicate", "near", "test")]))
+    record_batch(store, "m", CuratedBatch("s1", [LedgerEntry("a", "kept", None, "train")]))
     assert known_splits(store, "m") == {"a": Known("train", True)}
     assert known_splits(store, "other") == {}
 
@@ -266,26 +278,26 @@ def test_labels_and_boilerplate_do_not_tie_rows_together(tmp_path: Path) -> None
 
 def test_only_what_changed_is_recorded_again(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    first = [Entry("a", "kept", None, "train"), Entry("b", "quarantined", "refusal", None)]
-    assert record(store, "m", "s1", first) == 2
-    assert record(store, "m", "s2", [*first, Entry("c", "kept", None, "test")]) == 1
-    assert record(store, "m", "s3", [Entry("b", "kept", None, "train")]) == 0
-    assert [tuple(event) for event in history(store, "m", "a")] == [("s1", "kept", None, "train")]
-    assert [event.fate for event in history(store, "m", "b")] == ["quarantined", "kept"]
+    first = [LedgerEntry("a", "kept", None, "train"), LedgerEntry("b", "quarantined", "refusal", None)]
+    assert record_batch(store, "m", CuratedBatch("s1", first)) == 2
+    assert record_batch(store, "m", CuratedBatch("s2", [*first, LedgerEntry("c", "kept", None, "test")])) == 1
+    assert record_batch(store, "m", CuratedBatch("s3", [LedgerEntry("b", "kept", None, "train")])) == 0
+    assert [tuple(event) for event in row_history(store, "m", "a")] == [("s1", "kept", None, "train")]
+    assert [event.fate for event in row_history(store, "m", "b")] == ["quarantined", "kept"]
 
 
 def test_held_out_texts_batches_and_releases_are_remembered(tmp_path: Path) -> None:
     store = Store(tmp_path)
     row = HeldOut("a", "test", talk("q", "a"))
-    record(store, "m", "s1", [], [row], NOWHERE)
-    record(store, "m", "s2", [], [row], NOWHERE)
+    record_batch(store, "m", CuratedBatch("s1", [], [row], NOWHERE))
+    record_batch(store, "m", CuratedBatch("s2", [], [row], NOWHERE))
     assert held_out(store, "m") == [row]
     assert held_out(store, "other") == []
     assert batch_before(store, "m", "s1") is None
     assert batch_before(store, "m", "s2") == ("s1", NOWHERE)
     assert batch_before(store, "m", "new") == ("s2", NOWHERE)
-    release(store, "m", ["x", "y"], "refusal", "support replies")
-    release(store, "m", ["x"], "refusal", "again")
+    release_rows(store, "m", ["x", "y"], "refusal", "support replies")
+    release_rows(store, "m", ["x"], "refusal", "again")
     assert [(r.row_id, r.why) for r in releases(store, "m")] == [("x", "support replies"), ("y", "support replies")]
 
 

@@ -1,4 +1,4 @@
-"""A dirty file, row by row: what is repaired, masked, flagged, rejected, released, and how a row's story is told."""
+"""A dirty file, row by row: what is repaired, masked, flagged, rejected, released, and how a row's history is reported."""
 
 import json
 import re
@@ -14,12 +14,12 @@ from data_contracts.errors import ConfigError, DataError
 from flows.cli.app import main
 from flows.prepare_data import release as bring_back
 from tasks.data.curation import row_ledger as ledger
-from tasks.data.curation.curate import curate
+from tasks.data.curation.curate import Curation, curate_rows
 from tasks.data.curation.dataset_files import SPLITS
-from tasks.data.curation.explain import explain, write_state
-from tasks.data.ingestion.ingest import ingest
+from tasks.data.curation.explain import row_stories, write_data_state
+from tasks.data.ingestion.ingest import ingest_sources
 from tasks.data.validation.core.drift import divergence, drift, ks_distance, profile
-from tasks.data.validation.validate import validate
+from tasks.data.validation.validate import Checks, validate
 from tasks.runtime.store import Store
 
 WORDS = ["router", "button", "light", "cable", "screen", "battery", "signal", "door", "engine", "filter", "socket"]
@@ -51,7 +51,7 @@ def snapshot(store: Store, rows: list[Any]) -> Snapshot:
     store.root.mkdir(exist_ok=True)
     file = store.root / "rows.jsonl"
     file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return ingest(store, DataSpec(source=[str(file)]))
+    return ingest_sources(store, DataSpec(source=[str(file)]))
 
 
 def dirty(store: Store) -> Snapshot:
@@ -59,7 +59,7 @@ def dirty(store: Store) -> Snapshot:
 
 
 def check(store: Store, found: Snapshot, released: Any = (), **rules: Any) -> ValidatedData:
-    return validate(store, found, RulesSpec(**rules), ContractSpec(max_quarantine_rate=0.5), list(released))
+    return validate(store, found, Checks(RulesSpec(**rules), ContractSpec(max_quarantine_rate=0.5), list(released)))
 
 
 def texts(store: Store, validated: ValidatedData) -> str:
@@ -68,8 +68,8 @@ def texts(store: Store, validated: ValidatedData) -> str:
 
 def prepared(store: Store, found: Snapshot, **rules: Any) -> DatasetManifest:
     validated = check(store, found, **rules)
-    dataset = curate(store, validated, CurateSpec(test_fraction=0.3), "model")
-    write_state(store, "model", DataState(snapshot=found, validated=validated, dataset=dataset))
+    dataset = curate_rows(store, validated, Curation(CurateSpec(test_fraction=0.3), "model"))
+    write_data_state(store, "model", DataState(snapshot=found, validated=validated, dataset=dataset))
     return dataset
 
 
@@ -88,10 +88,10 @@ def test_every_defect_is_repaired_masked_flagged_or_rejected_with_its_reason(sto
 def test_no_value_of_personal_data_or_a_secret_stands_in_any_count_example_or_detail(store: Store) -> None:
     result = check(store, dirty(store), personal_data="quarantine")
     assert result.reasons["personal_data"] == 1
-    told = result.model_dump_json()
+    report = result.model_dump_json()
     details = [json.loads(line)["detail"] for line in store.path(result.quarantine).read_text().splitlines()]
-    assert KEY not in told + "".join(details)
-    assert "anna.schmidt" not in told + "".join(details)
+    assert KEY not in report + "".join(details)
+    assert "anna.schmidt" not in report + "".join(details)
 
 
 def test_policies_keep_mask_or_quarantine(store: Store) -> None:
@@ -121,7 +121,7 @@ def test_a_released_row_comes_back_and_only_for_that_reason(store: Store) -> Non
 
 
 @pytest.mark.parametrize(
-    ("reason", "why", "told"),
+    ("reason", "why", "message"),
     [
         ("unparsable", "x", "no usable conversation"),
         ("near_test_item", "x", "would leak"),
@@ -129,8 +129,8 @@ def test_a_released_row_comes_back_and_only_for_that_reason(store: Store) -> Non
         ("refusal", " ", "--why is empty"),
     ],
 )
-def test_a_release_that_cannot_be_is_refused_with_the_next_act(reason: str, why: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_a_release_that_cannot_be_is_refused_with_the_next_act(reason: str, why: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         bring_back(None, reason, why, [])  # type: ignore[arg-type]
 
 
@@ -147,19 +147,19 @@ def test_appended_rows_leave_the_parts_before_as_they_are(store: Store, monkeypa
 def test_the_story_of_a_row_tells_what_came_in_what_became_of_it_and_where_it_is(store: Store) -> None:
     found = dirty(store)
     prepared(store, found)
-    (story,) = explain(store, "model", f"rows.jsonl:{LINES['mojibake']}")
+    (story,) = row_stories(store, "model", f"rows.jsonl:{LINES['mojibake']}")
     assert story.read and "cafÃ©" in story.read[1][1]
     assert "café" in story.now["messages"][1]["content"]
     assert story.history[0][1] == "kept"
-    (rejected,) = explain(store, "model", f"rows.jsonl:{LINES['empty']}")
+    (rejected,) = row_stories(store, "model", f"rows.jsonl:{LINES['empty']}")
     assert (rejected.now["file"], rejected.now["reason"]) == ("quarantine", "empty_answer")
-    assert explain(store, "model", rejected.row_id[:12]) == [rejected]
-    ledger.release(store, "model", [rejected.row_id], "refusal", "because")
-    assert explain(store, "model", rejected.row_id[:12])[0].releases[0]["why"] == "because"
+    assert row_stories(store, "model", rejected.row_id[:12]) == [rejected]
+    ledger.release_rows(store, "model", [rejected.row_id], "refusal", "because")
+    assert row_stories(store, "model", rejected.row_id[:12])[0].releases[0]["why"] == "because"
     with pytest.raises(ConfigError, match="no row is called"):
-        explain(store, "model", "nowhere:1")
+        row_stories(store, "model", "nowhere:1")
     with pytest.raises(ConfigError, match="no data set"):
-        explain(store, "other", "a")
+        row_stories(store, "other", "a")
 
 
 def test_explain_answers_on_the_command_line(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
@@ -176,7 +176,7 @@ def test_the_parts_give_the_same_whatever_works_on_them(store: Store, monkeypatc
     found = dirty(store)
     pooled = check(store, found)
     monkeypatch.setattr("tasks.runtime.partitions.free_cores", lambda: 1)
-    alone = validate(store, found, RulesSpec(), ContractSpec(max_quarantine_rate=0.5), force=True)
+    alone = validate(store, found, Checks(RulesSpec(), ContractSpec(max_quarantine_rate=0.5)), force=True)
     assert alone == pooled
 
 
@@ -198,7 +198,7 @@ def test_a_batch_that_moved_away_is_a_warning_and_copies_stop_the_run(store: Sto
     first = check(store, snapshot(store, [good(i) for i in range(60)]))
     longer = [{**good(i), "prompt": good(i)["prompt"] * 20} for i in range(60)]
     reference = (first.snapshot_id, first.profile)
-    result = validate(store, snapshot(store, longer), RulesSpec(), ContractSpec(), reference=reference)
+    result = validate(store, snapshot(store, longer), Checks(RulesSpec(), ContractSpec()), reference=reference)
     assert result.drift.values["ks_prompt_chars"] == 1.0
     failed = [
         item["name"]
@@ -214,10 +214,10 @@ def test_a_field_of_the_rows_becomes_a_slice_wherever_it_is_nested(store: Store,
     rows = [good(i) | {"meta": {"tier": ["gold", 3, None, {"a": 1}][i % 4]}} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataSpec(source=[str(tmp_path / "rows.jsonl")], slice_field="meta.tier")
-    found = prepared(store, ingest(store, data))
+    found = prepared(store, ingest_sources(store, data))
     files = [store.path(getattr(found, name)).read_text(encoding="utf-8") for name in ("train", "test")]
     assert {json.loads(line).get("slice") for file in files for line in file.splitlines()} == {"gold", "3", None}
-    without = prepared(store, ingest(store, data.model_copy(update={"slice_field": None})))
+    without = prepared(store, ingest_sources(store, data.model_copy(update={"slice_field": None})))
     assert without.snapshot_id != found.snapshot_id
     assert without.splits == found.splits
 
@@ -227,7 +227,7 @@ def test_a_field_of_the_rows_ties_them_together_and_only_its_hash_is_kept(store:
     rows += [good(i) for i in range(40, 60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataSpec(source=[str(tmp_path / "rows.jsonl")], cluster_field="patient.id")
-    found = prepared(store, ingest(store, data))
+    found = prepared(store, ingest_sources(store, data))
     files = [store.path(getattr(found, name)).read_text(encoding="utf-8") for name in SPLITS]
     tied = [{json.loads(line).get("cluster") for line in file.splitlines()} - {None} for file in files]
     assert sum(map(len, tied)) == 2
@@ -242,13 +242,13 @@ def test_a_cluster_field_that_no_row_has_stops_the_run_and_one_that_some_lack_is
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataSpec(source=[str(tmp_path / "rows.jsonl")], cluster_field="patinet")
     with pytest.raises(DataError, match=r"data\.cluster_field.*none of 40 rows has a value in 'patinet'"):
-        ingest(store, data)
-    ingest(store, data.model_copy(update={"cluster_field": "patient"}))
+        ingest_sources(store, data)
+    ingest_sources(store, data.model_copy(update={"cluster_field": "patient"}))
     assert "10 of 40 rows have no value in 'patient'" in capfd.readouterr().err
 
 
 def test_without_a_cluster_field_the_snapshot_has_the_name_it_always_had(store: Store, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a", "patient": 1}) + "\n")
     data = DataSpec(source=[str(tmp_path / "rows.jsonl")])
-    assert ingest(store, data).id.startswith("f615d965239c")
-    assert ingest(store, data.model_copy(update={"cluster_field": "patient"})).id[:12] != "f615d965239c"
+    assert ingest_sources(store, data).id.startswith("f615d965239c")
+    assert ingest_sources(store, data.model_copy(update={"cluster_field": "patient"})).id[:12] != "f615d965239c"

@@ -6,7 +6,7 @@ import pytest
 
 from data_contracts.errors import DataError
 from data_contracts.rows import Message, Reason, Rejection
-from tasks.data.ingestion.core.formats import Conversation, check_columns, converter, detect_format
+from tasks.data.ingestion.core.formats import Conversation, check_columns, detect_format, row_converter
 
 HELLO = (Message("user", "hi"), Message("assistant", "hello"))
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -27,7 +27,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def convert(name: str, item: dict[str, Any], system_prompt: str | None = None) -> Conversation | Rejection:
-    return converter(name, {}, system_prompt)(item)
+    return row_converter(name, {}, system_prompt)(item)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -52,14 +52,14 @@ def test_the_system_prompt_goes_only_to_rows_without_one() -> None:
 
 def test_dotted_columns_reach_into_nested_values_and_missing_steps_are_missing_fields() -> None:
     columns = {"prompt": "ask", "completion": "instances.0.output", "system": "meta.role"}
-    read = converter("columns", columns, None)
+    read = row_converter("columns", columns, None)
     full = {"ask": "hi", "instances": [{"output": "hello"}], "meta": {"role": "s"}}
     assert read(full) == (Message("system", "s"), *HELLO)
     assert read({"ask": "hi", "instances": [{"output": "hello"}]}) == HELLO
     assert read({"ask": "hi", "instances": []}) == Rejection(
         Reason.MISSING_FIELD, "instances.0.output is missing or null"
     )
-    assert converter("columns", {"prompt": "a.b", "completion": "c"}, None)({"a.b": "hi", "c": "hello"}) == HELLO
+    assert row_converter("columns", {"prompt": "a.b", "completion": "c"}, None)({"a.b": "hi", "c": "hello"}) == HELLO
 
 
 REJECTED: dict[str, tuple[Reason, str, dict[str, Any]]] = {

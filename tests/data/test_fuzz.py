@@ -17,11 +17,11 @@ from data_contracts.data_reports import DatasetManifest, FileRef, Snapshot
 from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
 from data_contracts.errors import DataError
 from data_contracts.rows import Reason
-from tasks.data.curation.curate import curate
-from tasks.data.ingestion.ingest import ingest
+from tasks.data.curation.curate import Curation, curate_rows
+from tasks.data.ingestion.ingest import ingest_sources
 from tasks.data.ingestion.readers import read_source
 from tasks.data.ingestion.sources import Source
-from tasks.data.validation.validate import validate
+from tasks.data.validation.validate import Checks, validate
 from tasks.runtime.store import Store
 from tests.data.test_readers import damage
 
@@ -137,12 +137,12 @@ def ingest_readable(store: Store, files: list[Path]) -> Snapshot:
     left = {str(path) for path in files}
     while True:
         try:
-            return ingest(store, DataSpec(source=sorted(left)))
+            return ingest_sources(store, DataSpec(source=sorted(left)))
         except DataError as error:
             named = {file for file in left for problem in error.problems if problem.where.startswith(file)}
             assert named, error
             assert str(files[0]) not in named, error
-            # Damage deep in a file is told when it is reached: one file at a time.
+            # Damage deep in a file is reported when it is reached: one file at a time.
             left -= named | set(filter(is_unreadable, left))
 
 
@@ -177,8 +177,8 @@ def test_every_row_of_damaged_files_is_found_in_one_file_of_the_data_set(
         store = Store(here / "store")
         snapshot = ingest_readable(store, files)
         budgets = ContractSpec(max_quarantine_rate=1.0, max_duplicate_rate=1.0, min_rows=1)
-        validated = validate(store, snapshot, RulesSpec(), budgets)
-        dataset = curate(store, validated, CurateSpec(test_fraction=0.3), "model")
+        validated = validate(store, snapshot, Checks(RulesSpec(), budgets))
+        dataset = curate_rows(store, validated, Curation(CurateSpec(test_fraction=0.3), "model"))
         check_sums(store, snapshot, dataset)
         assert min(dataset.kept, dataset.quarantined, dataset.duplicates) > 0
         read_through += len(snapshot.sources)

@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from tasks.data.curation.core.groups import cluster_key, join
+from tasks.data.curation.core.groups import Cluster, Key, join
 from tasks.data.curation.core.split import PRECEDENCE, Fractions, Known, assign_splits
 
-A, B = cluster_key("a"), cluster_key("b")
+A, B = Cluster("a"), Cluster("b")
 TRAIN, TEST = Known("train", True), Known("test", True)
 HALF = Fractions(0.4, 10**6, 0.2, 10**6)
 
@@ -19,7 +19,7 @@ def test_rows_that_share_a_key_directly_or_through_others_are_one_group():
 
 
 def test_a_group_is_named_by_its_cluster_so_that_another_answer_in_it_moves_nothing():
-    assert set(join({"1": ["answer 7", B], "2": ["answer 1", B]}).groups.values()) == {B}
+    assert set(join({"1": ["answer 7", B], "2": ["answer 1", B]}).groups.values()) == {str(B)}
 
 
 def test_new_rows_follow_what_they_are_tied_to_also_through_others():
@@ -51,13 +51,13 @@ def test_names_that_are_no_rows_fill_no_room():
 @pytest.mark.parametrize("seed", range(60))
 def test_however_data_grow_no_cluster_is_ever_in_two_splits_and_no_row_moves(seed):
     draw = random.Random(seed)
-    rows: dict[str, list[str]] = {}
+    rows: dict[str, list[Key]] = {}
     known: dict[str, Known] = {}
-    clusters: dict[str, str] = {}
+    clusters: dict[Key, str] = {}
     for batch in range(5):
         for i in range(draw.randrange(10, 40)):
             answer = [f"answer {draw.randrange(120)}"] if draw.random() < 0.6 else []
-            cluster = [cluster_key(str(draw.randrange(40)))] if draw.random() < 0.6 else []
+            cluster = [Cluster(str(draw.randrange(40)))] if draw.random() < 0.6 else []
             rows[f"{batch}.{i}"] = [*answer, *cluster] or [f"{batch}.{i}"]
         keys = {row: rows[row] for row in draw.sample(sorted(rows), len(rows))}
         found = join(keys, known)
@@ -67,9 +67,9 @@ def test_however_data_grow_no_cluster_is_ever_in_two_splits_and_no_row_moves(see
         for row in found.torn:
             assert row not in known
         for row, split in splits.items():
-            for key in filter(lambda key: key.startswith("cluster "), rows[row]):
+            for key in filter(lambda key: isinstance(key, Cluster), rows[row]):
                 assert clusters.setdefault(key, split) == split
-        answers: dict[str, set[str]] = {}
+        answers: dict[Key, set[str]] = {}
         for row, split in splits.items():
             for key in rows[row]:
                 answers.setdefault(key, set()).add(split)

@@ -166,7 +166,7 @@ def test_boilerplate_below_the_threshold_joins_no_rows():
 
 
 def hot_families():
-    """Boilerplate of 60 words with six of a family's own and up to four words changed: many pairs lie at the threshold."""
+    """Boilerplate of 60 words with six of a family's own and up to four words changed: many pairs are at the threshold."""
     draw = np.random.default_rng(5)
     texts = []
     for family in range(500):

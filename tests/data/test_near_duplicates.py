@@ -4,31 +4,28 @@ import numpy as np
 import pytest
 
 from tasks.data.curation.core.near_duplicates import (
-    ABSENT,
-    BRIDGES,
-    DUPLICATE,
-    KEPT,
-    NEAR_TEST,
-    Rows,
+    ComparedRows,
+    CopyState,
     badness,
-    settle_exact,
-    settle_near,
+    resolve_exact,
+    resolve_near,
 )
 from tasks.data.curation.core.split import Known
 
+KEPT, DUPLICATE, NEAR_TEST, BRIDGES, ABSENT = CopyState
 TRAIN, TEST = Known("train", True), Known("test", True)
 COPY_OF_TEST, COPY_OF_TRAIN = Known("test", False), Known("train", False)
 
 
-def rows(*known, absent=(), worse=None) -> Rows:
+def rows(*known, absent=(), worse=None) -> ComparedRows:
     places = np.arange(len(known))
     worse = np.zeros(len(known), np.int64) if worse is None else np.asarray(worse)
-    return Rows([f"id{i}" for i in range(len(known))], list(known), np.isin(places, absent), worse)
+    return ComparedRows([f"id{i}" for i in range(len(known))], list(known), np.isin(places, absent), worse)
 
 
 def near(*known, pairs, absent=(), worse=None):
-    fates = settle_near(np.array(pairs, np.int64).reshape(-1, 2), rows(*known, absent=absent, worse=worse))
-    return fates.codes.tolist(), fates.of.tolist()
+    found = resolve_near(np.array(pairs, np.int64).reshape(-1, 2), rows(*known, absent=absent, worse=worse))
+    return found.states.tolist(), found.originals.tolist()
 
 
 def test_of_new_near_copies_the_smallest_id_stays():
@@ -37,7 +34,7 @@ def test_of_new_near_copies_the_smallest_id_stays():
 
 def test_of_new_near_copies_the_best_stays_whatever_its_id():
     assert near(None, None, None, pairs=[(0, 1), (1, 2)], worse=[5, 4, 3])[1] == [2, 2, 2]
-    assert settle_exact(np.array([7, 7]), rows(None, None, worse=[1, 0])).of.tolist() == [1, 1]
+    assert resolve_exact(np.array([7, 7]), rows(None, None, worse=[1, 0]))[0].originals.tolist() == [1, 1]
 
 
 def test_a_row_that_was_kept_before_stays_though_a_better_copy_comes():
@@ -79,11 +76,10 @@ def test_a_training_row_directly_near_a_held_out_row_leaves_training():
 
 
 def test_exact_copies_inherit_what_is_known_of_any_of_them():
-    found = rows(None, TEST, None, absent=[1])
-    fates = settle_exact(np.array([7, 7, 7]), found)
-    assert fates.codes.tolist() == [KEPT, ABSENT, DUPLICATE]
-    assert found.known[0] == TEST
+    found, after = resolve_exact(np.array([7, 7, 7]), rows(None, TEST, None, absent=[1]))
+    assert found.states.tolist() == [KEPT, ABSENT, DUPLICATE]
+    assert after.known[0] == TEST
 
 
 def test_rows_without_copies_are_kept():
-    assert settle_exact(np.array([3, 1, 2]), rows(None, None, None)).codes.tolist() == [KEPT] * 3
+    assert resolve_exact(np.array([3, 1, 2]), rows(None, None, None))[0].states.tolist() == [KEPT] * 3

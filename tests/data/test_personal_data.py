@@ -1,4 +1,4 @@
-"""Each kind of personal data is found and its traps are let through; languages are told apart.
+"""Each kind of personal data is found and its traps are let through; languages are distinguished.
 
 Run: pytest tests/data/test_personal_data.py. Secrets are put together here, so that no scanner takes this file for a leak.
 """
@@ -14,47 +14,47 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.data.validation.core.languages import language
-from tasks.data.validation.core.personal_data import Kind, find, is_about_personal_data, mask
+from tasks.data.validation.core.personal_data import PersonalDataKind, find_personal_data, is_about_personal_data, mask
 
 RANDOM = "q7Zr2Lw9Xk4Tb8Nv3Mc6Hd1Js5Gf0Py7Ru2Ea9Wo4"
 PEM = "-----BEGIN RSA PRIV" + "ATE KEY-----\n" + "MIIEow" + RANDOM * 2 + "\n-----END RSA PRIV" + "ATE KEY-----"
 JWT = "eyJ" + "hbGciOiJSUzI1NiJ9.eyJ" + "pc3MiOiJhY21lIn0." + RANDOM
 
 CAUGHT = [
-    (Kind.EMAIL, "ada.lovelace@math.org"),
-    (Kind.EMAIL, "Write to h.muster+x@uni-koeln.de.", "h.muster+x@uni-koeln.de"),
-    (Kind.EMAIL, "联系 liwei88@163.com 谢谢", "liwei88@163.com"),
-    (Kind.PHONE, "+44 20 7219 4272"),
-    (Kind.PHONE, "Call me at (212) 736-5000 tonight", "(212) 736-5000"),
-    (Kind.PHONE, "手机 13912348765", "13912348765"),
-    (Kind.PHONE, "+49 30 227 32152"),
-    (Kind.CARD, "4539 5787 6362 1486"),
-    (Kind.CARD, "5425-2334-3010-9911"),
-    (Kind.CARD, "My card 379354508162306 was lost", "379354508162306"),
-    (Kind.NATIONAL_ID, "536-22-8714"),
-    (Kind.NATIONAL_ID, "SSN 536 22 8714", "536 22 8714"),
-    (Kind.NATIONAL_ID, "身份证 11010519491231002X", "11010519491231002X"),
-    (Kind.NATIONAL_ID, "National Insurance AB 47 31 56 C", "AB 47 31 56 C"),
-    (Kind.NATIONAL_ID, "NHS number 943 476 5870", "943 476 5870"),
-    (Kind.IBAN, "DE75512108001245126199"),
-    (Kind.IBAN, "GB94 BARC 1020 1530 0934 59"),
-    (Kind.IBAN, "Pay to AT48 3200 0000 1234 5864 TODAY", "AT48 3200 0000 1234 5864"),
-    (Kind.IP, "81.2.69.142"),
-    (Kind.IP, "ping 5.9.3.1 first", "5.9.3.1"),
-    (Kind.IP, "http://203.98.7.65:8080/x", "203.98.7.65"),
-    (Kind.IP, "2a00:1450:4001:81b::200e"),
-    (Kind.SECRET, "AK" + "IAQ7ZR2LW9XK4TB8NV"),
-    (Kind.SECRET, "gh" + "p_" + RANDOM[:36]),
-    (Kind.SECRET, "github" + "_pat_" + RANDOM + RANDOM[:20]),
-    (Kind.SECRET, "xo" + "xb-" + "2847561903-" + RANDOM[:24]),
-    (Kind.SECRET, "AI" + "za" + RANDOM[:35]),
-    (Kind.SECRET, "sk" + "-ant-" + RANDOM),
-    (Kind.SECRET, "h" + "f_" + RANDOM[:34]),
-    (Kind.SECRET, "sk" + "_live_" + RANDOM[:24]),
-    (Kind.SECRET, JWT),
-    (Kind.SECRET, PEM),
-    (Kind.SECRET, 'api_key = "' + RANDOM + '"', RANDOM),
-    (Kind.SECRET, "'password': '" + "tR9#kw2!Lq7$Zx4b'", "tR9#kw2!Lq7$Zx4b"),
+    (PersonalDataKind.EMAIL, "ada.lovelace@math.org"),
+    (PersonalDataKind.EMAIL, "Write to h.muster+x@uni-koeln.de.", "h.muster+x@uni-koeln.de"),
+    (PersonalDataKind.EMAIL, "联系 liwei88@163.com 谢谢", "liwei88@163.com"),
+    (PersonalDataKind.PHONE, "+44 20 7219 4272"),
+    (PersonalDataKind.PHONE, "Call me at (212) 736-5000 tonight", "(212) 736-5000"),
+    (PersonalDataKind.PHONE, "手机 13912348765", "13912348765"),
+    (PersonalDataKind.PHONE, "+49 30 227 32152"),
+    (PersonalDataKind.CARD, "4539 5787 6362 1486"),
+    (PersonalDataKind.CARD, "5425-2334-3010-9911"),
+    (PersonalDataKind.CARD, "My card 379354508162306 was lost", "379354508162306"),
+    (PersonalDataKind.NATIONAL_ID, "536-22-8714"),
+    (PersonalDataKind.NATIONAL_ID, "SSN 536 22 8714", "536 22 8714"),
+    (PersonalDataKind.NATIONAL_ID, "身份证 11010519491231002X", "11010519491231002X"),
+    (PersonalDataKind.NATIONAL_ID, "National Insurance AB 47 31 56 C", "AB 47 31 56 C"),
+    (PersonalDataKind.NATIONAL_ID, "NHS number 943 476 5870", "943 476 5870"),
+    (PersonalDataKind.IBAN, "DE75512108001245126199"),
+    (PersonalDataKind.IBAN, "GB94 BARC 1020 1530 0934 59"),
+    (PersonalDataKind.IBAN, "Pay to AT48 3200 0000 1234 5864 TODAY", "AT48 3200 0000 1234 5864"),
+    (PersonalDataKind.IP, "81.2.69.142"),
+    (PersonalDataKind.IP, "ping 5.9.3.1 first", "5.9.3.1"),
+    (PersonalDataKind.IP, "http://203.98.7.65:8080/x", "203.98.7.65"),
+    (PersonalDataKind.IP, "2a00:1450:4001:81b::200e"),
+    (PersonalDataKind.SECRET, "AK" + "IAQ7ZR2LW9XK4TB8NV"),
+    (PersonalDataKind.SECRET, "gh" + "p_" + RANDOM[:36]),
+    (PersonalDataKind.SECRET, "github" + "_pat_" + RANDOM + RANDOM[:20]),
+    (PersonalDataKind.SECRET, "xo" + "xb-" + "2847561903-" + RANDOM[:24]),
+    (PersonalDataKind.SECRET, "AI" + "za" + RANDOM[:35]),
+    (PersonalDataKind.SECRET, "sk" + "-ant-" + RANDOM),
+    (PersonalDataKind.SECRET, "h" + "f_" + RANDOM[:34]),
+    (PersonalDataKind.SECRET, "sk" + "_live_" + RANDOM[:24]),
+    (PersonalDataKind.SECRET, JWT),
+    (PersonalDataKind.SECRET, PEM),
+    (PersonalDataKind.SECRET, 'api_key = "' + RANDOM + '"', RANDOM),
+    (PersonalDataKind.SECRET, "'password': '" + "tR9#kw2!Lq7$Zx4b'", "tR9#kw2!Lq7$Zx4b"),
 ]
 
 LET_THROUGH = [
@@ -137,26 +137,28 @@ LET_THROUGH = [
 @pytest.mark.parametrize("case", CAUGHT, ids=lambda case: f"{case[0]}-{case[1][:12]!a}")
 def test_is_found_and_masked(case):
     kind, text, value = case if len(case) == 3 else (*case, case[1])
-    found = find(f"{text}\n")
-    assert [(one.kind, text[one.start : one.end], one.secret) for one in found] == [(kind, value, kind is Kind.SECRET)]
+    found = find_personal_data(f"{text}\n")
+    assert [(one.kind, text[one.start : one.end], one.secret) for one in found] == [
+        (kind, value, kind is PersonalDataKind.SECRET)
+    ]
     masked = mask(text, found)
     assert masked == text.replace(value, f"[{kind}]")
-    assert not find(masked)
+    assert not find_personal_data(masked)
 
 
 @pytest.mark.parametrize("text", LET_THROUGH)
 def test_a_trap_is_let_through(text):
-    assert find(text) == []
+    assert find_personal_data(text) == []
 
 
 def test_several_finds_stand_in_order():
     text = "Mail ada@math.org or call +44 20 7219 4272 from 81.2.69.142"
-    assert mask(text, find(text)) == "Mail [EMAIL] or call [PHONE] from [IP]"
+    assert mask(text, find_personal_data(text)) == "Mail [EMAIL] or call [PHONE] from [IP]"
 
 
 def test_what_a_find_hides_is_found_too():
     text = "ada@math.org+44 20 7219 4272"
-    assert mask(text, find(text)) == "[EMAIL][PHONE]"
+    assert mask(text, find_personal_data(text)) == "[EMAIL][PHONE]"
 
 
 ALL_CASES = [case[1] for case in CAUGHT] + LET_THROUGH
@@ -171,11 +173,11 @@ PIECES = st.one_of(
 @settings(max_examples=400, deadline=None)
 @given(st.lists(PIECES, max_size=8).map("".join))
 def test_masking_leaves_nothing_to_find(text):
-    found = find(text)
+    found = find_personal_data(text)
     spans = [(one.start, one.end) for one in found]
     assert all(0 <= start < end <= len(text) for start, end in spans)
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
-    assert find(mask(text, found)) == []
+    assert find_personal_data(mask(text, found)) == []
 
 
 @pytest.mark.parametrize(

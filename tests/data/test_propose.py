@@ -16,11 +16,11 @@ from data_contracts.errors import ConfigError, DataError
 from flows.cli.app import main
 from flows.config.init_spec import WrittenPreset, write_preset
 from flows.config.load import load_spec
-from tasks.data.ingestion.ingest import ingest
+from tasks.data.ingestion.ingest import ingest_sources
 from tasks.data.ingestion.sources import find_sources
 from tasks.data.validation import propose
 from tasks.data.validation.core.drift import OTHER, largest_label_share
-from tasks.data.validation.validate import promised, validate
+from tasks.data.validation.validate import Checks, promised, validate
 from tasks.pipeline.policies import stage_key
 from tasks.runtime.store import Store
 
@@ -92,7 +92,7 @@ def checked(rows: Rows, before: ValidatedData | None = None) -> tuple[ValidatedD
     written(rows)
     spec, store = load_spec("my.yaml", []).spec, Store(Path("root"))
     reference = (before.snapshot_id, before.profile) if before else None
-    result = validate(store, ingest(store, spec.data), spec.rules, spec.contract, reference=reference)
+    result = validate(store, ingest_sources(store, spec.data), Checks(spec.rules, spec.contract), reference=reference)
     outcomes = json.loads(store.path(result.contract_result).read_text())["results"]
     return result, {item["name"].partition("(")[2][:-1] for item in outcomes if not item["success"]}
 
@@ -127,9 +127,9 @@ def test_the_data_keep_the_contract_that_was_proposed_from_them_without_a_warnin
 def test_every_limit_says_what_it_was_proposed_from_and_what_to_do() -> None:
     look = proposal(labelled(240))
     suite = json.loads(Path("my.suite.json").read_text())
-    told = [item["meta"] for item in suite["expectations"]]
-    assert all(meta["why"] and meta["act"] for meta in told)
-    proposed = [meta["why"] for meta in told if "proposed from 240 rows: observed" in meta["why"]]
+    metas = [item["meta"] for item in suite["expectations"]]
+    assert all(meta["why"] and meta["act"] for meta in metas)
+    proposed = [meta["why"] for meta in metas if "proposed from 240 rows: observed" in meta["why"]]
     names = {"contract.max_quarantine_rate", "contract.min_rows"}  # the settings that the rows suite uses
     in_suite = [item for item in look.proposed.proposals if item.name.startswith("expect_") or item.name in names]
     assert len(proposed) == len(in_suite) >= 7
@@ -150,8 +150,8 @@ def test_one_or_two_languages_are_proposed_where_they_hold_nearly_all() -> None:
     assert languages([*english(150), *german(1)]) == ["en"]
     assert languages([*english(50), *chinese(50)]) == ["en", "zh"]
     assert languages([*english(50), *chinese(50), *german(50)]) == []
-    assert languages(labelled(100)) == []  # too short to tell
-    assert languages(english(10)) == []  # too few to tell
+    assert languages(labelled(100)) == []  # too short to detect
+    assert languages(english(10)) == []  # too few to judge
 
 
 # --- data of another kind -------------------------------------------------------------------------------------
@@ -218,10 +218,10 @@ def test_init_says_loudly_what_would_be_quarantined_and_leaves_the_decision_to_y
 
 def test_the_json_carries_suite_sample_and_proposals(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["init", "my.yaml", "--data", written(mostly_empty(90)), "--json"]) == 0
-    told = json.loads(capfd.readouterr().out)
-    assert told["suite"] == "my.suite.json"
-    assert told["sample"] == {"rows": 90, "quarantined": 60 / 90, "reasons": {"empty_answer": 60}}
-    budget = next(item for item in told["proposed"] if item["name"] == "contract.max_quarantine_rate")
+    shown = json.loads(capfd.readouterr().out)
+    assert shown["suite"] == "my.suite.json"
+    assert shown["sample"] == {"rows": 90, "quarantined": 60 / 90, "reasons": {"empty_answer": 60}}
+    budget = next(item for item in shown["proposed"] if item["name"] == "contract.max_quarantine_rate")
     assert (budget["value"], budget["observed"]) == (0.717, "66.7% rejected")
 
 

@@ -11,24 +11,20 @@ import pytest
 
 from data_contracts.data_spec import DataSpec
 from data_contracts.errors import DataError
+from data_contracts.jobs.data import PythonDocsJob
 from tasks.data.ingestion.core.docstrings import explanation, functions
-from tasks.data.ingestion.ingest import ingest
+from tasks.data.ingestion.ingest import ingest_sources
 from tasks.runtime.store import Store
 
 PACKAGES = ["json", "shutil"]
 
 
-def build(out: Path, **spec: Any) -> list[dict[str, Any]]:
+def build(out: Path, **settings: Any) -> list[dict[str, Any]]:
     """Run the builder as the project does: as a child process."""
-    full = {
-        "packages": PACKAGES,
-        "max_lookup_rows": None,
-        "max_summary_rows": None,
-        "max_rows_per_package": 400,
-        **spec,
-    }
+    defaults = {"packages": PACKAGES, "max_lookup_rows": None, "max_summary_rows": None, "max_rows_per_package": 400}
+    job = PythonDocsJob(**(defaults | settings))
     out.mkdir()
-    (out / "spec.json").write_text(json.dumps(full))
+    (out / "spec.json").write_text(job.model_dump_json())
     command = [sys.executable, "-m", "tasks.data.ingestion.workers.build_python_docs", str(out / "spec.json"), str(out)]
     subprocess.run(command, check=True, capture_output=True)
     return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
@@ -99,7 +95,7 @@ def test_another_package_is_named_in_the_question_and_is_not_imported(
 
 def test_unknown_packages_are_all_named_and_nothing_is_stored(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        ingest(Store(tmp_path), DataSpec(packages=["json", "nosuchpackage", "noneither"]))
+        ingest_sources(Store(tmp_path), DataSpec(packages=["json", "nosuchpackage", "noneither"]))
     assert [problem.where for problem in caught.value.problems] == ["nosuchpackage", "noneither"]
     assert not list(tmp_path.rglob("*.parquet"))
 
@@ -108,7 +104,7 @@ def test_rows_of_the_builder_name_their_kind_as_source(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     store = Store(tmp_path)
-    snapshot = ingest(store, DataSpec(packages=["json"], max_lookup_rows=2, max_summary_rows=2))
+    snapshot = ingest_sources(store, DataSpec(packages=["json"], max_lookup_rows=2, max_summary_rows=2))
     sources = [row for part in snapshot.parts for row in pq.read_table(store.path(part)).column("source").to_pylist()]
     assert sorted(sources) == ["python-docs/lookup"] * 2 + ["python-docs/summary"] * 2
 

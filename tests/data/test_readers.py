@@ -17,7 +17,7 @@ from data_contracts.errors import DataError, InfrastructureError
 from data_contracts.rows import Rejection
 from flows.config.init_spec import write_preset
 from tasks.data.ingestion.encodings import open_text, resolve_encoding
-from tasks.data.ingestion.ingest import ingest
+from tasks.data.ingestion.ingest import ingest_sources
 from tasks.data.ingestion.raw_rows import RawRow, printable
 from tasks.data.ingestion.readers import read_source
 from tasks.data.ingestion.sources import Source, find_sources, source_digests
@@ -44,7 +44,7 @@ def reasons(rows: list[RawRow]) -> list[str | None]:
 
 def message(tmp_path: Path, *sources: str, **data: Any) -> str:
     with pytest.raises(DataError) as caught:
-        ingest(Store(tmp_path / "store"), DataSpec(source=list(sources), **data))
+        ingest_sources(Store(tmp_path / "store"), DataSpec(source=list(sources), **data))
     assert not list((tmp_path / "store").rglob("*.parquet"))
     return str(caught.value)
 
@@ -183,7 +183,7 @@ def test_utf_16_without_a_mark_is_found(tmp_path: Path, encoding: str, text: str
 def test_one_byte_that_is_wrong_rejects_one_record_of_an_array_on_one_line(tmp_path: Path) -> None:
     content = json.dumps([FOREIGN["gb18030"]] * 9, ensure_ascii=False).encode()
     path = write(tmp_path, "a.json", content.replace("党".encode(), b"\xff", 1))
-    assert ingest(Store(tmp_path / "store"), DataSpec(source=[path])).unreadable == 1
+    assert ingest_sources(Store(tmp_path / "store"), DataSpec(source=[path])).unreadable == 1
     assert reasons(read(path)) == ["undecodable"] + [None] * 8
 
 
@@ -201,7 +201,7 @@ def test_a_mark_in_the_middle_of_a_file_does_not_make_it_utf_16(tmp_path: Path) 
 
 def test_a_long_utf_16_file_is_not_taken_for_undecodable_where_its_sample_ends(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", (LINE * 4000).encode("utf-16"))
-    assert ingest(Store(tmp_path / "store"), DataSpec(source=[path])).unreadable == 0
+    assert ingest_sources(Store(tmp_path / "store"), DataSpec(source=[path])).unreadable == 0
 
 
 # --- what parts the columns -----------------------------------------------------------------------------------
@@ -239,10 +239,10 @@ def test_one_broken_record_in_ten_does_not_hide_the_delimiter(tmp_path: Path) ->
 def test_a_delimiter_that_was_found_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     semicolons = write(tmp_path, "semi.csv", "prompt;completion\na;b\n")
     commas = write(tmp_path, "commas.csv", "prompt,completion\na,b\n")
-    ingest(Store(tmp_path / "store"), DataSpec(source=[semicolons, commas]))
-    told = capfd.readouterr().err
-    assert "semi.csv: delimiter ';'" in told
-    assert "commas.csv" not in told
+    ingest_sources(Store(tmp_path / "store"), DataSpec(source=[semicolons, commas]))
+    logged = capfd.readouterr().err
+    assert "semi.csv: delimiter ';'" in logged
+    assert "commas.csv" not in logged
 
 
 def test_init_writes_a_preset_for_a_csv_with_semicolons(tmp_path: Path) -> None:
@@ -576,9 +576,9 @@ def test_the_snapshot_is_named_by_content_not_by_place_or_order(tmp_path: Path) 
     other = json.dumps({"prompt": "x", "completion": "y"}) + "\n"
     here = [write(tmp_path, "here/a.jsonl", LINE), write(tmp_path, "here/b.jsonl", other)]
     there = [write(tmp_path, "there/b.jsonl", other), write(tmp_path, "there/a.jsonl", LINE)]
-    first = ingest(store, DataSpec(source=here))
-    assert ingest(store, DataSpec(source=there)).id == first.id
-    assert ingest(store, DataSpec(source=here, system_prompt="Be brief.")).id != first.id
+    first = ingest_sources(store, DataSpec(source=here))
+    assert ingest_sources(store, DataSpec(source=there)).id == first.id
+    assert ingest_sources(store, DataSpec(source=here, system_prompt="Be brief.")).id != first.id
     assert (first.rows_in, first.unreadable, [file.rows for file in first.sources]) == (2, 0, [1, 1])
 
 
@@ -595,7 +595,9 @@ def test_a_source_digest_changes_with_the_file(tmp_path: Path) -> None:
 def test_a_snapshot_keeps_rejected_rows_with_reason_and_raw_text(tmp_path: Path) -> None:
     store = Store(tmp_path)
     bad = '{"prompt": "hi", "completion": 5}'
-    snapshot = ingest(store, DataSpec(source=[write(tmp_path, "a.jsonl", LINE + bad + "\n" + '{"prompt": "\\ud800"}')]))
+    snapshot = ingest_sources(
+        store, DataSpec(source=[write(tmp_path, "a.jsonl", LINE + bad + "\n" + '{"prompt": "\\ud800"}')])
+    )
     rows = [row for part in snapshot.parts for row in pq.read_table(store.path(part)).to_pylist()]
     assert [(row["line"], row["reason"]) for row in rows] == [(1, None), (2, "wrong_type"), (3, "undecodable")]
     assert rows[1]["raw"] == bad
@@ -615,10 +617,10 @@ def test_a_hub_data_set_without_network_says_what_to_do(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(InfrastructureError, match="HF_HUB_OFFLINE"):
-        ingest(Store(tmp_path), DataSpec(source=["hub:org/name"]))
+        ingest_sources(Store(tmp_path), DataSpec(source=["hub:org/name"]))
     monkeypatch.setattr(datasets, "load_dataset", unknown)
     with pytest.raises(DataError, match="check ORG/NAME"):
-        ingest(Store(tmp_path), DataSpec(source=["hub:org/name"]))
+        ingest_sources(Store(tmp_path), DataSpec(source=["hub:org/name"]))
 
 
 def test_a_hub_data_set_is_read_like_a_file_at_the_revision_asked_for(tmp_path: Path, monkeypatch) -> None:
@@ -631,7 +633,7 @@ def test_a_hub_data_set_is_read_like_a_file_at_the_revision_asked_for(tmp_path: 
         return datasets.Dataset.from_list([GOOD, GOOD])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    snapshot = ingest(Store(tmp_path), DataSpec(source=["hub:org/name"]))
+    snapshot = ingest_sources(Store(tmp_path), DataSpec(source=["hub:org/name"]))
     assert (snapshot.rows_in, snapshot.sources[0].name) == (2, "org/name")
-    ingest(Store(tmp_path), DataSpec(source=["hub:org/name@v1"]))
+    ingest_sources(Store(tmp_path), DataSpec(source=["hub:org/name@v1"]))
     assert set(asked) == {("org/name", None), ("org/name", "v1")}

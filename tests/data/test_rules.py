@@ -4,7 +4,7 @@ import pytest
 
 from data_contracts.data_spec import CustomRule, RulesSpec
 from data_contracts.rows import FLAGGED, Message, Reason, Role, Row
-from tasks.data.validation.core.row_rules import RULES, Checked, check_row
+from tasks.data.validation.core.row_rules import RULES, RowCheck, check_row
 
 LIMIT = 5000
 SPEC = RulesSpec(
@@ -25,7 +25,7 @@ def ask(prompt: str, answer: str) -> Row:
     return row(("user", prompt), ("assistant", answer))
 
 
-def told(system: str, prompt: str, answer: str) -> Row:
+def with_system(system: str, prompt: str, answer: str) -> Row:
     return row(("system", system), ("user", prompt), ("assistant", answer))
 
 
@@ -52,7 +52,7 @@ CAUGHT: dict[Reason, dict[str, Row]] = {
     Reason.EMPTY_PROMPT: {
         "empty question": ask("", "b"),
         "blank question": ask(" \n", "b"),
-        "empty system": told("", "a", "b"),
+        "empty system": with_system("", "a", "b"),
     },
     Reason.EMPTY_ANSWER: {
         "empty answer": ask("a", ""),
@@ -69,7 +69,7 @@ CAUGHT: dict[Reason, dict[str, Row]] = {
     Reason.TOO_LONG: {
         "question": ask("a" * LIMIT, "b"),
         "answer": ask("b", "a " * LIMIT),
-        "system": told("a " * LIMIT, "b", "c"),
+        "system": with_system("a " * LIMIT, "b", "c"),
     },
     Reason.BROKEN_TEXT: {
         "replacement character": ask("Where is it?", "In the caf\ufffd."),
@@ -187,7 +187,7 @@ KEPT: dict[Reason, dict[str, Row]] = {
         "label": ask("Where is my card?", "card_arrival"),
     },
     Reason.WRONG_ROLE_ORDER: {
-        "system first": told("Be brief.", "a", "b"),
+        "system first": with_system("Be brief.", "a", "b"),
         "no system": ask("a", "b"),
         "system and many turns": row(
             ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")
@@ -232,7 +232,7 @@ KEPT: dict[Reason, dict[str, Row]] = {
         "repeats the question and more": ask("Say hello", "Say hello to whom?"),
         "an earlier question": row(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "a")),
         "greeting": ask("Hello!", "hello!"),
-        "nothing to correct": told("Correct the grammar.", "I like it here.", "I like it here."),
+        "nothing to correct": with_system("Correct the grammar.", "I like it here.", "I like it here."),
     },
     Reason.PLACEHOLDER_ANSWER: {
         "label on offer": ask("Severity: None, Low or High? The disk is fine.", "None"),
@@ -344,11 +344,11 @@ CASES_CAUGHT = [(reason, name) for reason, cases in CAUGHT.items() for name in c
 CASES_KEPT = [(reason, name) for reason, cases in KEPT.items() for name in cases]
 
 
-def found(checked: Checked) -> set[Reason]:
+def found(checked: RowCheck) -> set[Reason]:
     return {hit.reason for hit in (checked.rejection, *checked.flags) if hit}
 
 
-def check(bad: Row, spec: RulesSpec = SPEC) -> Checked:
+def check(bad: Row, spec: RulesSpec = SPEC) -> RowCheck:
     return check_row(bad, spec, LIMIT)
 
 
@@ -378,7 +378,7 @@ def test_a_bad_row_is_caught_for_its_reason(reason: Reason, name: str) -> None:
 
 @pytest.mark.parametrize(("reason", "name"), CASES_KEPT)
 def test_a_trap_raises_nothing(reason: Reason, name: str) -> None:
-    assert check(KEPT[reason][name], spec_for(reason)) == Checked(None, ())
+    assert check(KEPT[reason][name], spec_for(reason)) == RowCheck(None, ())
 
 
 def test_a_row_with_two_faults_has_the_first_one_as_its_reason_and_the_flags_before_it() -> None:
@@ -422,13 +422,13 @@ def test_an_unreadable_row_cannot_be_overruled(reason: Reason) -> None:
 
 
 def test_languages_are_not_judged_unless_some_are_named() -> None:
-    assert check(ask("Where is the dog?", GERMAN), RulesSpec()) == Checked(None, ())
+    assert check(ask("Where is the dog?", GERMAN), RulesSpec()) == RowCheck(None, ())
 
 
 @pytest.mark.parametrize("name", CAUGHT[Reason.WRONG_LANGUAGE])
 def test_an_allowed_language_is_kept(name: str) -> None:
     either = RulesSpec(languages=["de", "zh", "en"])
-    assert check(CAUGHT[Reason.WRONG_LANGUAGE][name], either) == Checked(None, ())
+    assert check(CAUGHT[Reason.WRONG_LANGUAGE][name], either) == RowCheck(None, ())
 
 
 def test_chinese_terms_without_a_sentence_are_not_taken_for_another_language() -> None:
@@ -436,7 +436,7 @@ def test_chinese_terms_without_a_sentence_are_not_taken_for_another_language() -
         "负压吸引不当\uff1b胃管在胃内打结\uff1b胃管堵塞\uff1b减压管不通畅",
         "病灶清除加闭式灌洗术\uff1b灌洗术式\uff1b闭式灌洗术",
     ):
-        assert check(ask("有哪些\uff1f", terms), RulesSpec(languages=["zh"])) == Checked(None, ())
+        assert check(ask("有哪些\uff1f", terms), RulesSpec(languages=["zh"])) == RowCheck(None, ())
 
 
 LIMITS = {
@@ -474,7 +474,7 @@ def test_the_users_function_rejects_with_its_own_words_cut_to_80_characters() ->
         seen.append((prompt, completion))
         return "x" * 200 if "bad" in completion else None
 
-    assert check_row(ask("Q?", "good"), spec, LIMIT, own=judge) == Checked(None, ())
+    assert check_row(ask("Q?", "good"), spec, LIMIT, own=judge) == RowCheck(None, ())
     rejection = check_row(ask("Q?", "bad"), spec, LIMIT, own=judge).rejection
     assert rejection is not None
     assert rejection.detail == "judge: " + "x" * 80
@@ -488,7 +488,7 @@ def test_what_the_users_function_raises_is_not_swallowed_but_a_rule_that_is_off_
     with pytest.raises(KeyError, match="mine"):
         check_row(ask("Q?", "a"), RulesSpec(), LIMIT, own=broken)
     off = RulesSpec(actions={Reason.CUSTOM: "off"})
-    assert check_row(ask("Q?", "a"), off, LIMIT, own=broken) == Checked(None, ())
+    assert check_row(ask("Q?", "a"), off, LIMIT, own=broken) == RowCheck(None, ())
 
 
 @pytest.mark.parametrize(("reason", "name"), CASES_CAUGHT)

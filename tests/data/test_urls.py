@@ -22,7 +22,7 @@ from data_contracts.errors import DataError, TransientError
 from flows.config.init_spec import write_preset
 from flows.config.load import load_spec
 from tasks.data.ingestion import urls
-from tasks.data.ingestion.ingest import ingest
+from tasks.data.ingestion.ingest import ingest_sources
 from tasks.data.ingestion.sources import find_sources, local_copies, source_digests
 from tasks.runtime.store import Store
 
@@ -43,7 +43,7 @@ def problems(*entries: str) -> str:
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Tells how often a file's bytes were sent."""
+    """Counts how often a file's bytes were sent."""
 
     def do_GET(self) -> None:
         self.server.sent.append(self.path)
@@ -86,9 +86,9 @@ def test_a_file_on_the_web_is_looked_at_without_its_bytes_and_fetched_once(web, 
     store, data = Store(tmp_path / "store"), DataSpec(source=[f"{address}/rows.jsonl"])
     before = source_digests(data)
     assert sent == []
-    found = ingest(store, data)
+    found = ingest_sources(store, data)
     assert (found.rows_in, [file.name for file in found.sources]) == (2, ["rows.jsonl"])
-    assert ingest(store, data) == found
+    assert ingest_sources(store, data) == found
     assert sent == ["/rows.jsonl"]
     assert source_digests(data) == before
     assert list(before) == ["url:rows.jsonl"]
@@ -98,10 +98,10 @@ def test_new_content_at_the_same_address_is_seen_and_the_old_copy_stays_what_it_
     address, folder, _ = web
     store, data = Store(tmp_path / "store"), DataSpec(source=[f"{address}/rows.jsonl"])
     (folder / "rows.jsonl").write_text(lines(1))
-    first, before = ingest(store, data), source_digests(data)
+    first, before = ingest_sources(store, data), source_digests(data)
     (folder / "rows.jsonl").write_text(lines(1, 2))
     assert source_digests(data) != before
-    second = ingest(store, data)
+    second = ingest_sources(store, data)
     assert (first.rows_in, second.rows_in) == (1, 2)
     assert downloads(store) == ["rows.jsonl", "rows.jsonl"]
 
@@ -110,9 +110,9 @@ def test_the_same_rows_are_the_same_snapshot_wherever_they_lie(web, tmp_path):
     address, folder, _ = web
     (folder / "rows.jsonl").write_text(lines(1, 2, 3))
     store = Store(tmp_path / "store")
-    local = ingest(store, DataSpec(source=[str(folder / "rows.jsonl")]))
-    assert ingest(store, DataSpec(source=[f"{address}/rows.jsonl?v=3"])).id == local.id
-    assert ingest(store, DataSpec(source=[f"file://{folder}/rows.jsonl"])).id == local.id
+    local = ingest_sources(store, DataSpec(source=[str(folder / "rows.jsonl")]))
+    assert ingest_sources(store, DataSpec(source=[f"{address}/rows.jsonl?v=3"])).id == local.id
+    assert ingest_sources(store, DataSpec(source=[f"file://{folder}/rows.jsonl"])).id == local.id
 
 
 def test_a_pattern_is_matched_against_the_links_of_a_web_page(web, tmp_path):
@@ -146,10 +146,10 @@ def test_everything_that_is_wrong_with_addresses_is_said_at_once_with_the_next_a
         assert part in text
 
 
-def test_a_server_that_fails_or_cannot_be_reached_may_be_tried_again(web):
+def test_a_server_that_fails_or_cannot_be_reached_is_a_transient_error(web):
     address, _, _ = web
     for entry in (f"{address}/broken.jsonl", "http://127.0.0.1:9/rows.jsonl"):
-        with pytest.raises(TransientError, match="try again"):
+        with pytest.raises(TransientError, match="retry"):
             find_sources(DataSpec(source=[entry]))
 
 
@@ -181,7 +181,7 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture
 def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
-    """An empty bucket `support`, and where it lies and how to enter it in the environment."""
+    """An empty bucket `support`, and where it is and how to enter it in the environment."""
     urlopen(Request(f"{s3_server}/moto-api/reset", method="POST")).close()
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key-of-the-test")
@@ -200,7 +200,7 @@ def test_a_folder_and_a_pattern_in_a_bucket_are_read_and_a_file_counts_once(s3, 
     data = DataSpec(source=["s3://support/2026", "s3://support/2026/*/rows.jsonl"])
     before = source_digests(data)
     assert list(before) == ["url:a/rows.jsonl", "url:b/rows.jsonl"]
-    found = ingest(Store(tmp_path), data)
+    found = ingest_sources(Store(tmp_path), data)
     assert found.rows_in == 3
     s3.pipe("support/2026/b/rows.jsonl", lines(2, 3, 4).encode())
     after = source_digests(data)
@@ -210,7 +210,9 @@ def test_a_folder_and_a_pattern_in_a_bucket_are_read_and_a_file_counts_once(s3, 
 def test_no_credential_reaches_a_name_a_version_or_the_store(s3, tmp_path):
     s3.pipe("support/rows.jsonl", lines(1).encode())
     data = DataSpec(source=["s3://support/rows.jsonl"])
-    shown = f"{find_sources(data)} {ingest(Store(tmp_path), data)} {[str(path) for path in tmp_path.rglob('*')]}"
+    shown = (
+        f"{find_sources(data)} {ingest_sources(Store(tmp_path), data)} {[str(path) for path in tmp_path.rglob('*')]}"
+    )
     assert "of-the-test" not in shown
 
 
@@ -232,7 +234,7 @@ def test_s3_without_credentials_says_where_they_come_from(s3, monkeypatch, tmp_p
 
 def test_rows_in_memory_are_read_like_any_other(tmp_path):
     fsspec.filesystem("memory").pipe("/box/rows.jsonl", lines(1, 2).encode())
-    assert ingest(Store(tmp_path), DataSpec(source=["memory://box"])).rows_in == 2
+    assert ingest_sources(Store(tmp_path), DataSpec(source=["memory://box"])).rows_in == 2
 
 
 @pytest.mark.parametrize(
@@ -275,6 +277,6 @@ def test_a_hash_says_more_of_the_content_than_a_time():
 def test_problems_of_addresses_and_of_files_come_together(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError) as raised:
-        ingest(Store(tmp_path / "store"), DataSpec(source=["python://x", str(tmp_path / "empty.jsonl")]))
+        ingest_sources(Store(tmp_path / "store"), DataSpec(source=["python://x", str(tmp_path / "empty.jsonl")]))
     assert "is not read" in str(raised.value)
     assert "is empty" in str(raised.value)

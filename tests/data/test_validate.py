@@ -11,10 +11,10 @@ import pytest
 from data_contracts.data_reports import Snapshot, ValidatedData
 from data_contracts.data_spec import ContractSpec, DataSpec, RulesSpec
 from data_contracts.errors import ConfigError, DataError
-from tasks.data.ingestion.ingest import ingest
+from tasks.data.ingestion.ingest import ingest_sources
 from tasks.data.validation.contract import load_suite, load_suites
 from tasks.data.validation.core.drift import OTHER, labels
-from tasks.data.validation.validate import validate
+from tasks.data.validation.validate import Checks, validate
 from tasks.runtime.store import Store
 
 SECRET = "Anna Schmidt"
@@ -26,11 +26,11 @@ def snapshot(store: Store, rows: list[Any]) -> Snapshot:
     file = store.root / "rows.jsonl"
     store.root.mkdir(exist_ok=True)
     file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return ingest(store, DataSpec(source=[str(file)]))
+    return ingest_sources(store, DataSpec(source=[str(file)]))
 
 
 def check(store: Store, rows: Snapshot, contract: ContractSpec, **rules: Any) -> ValidatedData:
-    return validate(store, rows, RulesSpec(**rules), contract)
+    return validate(store, rows, Checks(RulesSpec(**rules), contract))
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_labels_in_other_shares_than_before_are_a_warning_and_so_is_one_that_is_
     reference = (first.snapshot_id, first.profile)
 
     def later(rows: list[dict[str, str]]) -> dict[str, Any]:
-        result = validate(store, snapshot(store, rows), RulesSpec(), ContractSpec(), reference=reference)
+        result = validate(store, snapshot(store, rows), Checks(RulesSpec(), ContractSpec()), reference=reference)
         return warnings(store, result)
 
     drift, share = (f"expect_column_max_to_be_between({name})" for name in ("label_drift", "largest_label_share"))
@@ -198,7 +198,7 @@ def test_a_reference_without_labels_is_no_drift_of_labels(store: Store) -> None:
     del old["labels"]
     (store.files / "old.json").write_text(json.dumps(old))
     reference = (first.snapshot_id, store.ref(store.files / "old.json"))
-    result = validate(store, rows, RulesSpec(), ContractSpec(), reference=reference)
+    result = validate(store, rows, Checks(RulesSpec(), ContractSpec()), reference=reference)
     assert result.drift.values["kl_label"] == 0.0
 
 

@@ -10,23 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from data_contracts.data_reports import Look
+from data_contracts.data_reports import SourceCheck
 from data_contracts.data_spec import DataSpec
 from data_contracts.errors import GateError
 from data_contracts.run_spec import RunSpec, ScheduleSpec
 from tasks.data import watermark
-from tasks.data.curation.curate import curate
-from tasks.data.freshness import decide, drifted, reason_to_retrain, still_changing
-from tasks.data.ingestion.ingest import ingest
-from tasks.data.validation.validate import validate
+from tasks.data.curation.curate import Curation, curate_rows
+from tasks.data.freshness import decide_retrain, drifted, reason_to_retrain, still_changing
+from tasks.data.ingestion.ingest import ingest_sources
+from tasks.data.validation.validate import Checks, validate
 from tasks.pipeline.run_lock import Holder, me, turn
 from tasks.runtime.store import Store
 
 # --- the rule -----------------------------------------------------------------------------------------------
 
 
-def seen(new: int, known: int = 1000, drift: dict | None = None) -> Look:
-    return Look(snapshot_id="s", new_rows=new, known_rows=known, drift=drift or {}, drifted=list(drift or {}))
+def seen(new: int, known: int = 1000, drift: dict | None = None) -> SourceCheck:
+    return SourceCheck(snapshot_id="s", new_rows=new, known_rows=known, drift=drift or {}, drifted=list(drift or {}))
 
 
 SETTINGS = ScheduleSpec(min_new_rows=20, min_new_share=0.05, drift_window=3, drift_needed=2, max_champion_days=30)
@@ -100,9 +100,10 @@ def spec(tmp_path) -> RunSpec:
 
 def process(store: Store, spec: RunSpec, finished: bool = True):
     """The data stages of a run; a run that was killed later has not finished."""
-    snapshot = ingest(store, spec.data)
-    validated = validate(store, snapshot, spec.rules, spec.contract, [], None)
-    curate(store, validated, spec.curate.model_copy(update={"near_duplicate_threshold": 1.0}), spec.model.name)
+    snapshot = ingest_sources(store, spec.data)
+    validated = validate(store, snapshot, Checks(spec.rules, spec.contract))
+    settings = spec.curate.model_copy(update={"near_duplicate_threshold": 1.0})
+    curate_rows(store, validated, Curation(settings, spec.model.name))
     if finished:
         watermark.finish(store, spec.model.name, snapshot.id, "run-1")
     return snapshot
@@ -110,19 +111,26 @@ def process(store: Store, spec: RunSpec, finished: bool = True):
 
 def test_only_rows_that_no_finished_run_has_had_are_new(spec, tmp_path):
     store, inbox = Store(tmp_path / "store"), tmp_path / "inbox"
-    look, due, _ = decide(store, spec, ingest(store, spec.data), None)
+    look, due, _ = decide_retrain(store, spec, ingest_sources(store, spec.data), None)
     assert (look.new_rows, look.known_rows, due) == (100, 0, True)
     process(store, spec, finished=False)
-    assert decide(store, spec, ingest(store, spec.data), None)[0].new_rows == 100, "it was killed before its end"
+    assert decide_retrain(store, spec, ingest_sources(store, spec.data), None)[0].new_rows == 100, (
+        "it was killed before its end"
+    )
     process(store, spec)
-    assert decide(store, spec, ingest(store, spec.data), None)[1:] == (False, "nothing new since the last finished run")
+    assert decide_retrain(store, spec, ingest_sources(store, spec.data), None)[1:] == (
+        False,
+        "nothing new since the last finished run",
+    )
     write(inbox / "b.jsonl", range(197, 204))  # three known ones, four new ones
     with (inbox / "b.jsonl").open("a") as file:
         file.write("not even JSON\n")
-    look, due, why = decide(store, spec, ingest(store, spec.data), None)
+    look, due, why = decide_retrain(store, spec, ingest_sources(store, spec.data), None)
     assert (look.new_rows, look.known_rows, due) == (4, 100, False), why
     (inbox / "a.jsonl").unlink()
-    assert decide(store, spec, ingest(store, spec.data), None)[0].new_rows == 4, "rows that leave are no news"
+    assert decide_retrain(store, spec, ingest_sources(store, spec.data), None)[0].new_rows == 4, (
+        "rows that leave are no news"
+    )
 
 
 def test_new_rows_unlike_the_old_ones_are_drift_and_a_look_at_the_same_rows_counts_once(spec, tmp_path):
@@ -131,11 +139,11 @@ def test_new_rows_unlike_the_old_ones_are_drift_and_a_look_at_the_same_rows_coun
     patient = spec.model_copy(update={"schedule": SETTINGS.model_copy(update={"min_new_share": 1.0})})
     write(inbox / "b.jsonl", range(200, 240), words=30)
     for _ in range(3):
-        look, due, why = decide(store, patient, ingest(store, spec.data), None)
+        look, due, why = decide_retrain(store, patient, ingest_sources(store, spec.data), None)
         assert look.drifted == ["ks_completion_chars"]
         assert not due, why
     write(inbox / "c.jsonl", range(300, 340), words=30)
-    _, due, why = decide(store, patient, ingest(store, spec.data), None)
+    _, due, why = decide_retrain(store, patient, ingest_sources(store, spec.data), None)
     assert due
     assert "drift in 2 of the last 2 looks (ks_completion_chars 1.00)" in why
 

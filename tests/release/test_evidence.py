@@ -26,10 +26,10 @@ from data_contracts.run_spec import RunSpec
 from data_contracts.train_spec import arms_of
 from flows.reproduce import recorded_spec, reproduce_flow
 from tasks.data.curation import row_ledger as ledger
-from tasks.data.curation.curate import curate
-from tasks.data.ingestion.ingest import ingest
+from tasks.data.curation.curate import Curation, curate_rows
+from tasks.data.ingestion.ingest import ingest_sources
 from tasks.data.ingestion.sources import data_licence
-from tasks.data.validation.validate import validate
+from tasks.data.validation.validate import Checks, validate
 from tasks.models.base import init_adapter, start_settings
 from tasks.release import lineage as lineages
 from tasks.release import registry
@@ -78,9 +78,9 @@ class Place:
         self.files = Path(registry.resolve(self.spec.store, URI).adapter).parent
 
     def split(self) -> DatasetManifest:
-        snapshot = ingest(self.store, self.spec.data)
-        validated = validate(self.store, snapshot, self.spec.rules, self.spec.contract)
-        return curate(self.store, validated, self.spec.curate, NAME)
+        snapshot = ingest_sources(self.store, self.spec.data)
+        validated = validate(self.store, snapshot, Checks(self.spec.rules, self.spec.contract))
+        return curate_rows(self.store, validated, Curation(self.spec.curate, NAME))
 
     def trained(self) -> TrainReport:
         (own,) = arms_of(self.spec.train)
@@ -322,10 +322,10 @@ def test_the_ledger_of_then_knows_nothing_that_came_later(tmp_path):
         return ledger.known_splits(store, "model"), ledger.held_out(store, "model"), ledger.releases(store, "model")
 
     first = split_rows(store, facts(40), test_fraction=0.2).snapshot_id
-    ledger.release(store, "model", ["a"], "refusal", "early")
+    ledger.release_rows(store, "model", ["a"], "refusal", "early")
     then, at = known(), time.time()
     second = split_rows(store, facts(80), test_fraction=0.2).snapshot_id
-    ledger.release(store, "model", ["b"], "refusal", "late")
+    ledger.release_rows(store, "model", ["b"], "refusal", "late")
     now = known()
     for batch, expected in ((second, then), (first, ({}, [], then[2])), ("never recorded", (now[0], now[1], then[2]))):
         store = Store(tmp_path / batch[:8])
@@ -355,8 +355,9 @@ def test_a_ledger_that_has_moved_on_changes_nothing(place):
     more = place.root / "more.jsonl"
     more.write_text("".join(json.dumps({"prompt": q, "completion": a}) + "\n" for q, a in facts(160)))
     data = place.spec.data.model_copy(update={"source": [str(more)]})
-    snapshot = ingest(place.store, data)
-    curate(place.store, validate(place.store, snapshot, place.spec.rules, place.spec.contract), place.spec.curate, NAME)
+    snapshot = ingest_sources(place.store, data)
+    validated = validate(place.store, snapshot, Checks(place.spec.rules, place.spec.contract))
+    curate_rows(place.store, validated, Curation(place.spec.curate, NAME))
     found = place.again()
     assert found.result == "identical" and named(found)["test split"] and named(found)["fate of every row"]
 

@@ -12,9 +12,9 @@ from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, RulesSp
 from data_contracts.errors import TransientError, WorkerError
 from data_contracts.failures import may_pass
 from data_contracts.train_spec import TrainSpec
-from tasks.data.curation.curate import curate
-from tasks.data.ingestion.ingest import ingest
-from tasks.data.validation.validate import validate
+from tasks.data.curation.curate import Curation, curate_rows
+from tasks.data.ingestion.ingest import ingest_sources
+from tasks.data.validation.validate import Checks, validate
 from tasks.runtime.processes import run_worker
 from tasks.runtime.store import Store
 from tasks.training.slots import slots_of
@@ -45,9 +45,9 @@ def test_two_ray_workers_give_the_same_data_set_as_the_local_engine(tmp_path, cl
     made = {}
     for engine in ("local", "ray"):
         store = Store(tmp_path / engine)
-        found = ingest(store, DataSpec(source=[str(file)]))
-        validated = validate(store, found, RulesSpec(), ContractSpec(), engine=engine)
-        made[engine] = curate(store, validated, CurateSpec(test_fraction=0.3), "m", engine=engine)
+        found = ingest_sources(store, DataSpec(source=[str(file)]))
+        validated = validate(store, found, Checks(RulesSpec(), ContractSpec()), engine=engine)
+        made[engine] = curate_rows(store, validated, Curation(CurateSpec(test_fraction=0.3), "m"), engine=engine)
     assert made["ray"] == made["local"]
 
 

@@ -1,1 +1,1 @@
-"""Duplicates out, splits that never change, test items out of training: `curate.curate`, `row_ledger`, `explain`."""
+"""Duplicates out, splits that never change, test items out of training: `curate.curate_rows`, `row_ledger`, `explain`."""

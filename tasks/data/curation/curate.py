@@ -1,238 +1,235 @@
-"""Stage 3: duplicates leave, the rest is split for ever, and every row's fate goes into the ledger."""
+"""Stage 3: duplicates leave, the rest is split for ever, and every row's fate goes into the ledger.
+
+A row has one place throughout (see copies.py). Everything about rows is a column by place, and every step answers with
+new columns: which row stands for its copies, then splits, then fates.
+"""
 
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data_contracts.data_reports import CheckedRows, DatasetManifest, FileRef, ValidatedData
 from data_contracts.data_spec import CurateSpec
 from data_contracts.errors import DataError, Problem
 from data_contracts.rows import Action, Reason
-from tasks.data.curation.core.groups import cluster_key, join
-from tasks.data.curation.core.minhash import near_pairs, similar
-from tasks.data.curation.core.near_duplicates import (
-    BRIDGES,
-    DUPLICATE,
-    KEPT,
-    NEAR_TEST,
-    Rows,
-    badness,
-    settle_exact,
-    settle_near,
-)
+from tasks.data.curation.copies import ComparedData, Earlier, RowCopies, load_compared, resolve_copies, sign_parts
+from tasks.data.curation.core.groups import Cluster, Key, SameAnswer, join
+from tasks.data.curation.core.near_duplicates import CopyState, Ints
 from tasks.data.curation.core.split import Fractions, Known, Split, assign_splits
-from tasks.data.curation.dataset_files import SPLITS, Decision, items, publish_dataset
-from tasks.data.curation.decontaminate import contaminated
-from tasks.data.curation.row_ledger import Entry, HeldOut, exclusive, held_out, known_clusters, known_splits, record
-from tasks.data.curation.signatures import Signatures, sign, sign_part
-from tasks.runtime.fingerprint import code_digest, library_versions
-from tasks.runtime.partitions import Job, map_parts
-from tasks.runtime.store import Store, content_key
+from tasks.data.curation.dataset_files import (
+    SPLITS,
+    Duplicate,
+    Fate,
+    Kept,
+    Quarantined,
+    curated_rows,
+    publish_dataset,
+)
+from tasks.data.curation.decontaminate import Contaminated, contaminated_rows, measured_items
+from tasks.data.curation.row_ledger import (
+    CuratedBatch,
+    HeldOut,
+    LedgerEntry,
+    held_out,
+    known_clusters,
+    known_splits,
+    ledger_lock,
+    record_batch,
+)
+from tasks.data.curation.signatures import Shingling
+from tasks.runtime.store import Store
 
 _FACT_WORDS: Final = 4  # a shorter answer is a label
 _FACT_ROWS: Final = 10  # a more frequent one is boilerplate
-_QUALITY: Final = ("flags", "repairs", "completion_chars")  # what `badness` takes
-_REASONS: Final = {NEAR_TEST: Reason.NEAR_TEST_ITEM, BRIDGES: Reason.BRIDGES_SPLITS}
+_KEPT: Final[dict[Split, Kept]] = {split: Kept(split) for split in SPLITS}  # shared: there may be millions
 
 
-class _Index(NamedTuple):
-    """All rows of the data, then the held-out rows that only the ledger knows, as ids and numbers."""
+@dataclass(frozen=True)
+class Curation:
+    """How a model's data are curated."""
 
-    rows: Rows
-    signs: Signatures
-    here: int  # how many rows are in the data
-    clusters: list[str | None]  # of these, by the user's own field
+    spec: CurateSpec
+    scope: str  # the model whose ledger keeps rows in their split
+    contradictions: Action = "flag"
+    benchmarks: FileRef | None = None  # JSONL with the texts of further benchmark items
+
+    @property
+    def shingling(self) -> Shingling:
+        return Shingling(self.spec.shingle_words, self.spec.near_duplicate_threshold)
 
 
-def curate(
-    store: Store, validated: ValidatedData, curate: CurateSpec, scope: str,
-    contradictions: Action = "flag", benchmarks: FileRef | None = None, engine: str = "local",
-) -> DatasetManifest:  # fmt: skip
-    """Drop duplicates and split the rest; `scope` is the model whose ledger keeps rows in their split.
+def curate_rows(store: Store, validated: ValidatedData, curation: Curation, engine: str = "local") -> DatasetManifest:
+    """Drop duplicates and split the rest. Each cluster of copies keeps one row.
 
-    `benchmarks`: JSONL with the texts of further benchmark items. Each cluster of copies keeps one row. Files are
-    published first, then the ledger is written in one transaction: a crash between the two repeats the same work with
-    the same result.
+    Files are published first, then the ledger is written in one transaction: a crash between the two repeats the same
+    work with the same result.
     """
+    spec, scope = curation.spec, curation.scope
     parts = [store.path(ref) for ref in validated.kept]
-    with exclusive(store), tempfile.TemporaryDirectory() as scratch:
-        known, before = known_splits(store, scope), held_out(store, scope)
-        index = _index(_sign(store, validated, curate, engine), parts, known, before, curate, Path(scratch))
-        decisions, clusters = _decide(index, known_clusters(store, scope), curate)
-        _check_copies(decisions, curate.max_near_duplicate_rate)
-        conflicts = _contradict(index, decisions, contradictions)
-        held = list(_held_out_now(parts, decisions))
-        hits = contaminated(parts, decisions, held, before, store.path(benchmarks) if benchmarks else None, curate)
-        _check_sum(validated, decisions)
-        folder = publish_dataset(store, parts, decisions, store.path(validated.quarantine))
-        entries = _entries(index.rows.ids, decisions, folder / "quarantine.jsonl")
-        record(store, scope, validated.snapshot_id, entries, held, validated.profile, clusters)
-    known_rows = sum(d.fate == "kept" and i in known for d, i in zip(decisions, index.rows.ids, strict=False))
-    flags = validated.flags | ({Reason.CONTRADICTION.value: conflicts} if conflicts else {})
-    return _manifest(store, validated, folder, decisions, known_rows, flags, hits)
+    with ledger_lock(store), tempfile.TemporaryDirectory() as scratch:
+        earlier = Earlier(known_splits(store, scope), held_out(store, scope), known_clusters(store, scope))
+        signed = sign_parts(store, validated, curation.shingling, engine)
+        data = load_compared(parts, signed, earlier, curation.shingling, Path(scratch))
+        copies = resolve_copies(data, spec.near_duplicate_threshold)
+        placed = _split(data, copies, earlier.clusters, spec)
+        fates = _fates(data, copies, placed.rows)
+        _check_copies(fates, spec.max_near_duplicate_rate)
+        fates, flagged = _contradictions(data.signatures.prompt_hashes, fates, curation.contradictions)
+        held = list(_held_out_now(parts, fates))
+        found = Contaminated({}, {})
+        if spec.decontaminate:
+            benchmarks = store.path(curation.benchmarks) if curation.benchmarks else None
+            found = contaminated_rows(parts, fates, measured_items(held, earlier.held_out, benchmarks))
+        fates = _replaced(fates, found.rows)
+        _check_sum(validated, fates)
+        folder = publish_dataset(store, parts, fates, store.path(validated.quarantine))
+        entries = _entries(data.ids, fates, folder / "quarantine.jsonl")
+        batch = CuratedBatch(validated.snapshot_id, entries, held, validated.profile, placed.clusters)
+        record_batch(store, scope, batch)
+    kept_before = sum(isinstance(fate, Kept) and i in earlier.known for i, fate in zip(data.ids, fates, strict=True))
+    return _manifest(store, validated, folder, _Found(fates, kept_before, flagged, found.counts))
 
 
-# --- what is compared ---------------------------------------------------------------------------------------
+# --- splits -------------------------------------------------------------------------------------------------
 
 
-def _sign(store: Store, validated: ValidatedData, curate: CurateSpec, engine: str) -> list[Path]:
-    settings = {"size": curate.shingle_words, "threshold": curate.near_duplicate_threshold}
-    made_by = (code_digest(("tasks.data.curation.signatures",)), json.dumps([settings, library_versions(("rensa",))]))
-    jobs = [
-        Job(content_key(ref.sha256, *made_by)[:32], {**settings, "part": str(store.path(ref).resolve())})
-        for ref in validated.kept
-    ]
-    return map_parts(store, "signed", sign_part, jobs, engine)
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A row that leaves: it ties its cluster to the row that it is a copy of."""
+
+    row_id: str
+    cluster: Cluster
 
 
-def _index(
-    signed: list[Path], parts: list[Path], known: dict[str, Known], before: list[HeldOut], curate: CurateSpec,
-    scratch: Path,
-) -> _Index:  # fmt: skip
-    facts = pa.concat_tables(pq.read_table(part, columns=["row_id", "cluster", *_QUALITY]) for part in parts)
-    ids = facts["row_id"].to_pylist()
-    here = set(ids)
-    gone = [row for row in before if row.row_id not in here]
-    sign([row.messages for row in gone], curate.shingle_words, curate.near_duplicate_threshold, scratch)
-    every = [*ids, *(row.row_id for row in gone)]
-    absent = np.arange(len(every)) >= len(ids)
-    worse = np.concatenate([badness(*(facts[name].to_numpy() for name in _QUALITY)), np.zeros(len(gone), np.int64)])
-    rows = Rows(every, [known.get(i) for i in every], absent, worse)
-    return _Index(rows, Signatures([*signed, scratch]), len(ids), facts["cluster"].to_pylist())
+@dataclass(frozen=True, slots=True)
+class _KnownCluster:
+    """A cluster of earlier batches: it holds the cluster in its split."""
+
+    cluster: Cluster
 
 
-# --- what becomes of each row -------------------------------------------------------------------------------
+_Member = str | _Copy | _KnownCluster | Cluster  # a row by its id, or what ties rows together
 
 
-def _decide(index: _Index, known: dict[str, Split], curate: CurateSpec) -> tuple[list[Decision], dict[str, Split]]:
-    """A decision for every row of the data, in order, and the split of every cluster. known: that of clusters before."""
-    rows, signs = index.rows, index.signs
-    exact = settle_exact(signs.contents, rows)
-    firsts = np.flatnonzero((exact.codes == KEPT) | ((exact.of == np.arange(len(rows.ids))) & rows.absent))
-    near = settle_near(_near_pairs(signs, firsts, curate.near_duplicate_threshold), rows.take(firsts))
-    of = {int(first): int(firsts[near.of[place]]) for place, first in enumerate(firsts.tolist())}
-    code = {int(first): int(near.codes[place]) for place, first in enumerate(firsts.tolist())}
-    kept = [first for first in code if code[first] == KEPT]
-    held_out_rows = [first for first in code if rows.absent[first]]
-    originals = [of[int(first)] for first in exact.of[: index.here]]
-    splits, clusters = _split(index, kept, held_out_rows, originals, known, curate)
-    torn = set(kept) - splits.keys()
-    decisions = []
-    for row in range(index.here):
-        first = int(exact.of[row])
-        other = rows.ids[of[first]] if code[first] != KEPT else rows.ids[first]
-        if of[first] in torn:
-            decisions.append(Decision("quarantined", Reason.BRIDGES_SPLITS.value, None, None))
-        elif code[first] in _REASONS:
-            decisions.append(Decision("quarantined", _REASONS[code[first]].value, None, other))
-        elif code[first] == DUPLICATE or row != first:
-            original = rows.known[of[first]]
-            split = splits.get(of[first]) or (original.split if original else None)
-            decisions.append(Decision("duplicate", "exact" if row != first else "near", split, other))
-        else:
-            decisions.append(Decision("kept", None, splits[row], None))
-    return decisions, clusters
+class _Placed(NamedTuple):
+    """Splits of kept rows by place, without those that would tie two splits together, and of every cluster by name."""
+
+    rows: dict[int, Split]
+    clusters: dict[str, Split]
 
 
-def _near_pairs(signs: Signatures, firsts: Any, threshold: float) -> Any:
-    """Pairs of places in `firsts` whose texts and whose answers are near copies."""
-    if threshold >= 1.0 or len(firsts) < 2:
-        return np.zeros((0, 2), np.int64)
-    pairs = near_pairs(signs.bands[firsts], lambda places: signs.texts(firsts[places]), threshold)
-    # A long passage would swallow the short questions asked about it: the answers must be near as well.
-    return pairs[similar(pairs, lambda places: signs.answers(firsts[places]), threshold)]
+def _split(data: ComparedData, copies: RowCopies, before: Mapping[str, Split], spec: CurateSpec) -> _Placed:
+    """Rows that teach the same answer stay together, also with held-out rows now gone, and so do those of a cluster.
 
-
-def _split(
-    index: _Index, kept: list[int], gone: list[int], originals: list[int], before: dict[str, Split], curate: CurateSpec
-) -> tuple[dict[int, Split], dict[str, Split]]:
-    """The split of kept rows by their place, without those that would tie two splits together; and that of every cluster.
-
-    Rows that teach the same answer stay together, also with held-out rows now gone, and so do those of a cluster.
-    originals: for each row of the data the place of the one it is a copy of or lies near to, else its own.
+    before: the splits of the clusters of earlier batches.
     """
-    ids = index.rows.ids
-    rows = _keys(index, kept, gone)
-    known = {ids[row]: found for row in [*kept, *gone] if (found := index.rows.known[row])}
-    now = {name: cluster_key(name) for name in sorted(set(filter(None, index.clusters)))}
-    known |= {f"{now[name]} before": Known(before[name], True) for name in now.keys() & before.keys()}
-    others = _copies(index, originals, rows) | {key: (key,) for key in now.values()}
-    others |= {f"{now[name]} before": (now[name],) for name in now.keys() & before.keys()}
-    groups, _ = join(rows | others, known)
-    fractions = Fractions(
-        curate.test_fraction, curate.max_test_rows, curate.validation_fraction, curate.max_validation_rows
-    )
-    splits = assign_splits(groups, known, fractions, {ids[row] for row in gone} | others.keys())
+    ids = data.rows.ids
+    kept, gone = copies.places(CopyState.KEPT), copies.places(CopyState.ABSENT)
+    rows = _keys(data, kept, gone)
+    clusters = [Cluster(name) for name in sorted(set(filter(None, data.clusters)))]
+    ties: dict[_Member, tuple[Key, ...]] = dict(_tied_by_copies(data, copies, rows))
+    known: dict[_Member, Known] = {ids[row]: found for row in [*kept, *gone] if (found := copies.known[row])}
+    for cluster in clusters:
+        ties[cluster] = (cluster,)
+        if cluster.name in before:
+            ties[_KnownCluster(cluster)] = (cluster,)
+            known[_KnownCluster(cluster)] = Known(before[cluster.name], kept=True)
+    groups = join({**rows, **ties}, known).groups
+    splits = assign_splits(groups, known, _fractions(spec), {ids[row] for row in gone} | ties.keys())
     placed = {row: splits[ids[row]] for row in kept if ids[row] in splits}
-    return placed, {name: splits[key] for name, key in now.items()}
+    return _Placed(placed, {cluster.name: splits[cluster] for cluster in clusters})
 
 
-def _copies(index: _Index, originals: list[int], keys: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Ties the cluster of a copy that leaves to the row that it is a copy of."""
-    ids = index.rows.ids
-    return {
-        f"copy {ids[row]} {name}": (cluster_key(name), keys[ids[original]][0])
-        for row, (original, name) in enumerate(zip(originals, index.clusters, strict=True))
-        if name and original != row and ids[original] in keys
-    }
+def _fractions(spec: CurateSpec) -> Fractions:
+    return Fractions(spec.test_fraction, spec.max_test_rows, spec.validation_fraction, spec.max_validation_rows)
 
 
-def _keys(index: _Index, kept: list[int], gone: list[int]) -> dict[str, tuple[str, ...]]:
-    """What each row shares with others: its answer, its cluster; a row that shares nothing has its own name.
+def _keys(data: ComparedData, kept: list[int], gone: list[int]) -> dict[_Member, tuple[Key, ...]]:
+    """What each row shares with others, by id: its answer, its cluster; a row that shares nothing has its own id.
 
     Answers of few words are labels and very frequent ones boilerplate: knowing them is no leak.
     """
-    rows, signs = index.rows, index.signs
-    frequency = Counter(signs.answers_equal[kept].tolist())
-    keys: dict[str, tuple[str, ...]] = {}
+    signatures = data.signatures
+    frequency = Counter(signatures.answer_hashes[kept].tolist())
+    keys: dict[_Member, tuple[Key, ...]] = {}
     for row in [*kept, *gone]:
-        answer = int(signs.answers_equal[row])
-        fact = signs.answer_words[row] >= _FACT_WORDS and frequency[answer] <= _FACT_ROWS
-        cluster = index.clusters[row] if row < index.here else None
-        own = (f"answer {answer}",) if fact else () if cluster else (rows.ids[row],)
-        keys[rows.ids[row]] = (*own, cluster_key(cluster)) if cluster else own
+        answer = int(signatures.answer_hashes[row])
+        is_fact = signatures.answer_words[row] >= _FACT_WORDS and frequency[answer] <= _FACT_ROWS
+        name = data.clusters[row] if row < len(data.clusters) else None
+        cluster = (Cluster(name),) if name else ()
+        row_id = data.rows.ids[row]
+        keys[row_id] = (SameAnswer(answer), *cluster) if is_fact else cluster or (row_id,)
     return keys
 
 
-def _contradict(index: _Index, decisions: list[Decision], action: Action) -> int:
-    """Kept rows that answer a prompt which another kept row answers differently: counted, or put in quarantine."""
+def _tied_by_copies(
+    data: ComparedData, copies: RowCopies, keys: Mapping[_Member, tuple[Key, ...]]
+) -> Iterator[tuple[_Copy, tuple[Key, ...]]]:
+    """For each copy that has a cluster: that cluster, and the first key of the row that it is a copy of."""
+    for row, (original, name) in enumerate(zip(copies.originals.tolist(), data.clusters, strict=False)):
+        stays = data.rows.ids[original]
+        if name and original != row and stays in keys:
+            cluster = Cluster(name)
+            yield _Copy(data.rows.ids[row], cluster), (cluster, keys[stays][0])
+
+
+# --- fates --------------------------------------------------------------------------------------------------
+
+
+def _fates(data: ComparedData, copies: RowCopies, splits: Mapping[int, Split]) -> list[Fate]:
+    """The fate of every row of the data, in order."""
+    torn = set(copies.places(CopyState.KEPT)) - splits.keys()
+    columns = (column.tolist() for column in (copies.firsts, copies.states, copies.originals))
+    fates: list[Fate] = []
+    for row, first, state, original in zip(range(len(data.clusters)), *columns, strict=False):
+        if original in torn:
+            fates.append(Quarantined(Reason.BRIDGES_SPLITS))
+        elif state == CopyState.NEAR_TEST:
+            fates.append(Quarantined(Reason.NEAR_TEST_ITEM, near=data.rows.ids[original]))
+        elif state == CopyState.BRIDGES:
+            fates.append(Quarantined(Reason.BRIDGES_SPLITS, near=data.rows.ids[original]))
+        elif state == CopyState.DUPLICATE or row != first:
+            known = copies.known[original]
+            split = splits.get(original) or (known.split if known else None)
+            fates.append(Duplicate("exact" if row != first else "near", split, data.rows.ids[original]))
+        else:
+            fates.append(_KEPT[splits[row]])
+    return fates
+
+
+def _replaced(fates: list[Fate], others: Mapping[int, Fate]) -> list[Fate]:
+    """The fates, with others at some places."""
+    return [others.get(row, fate) for row, fate in enumerate(fates)] if others else fates
+
+
+def _contradictions(prompts: Ints, fates: list[Fate], action: Action) -> tuple[list[Fate], int]:
+    """Kept rows that answer a prompt which another kept row answers differently: the fates, and how many are flagged."""
     if action == "off":
-        return 0
-    kept = np.array([row for row, decision in enumerate(decisions) if decision.fate == "kept"], np.int64)
-    prompts, counts = np.unique(index.signs.prompts[kept], return_counts=True)
-    often = set(prompts[counts > 1].tolist())
-    found = [row for row in kept.tolist() if int(index.signs.prompts[row]) in often]
-    if action == "quarantine":
-        for row in found:
-            decisions[row] = Decision("quarantined", Reason.CONTRADICTION.value, None, None)
-        return 0
-    return len(found)
+        return fates, 0
+    kept = np.array([row for row, fate in enumerate(fates) if isinstance(fate, Kept)], np.int64)
+    _, inverse, counts = np.unique(prompts[kept], return_inverse=True, return_counts=True)
+    found: list[int] = kept[counts[inverse] > 1].tolist()
+    if action == "flag":
+        return fates, len(found)
+    return _replaced(fates, dict.fromkeys(found, Quarantined(Reason.CONTRADICTION))), 0
 
 
-# --- what is told -------------------------------------------------------------------------------------------
+def _held_out_now(parts: list[Path], fates: Sequence[Fate]) -> Iterator[HeldOut]:
+    for row in curated_rows(parts, fates):
+        if isinstance(row.fate, Kept) and row.fate.split != "train":
+            yield HeldOut(row.row_id, row.fate.split, row.messages)
 
 
-def _check_sum(validated: ValidatedData, decisions: list[Decision]) -> None:
-    fates = Counter(decision.fate for decision in decisions)
-    quarantined = validated.rows_in - validated.rows_kept + fates["quarantined"]
-    if validated.rows_in != fates["kept"] + quarantined + fates["duplicate"]:
-        raise AssertionError(
-            f"{validated.rows_in} rows in, {fates['kept']} kept + {quarantined} quarantined "
-            f"+ {fates['duplicate']} duplicates"
-        )
-
-
-def _check_copies(decisions: list[Decision], most: float) -> None:
+def _check_copies(fates: Sequence[Fate], most: float) -> None:
     """Raise DataError if more of the distinct rows are near copies than the contract allows."""
-    kinds = Counter(decision.reason for decision in decisions if decision.fate == "duplicate")
-    distinct = len(decisions) - kinds["exact"]
+    kinds = Counter(fate.kind for fate in fates if isinstance(fate, Duplicate))
+    distinct = len(fates) - kinds["exact"]
     rate = kinds["near"] / max(distinct, 1)
     if rate > most:
         what = f"{kinds['near']:,} of {distinct:,} distinct rows are near copies of others ({rate:.1%})"
@@ -240,47 +237,60 @@ def _check_copies(decisions: list[Decision], most: float) -> None:
         raise DataError(Problem(what, "curate.max_near_duplicate_rate", f"{most:.1%}", act))
 
 
-def _entries(ids: Any, decisions: list[Decision], quarantine: Path) -> Iterator[Entry]:
+def _check_sum(validated: ValidatedData, fates: Sequence[Fate]) -> None:
+    counts = Counter(type(fate) for fate in fates)
+    quarantined = validated.rows_in - validated.rows_kept + counts[Quarantined]
+    if validated.rows_in != counts[Kept] + quarantined + counts[Duplicate]:
+        raise AssertionError(
+            f"{validated.rows_in} rows in, {counts[Kept]} kept + {quarantined} quarantined "
+            f"+ {counts[Duplicate]} duplicates"
+        )
+
+
+# --- what is recorded and reported --------------------------------------------------------------------------
+
+
+def _entries(ids: Sequence[str], fates: Sequence[Fate], quarantine: Path) -> Iterator[LedgerEntry]:
     """Kept rows first: of two entries of one id the ledger takes the first."""
-    for fate in ("kept", "duplicate"):
-        for row_id, decision in zip(ids, decisions, strict=False):
-            if decision.fate == fate:
-                yield Entry(row_id, fate, decision.reason, decision.split)
+    for row_id, fate in zip(ids, fates, strict=True):
+        if isinstance(fate, Kept):
+            yield LedgerEntry(row_id, "kept", reason=None, split=fate.split)
+    for row_id, fate in zip(ids, fates, strict=True):
+        if isinstance(fate, Duplicate):
+            yield LedgerEntry(row_id, "duplicate", fate.kind, fate.split)
     with quarantine.open(encoding="utf-8") as file:
-        for line in file:
-            item = json.loads(line)
-            yield Entry(item["row_id"], "quarantined", item["reason"], None)
+        for row in map(json.loads, file):
+            yield LedgerEntry(row["row_id"], "quarantined", row["reason"], split=None)
 
 
-def _held_out_now(parts: list[Path], decisions: list[Decision]) -> Iterator[HeldOut]:
-    for item in items(parts, decisions):
-        split = item.decision.split
-        if item.decision.fate == "kept" and split and split != "train":
-            yield HeldOut(item.row_id, split, item.messages)
+class _Found(NamedTuple):
+    """What curation has found out."""
+
+    fates: list[Fate]
+    known_rows: int
+    contradictions: int  # rows kept and flagged
+    contamination: dict[str, int]
 
 
-def _manifest(
-    store: Store, validated: ValidatedData, folder: Path, decisions: list[Decision], known_rows: int,
-    flags: dict[str, int], hits: dict[str, int],
-) -> DatasetManifest:  # fmt: skip
-    fates = Counter(decision.fate for decision in decisions)
-    kinds = Counter(decision.reason for decision in decisions if decision.fate == "duplicate")
-    added = Counter(decision.reason for decision in decisions if decision.fate == "quarantined")
-    splits = Counter(decision.split for decision in decisions if decision.fate == "kept")
-    refs = {split: store.ref(folder / f"{split}.jsonl") for split in SPLITS}
+def _manifest(store: Store, validated: ValidatedData, folder: Path, found: _Found) -> DatasetManifest:
+    splits = Counter(fate.split for fate in found.fates if isinstance(fate, Kept))
+    kinds = Counter(fate.kind for fate in found.fates if isinstance(fate, Duplicate))
+    added = Counter(fate.reason.value for fate in found.fates if isinstance(fate, Quarantined))
+    flags = {Reason.CONTRADICTION.value: found.contradictions} if found.contradictions else {}
     carried = {name: getattr(validated, name) for name in CheckedRows.model_fields}
-    carried["flags"] = flags
+    carried["flags"] = validated.flags | flags
     carried["reasons"] = dict((Counter(validated.reasons) + added).most_common())
+    refs = {split: store.ref(folder / f"{split}.jsonl") for split in SPLITS}
     return DatasetManifest(
         **carried,
-        kept=fates["kept"],
-        quarantined=validated.rows_in - validated.rows_kept + fates["quarantined"],
-        duplicates=fates["duplicate"],
+        kept=splits.total(),
+        quarantined=validated.rows_in - validated.rows_kept + added.total(),
+        duplicates=kinds.total(),
         exact_duplicates=kinds["exact"],
         near_duplicates=kinds["near"],
         splits={split: splits[split] for split in SPLITS},
-        known_rows=known_rows,
-        contamination=hits,
+        known_rows=found.known_rows,
+        contamination=found.contamination,
         **refs,
         quarantine=store.ref(folder / "quarantine.jsonl"),
         duplicate_rows=store.ref(folder / "duplicates.jsonl"),

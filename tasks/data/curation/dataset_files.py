@@ -1,56 +1,75 @@
 """The files of a data set: the splits sorted by row, the duplicates, and everything in quarantine."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TextIO, get_args
+from typing import Any, Final, Literal, NamedTuple, TextIO, get_args
 
 import pyarrow.parquet as pq
 
 from data_contracts.data_reports import FileRef
-from data_contracts.rows import Message, from_json
+from data_contracts.rows import Conversation, Reason, conversation_from_json
 from tasks.data.curation.core.split import Split
 from tasks.runtime.store import Store, content_key, digest, draft_folder, publish_draft
 
 SPLITS: Final[tuple[Split, ...]] = get_args(Split)
 _BUCKETS: Final = "0123456789abcdef"  # first digit of the row id: a sixteenth of the rows is sorted in memory
-
-
+TRAINED_ROWS_FILE: Final = "trained_rows.txt"
 _COLUMNS: Final = ["row_id", "source", "line", "messages", "slice", "cluster"]
 
 
-class Decision(NamedTuple):
-    """What becomes of one row: kept in a split, a duplicate (exact or near) of a row, or in quarantine for a reason."""
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The row is in a split."""
 
-    fate: str  # kept, duplicate, quarantined
-    reason: str | None
+    split: Split
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """The row is a copy of the row `of` (an id), and so belongs to its split, if that has one."""
+
+    kind: Literal["exact", "near"]
     split: Split | None
-    of: str | None  # row_id of the row it is a copy of or lies near to
+    of: str
 
 
-class Item(NamedTuple):
-    """A checked row and its decision."""
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """The row is set aside for a reason. `near`: the id of the row, or the name of the item, that it is too near to."""
+
+    reason: Reason
+    near: str | None = None
+
+
+Fate = Kept | Duplicate | Quarantined
+
+
+class CuratedRow(NamedTuple):
+    """A checked row and its fate."""
 
     row_id: str
     source: str
     line: int
-    messages: tuple[Message, ...]
+    messages: Conversation
     slice: str | None
     cluster: str | None
-    decision: Decision
+    fate: Fate
 
 
-def items(parts: list[Path], decisions: list[Decision]) -> Iterator[Item]:
-    """Every checked row with its decision, part by part."""
-    numbered = iter(decisions)
+def curated_rows(parts: list[Path], fates: Sequence[Fate]) -> Iterator[CuratedRow]:
+    """Every checked row with its fate, part by part. fates: in the order of the parts' rows."""
+    ordered = iter(fates)
     for part in parts:
         for row in pq.read_table(part, columns=_COLUMNS).to_pylist():
             place = (row["row_id"], row["source"], row["line"])
-            yield Item(*place, from_json(row["messages"]), row["slice"], row["cluster"], next(numbered))
+            messages = conversation_from_json(row["messages"])
+            yield CuratedRow(*place, messages, row["slice"], row["cluster"], next(ordered))
 
 
-def publish_dataset(store: Store, parts: list[Path], decisions: list[Decision], quarantine: Path) -> Path:
+def publish_dataset(store: Store, parts: list[Path], fates: Sequence[Fate], quarantine: Path) -> Path:
     """Write every row where it belongs; lines are sorted, so that the order of the sources means nothing."""
     names = [*(f"{split}.jsonl" for split in SPLITS), "duplicates.jsonl", "quarantine.jsonl"]
     with draft_folder(store, "datasets") as draft:
@@ -60,9 +79,9 @@ def publish_dataset(store: Store, parts: list[Path], decisions: list[Decision], 
                 for name in names
                 for bucket in _BUCKETS
             }
-            for item in items(parts, decisions):
-                name, told = _line(item)
-                files[name, item.row_id[0]].write(json.dumps(told, ensure_ascii=False) + "\n")
+            for row in curated_rows(parts, fates):
+                name, fields = _line(row)
+                files[name, row.row_id[0]].write(json.dumps(fields, ensure_ascii=False) + "\n")
             with quarantine.open(encoding="utf-8") as rejected:
                 for text in rejected:
                     files["quarantine.jsonl", json.loads(text)["row_id"][0]].write(text)
@@ -72,20 +91,21 @@ def publish_dataset(store: Store, parts: list[Path], decisions: list[Decision], 
         return publish_draft(store, "datasets", draft, names, key)
 
 
-def _line(item: Item) -> tuple[str, dict[str, Any]]:
-    """The file a row goes to and what stands there."""
-    place = {"row_id": item.row_id, "source": item.source, "line": item.line}
-    fate, reason, split, of = item.decision
-    messages = [message._asdict() for message in item.messages]
-    if fate == "kept":
-        named = {"slice": item.slice, "cluster": item.cluster}
-        part = {name: value for name, value in named.items() if value is not None}
-        return f"{split}.jsonl", {**place, **part, "messages": messages}
-    if fate == "duplicate":
-        return "duplicates.jsonl", {**place, "kind": reason, "duplicate_of": of}
-    detail = f"row {of[:12]}" if of else ""
-    raw = json.dumps(messages, ensure_ascii=False)
-    return "quarantine.jsonl", {**place, "reason": reason, "detail": detail, "raw": raw}
+def _line(row: CuratedRow) -> tuple[str, dict[str, Any]]:
+    """The file a row goes to, and its fields there."""
+    place = {"row_id": row.row_id, "source": row.source, "line": row.line}
+    messages = [message._asdict() for message in row.messages]
+    match row.fate:
+        case Kept(split):
+            named = {"slice": row.slice, "cluster": row.cluster}
+            part = {name: value for name, value in named.items() if value is not None}
+            return f"{split}.jsonl", {**place, **part, "messages": messages}
+        case Duplicate(kind, _, original):
+            return "duplicates.jsonl", {**place, "kind": kind, "duplicate_of": original}
+        case Quarantined(reason, near):
+            detail = f"row {near[:12]}" if near else ""
+            raw = json.dumps(messages, ensure_ascii=False)
+            return "quarantine.jsonl", {**place, "reason": reason.value, "detail": detail, "raw": raw}
 
 
 def _merge(path: Path, buckets: list[TextIO]) -> None:
@@ -93,9 +113,6 @@ def _merge(path: Path, buckets: list[TextIO]) -> None:
         for bucket in buckets:
             bucket.seek(0)
             out.writelines(sorted(bucket))
-
-
-NAME = "trained_rows.txt"
 
 
 def ids_of(rows: Path) -> list[str]:
@@ -112,5 +129,5 @@ def publish_ids(store: Store, row_ids: Iterable[str]) -> FileRef:
     """Keep ids in the store, one a line, sorted."""
     text = "".join(f"{row}\n" for row in sorted(set(row_ids)))
     with store.publish("trained_rows", content_key(text)[:32]) as folder:
-        (folder / NAME).write_text(text, encoding="utf-8")
-    return store.ref(store.files / "trained_rows" / content_key(text)[:32] / NAME)
+        (folder / TRAINED_ROWS_FILE).write_text(text, encoding="utf-8")
+    return store.ref(store.files / "trained_rows" / content_key(text)[:32] / TRAINED_ROWS_FILE)

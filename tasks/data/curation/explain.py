@@ -10,14 +10,15 @@ import pyarrow.parquet as pq
 
 from data_contracts.data_reports import DataState, RowStory
 from data_contracts.errors import ConfigError, Problem
-from data_contracts.rows import from_json
+from data_contracts.rows import conversation_from_json
 from tasks.data.curation import row_ledger as ledger
+from tasks.runtime.core.files import write_atomically
 from tasks.runtime.store import Store
 
 _FILES: Final = ("train", "validation", "test", "duplicate_rows", "quarantine")
 
 
-def read_state(store: Store, scope: str) -> DataState:
+def read_data_state(store: Store, scope: str) -> DataState:
     """The newest data set of a model. Raises ConfigError if there is none."""
     path = state_file(store, scope)
     if not path.exists():
@@ -25,19 +26,17 @@ def read_state(store: Store, scope: str) -> DataState:
     return DataState.model_validate_json(path.read_bytes())
 
 
-def write_state(store: Store, scope: str, state: DataState) -> None:
-    draft = state_file(store, scope).with_suffix(".draft")
-    draft.write_text(state.model_dump_json())
-    draft.replace(state_file(store, scope))
+def write_data_state(store: Store, scope: str, state: DataState) -> None:
+    write_atomically(state_file(store, scope), state.model_dump_json())
 
 
 def state_file(store: Store, scope: str) -> Path:
     return store.files / "datasets" / f"{scope}.json"
 
 
-def explain(store: Store, scope: str, row: str) -> list[RowStory]:
+def row_stories(store: Store, scope: str, row: str) -> list[RowStory]:
     """The rows that `row` names, by the first digits of an id or as FILE:LINE. Raises ConfigError if there are none."""
-    state = read_state(store, scope)
+    state = read_data_state(store, scope)
     found = [item for part in state.snapshot.parts for item in _matching(store.path(part), row)]
     if not found:
         act = "give FILE:LINE as `tunegate data` shows it, or the first digits of a row id"
@@ -49,9 +48,9 @@ def explain(store: Store, scope: str, row: str) -> list[RowStory]:
             source=item["source"],
             line=item["line"],
             raw=item["raw"],
-            read=[list(message) for message in from_json(item["messages"])] if item["messages"] else None,
+            read=[list(message) for message in conversation_from_json(item["messages"])] if item["messages"] else None,
             now=_now(store, state, item),
-            history=[list(event) for event in ledger.history(store, scope, item["row_id"])],
+            history=[list(event) for event in ledger.row_history(store, scope, item["row_id"])],
             releases=[release._asdict() for release in released if release.row_id == item["row_id"]],
         )
         for item in found
@@ -70,11 +69,11 @@ def _matching(part: Path, row: str) -> list[dict[str, Any]]:
 
 
 def _now(store: Store, state: DataState, item: dict[str, Any]) -> dict[str, Any]:
-    """The file the row lies in now, and its line there."""
+    """The file that holds the row now, and its line there."""
     for name in _FILES:
-        for told in _lines(store.path(getattr(state.dataset, name)), item["row_id"]):
-            if (told["source"], told["line"]) == (item["source"], item["line"]):
-                return {"file": name, **told}
+        for line in _lines(store.path(getattr(state.dataset, name)), item["row_id"]):
+            if (line["source"], line["line"]) == (item["source"], item["line"]):
+                return {"file": name, **line}
     raise AssertionError(f"row {item['row_id']} of the snapshot is in no file of its data set")
 
 

@@ -1,6 +1,6 @@
 """The append-only record of every row a model's data ever had: its fate, and the split it was first given.
 
-Beside it: the texts of held-out rows, so that a copy that comes after the row itself has left is still known; the
+Next to it: the texts of held-out rows, so that a copy that comes after the row itself has left is still known; the
 batches in their order; and the rows a person has released from quarantine.
 """
 
@@ -10,19 +10,19 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple, cast
-
-from filelock import FileLock, Timeout
 
 from data_contracts.data_reports import FileRef
 from data_contracts.errors import Problem, StoreError, TransientError
 from data_contracts.failures import may_pass
-from data_contracts.rows import Message, as_json, from_json
+from data_contracts.rows import Conversation, conversation_as_json, conversation_from_json
 from tasks.data.curation.core.split import Known, Split
+from tasks.runtime.core.files import exclusive
 from tasks.runtime.store import Store
 
-Fate = Literal["kept", "quarantined", "duplicate"]
+FateName = Literal["kept", "quarantined", "duplicate"]
 
 _WAIT_SECONDS: Final = 60.0  # another run may be writing
 _LOCK_SECONDS: Final = 3600.0  # another run may be splitting a million rows
@@ -30,7 +30,7 @@ _TABLES: Final = """
 CREATE TABLE IF NOT EXISTS rows (
     scope TEXT NOT NULL,        -- the model the data belong to
     row_id TEXT NOT NULL,
-    snapshot_id TEXT NOT NULL,  -- the batch in which this became so
+    snapshot_id TEXT NOT NULL,  -- the batch since which this is so
     fate TEXT NOT NULL,         -- kept, quarantined or duplicate
     reason TEXT,                -- of a quarantined row, or exact / near of a duplicate
     split TEXT                  -- of a kept row, or of the row a duplicate is a copy of
@@ -59,16 +59,16 @@ CREATE TABLE IF NOT EXISTS releases (
 """
 
 
-class Entry(NamedTuple):
-    """What happened to one row of a snapshot."""
+class LedgerEntry(NamedTuple):
+    """The fate of one row of a snapshot."""
 
     row_id: str
-    fate: Fate
+    fate: FateName
     reason: str | None
     split: Split | None
 
 
-class Event(NamedTuple):
+class RowEvent(NamedTuple):
     """One line of a row's history."""
 
     snapshot_id: str
@@ -80,7 +80,7 @@ class Event(NamedTuple):
 class HeldOut(NamedTuple):
     row_id: str
     split: Split
-    messages: tuple[Message, ...]
+    messages: Conversation
 
 
 class Release(NamedTuple):
@@ -91,18 +91,23 @@ class Release(NamedTuple):
     at: float  # seconds since 1970
 
 
-@contextmanager
-def exclusive(store: Store) -> Iterator[None]:
+@dataclass(frozen=True)
+class CuratedBatch:
+    """What curation learns from one snapshot. Of several entries of one id the first counts."""
+
+    snapshot_id: str
+    entries: Iterable[LedgerEntry]
+    held_out: Iterable[HeldOut] = ()
+    profile: FileRef | None = None  # None: the batch itself is not recorded
+    clusters: Mapping[str, Split] = field(default_factory=dict)
+
+
+def ledger_lock(store: Store) -> AbstractContextManager[None]:
     """Only one process splits and records at a time: what it read of the ledger stays true until it has written."""
     store.files.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(f"{store.ledger}.lock", timeout=_LOCK_SECONDS):
-            yield
-    except Timeout as error:
-        act = "wait for the other run, or end it"
-        raise StoreError(
-            Problem("another run has held the row ledger for an hour", str(store.ledger), act=act)
-        ) from error
+    what = "another run has held the row ledger for an hour"
+    busy = StoreError(Problem(what, str(store.ledger), act="wait for the other run, or end it"))
+    return exclusive(store.ledger.with_name(f"{store.ledger.name}.lock"), busy, seconds=_LOCK_SECONDS)
 
 
 def known_splits(store: Store, scope: str) -> dict[str, Known]:
@@ -131,38 +136,32 @@ def held_out(store: Store, scope: str) -> list[HeldOut]:
     query = "SELECT row_id, split, messages FROM held_out WHERE scope = ? ORDER BY row_id"
     with connection(store) as database:
         return [
-            HeldOut(row_id, cast(Split, split), from_json(messages))
+            HeldOut(row_id, cast(Split, split), conversation_from_json(messages))
             for row_id, split, messages in database.execute(query, (scope,))
         ]
 
 
-def record(
-    store: Store, scope: str, snapshot_id: str, entries: Iterable[Entry], kept_out: Iterable[HeldOut] = (),
-    profile: FileRef | None = None, clusters: Mapping[str, Split] | None = None,
-) -> int:  # fmt: skip
-    """Append what is new or has changed, in one transaction; answer with how many rows were never seen before.
-
-    Of several entries of one id the first counts.
-    """
+def record_batch(store: Store, scope: str, batch: CuratedBatch) -> int:
+    """Append what is new or has changed, in one transaction; answer with how many rows were never seen before."""
     with connection(store) as database:
         query = "SELECT row_id, fate, reason, split FROM rows WHERE scope = ? ORDER BY rowid"
         latest = {row_id: tuple(state) for row_id, *state in database.execute(query, (scope,))}
         before, changed, seen = len(latest), [], set()
-        for row_id, fate, reason, split in entries:
+        for row_id, fate, reason, split in batch.entries:
             if row_id in seen:
                 continue
             seen.add(row_id)
             if latest.get(row_id) != (fate, reason, split):
-                changed.append((scope, row_id, snapshot_id, fate, reason, split))
+                changed.append((scope, row_id, batch.snapshot_id, fate, reason, split))
         new = len(seen - latest.keys()) if before else len(seen)
         database.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", changed)
-        rows = ((scope, row.row_id, row.split, as_json(row.messages)) for row in kept_out)
-        database.executemany("INSERT OR IGNORE INTO held_out VALUES (?, ?, ?, ?)", rows)
-        named = ((scope, cluster, split) for cluster, split in (clusters or {}).items())
+        texts = ((scope, row.row_id, row.split, conversation_as_json(row.messages)) for row in batch.held_out)
+        database.executemany("INSERT OR IGNORE INTO held_out VALUES (?, ?, ?, ?)", texts)
+        named = ((scope, cluster, split) for cluster, split in batch.clusters.items())
         database.executemany("INSERT OR REPLACE INTO clusters VALUES (?, ?, ?)", named)
-        if profile:
-            batch = (scope, snapshot_id, new, time.time(), profile.path, profile.sha256)
-            database.execute("INSERT OR IGNORE INTO batches VALUES (?, ?, ?, ?, ?, ?)", batch)
+        if batch.profile:
+            values = (scope, batch.snapshot_id, new, time.time(), batch.profile.path, batch.profile.sha256)
+            database.execute("INSERT OR IGNORE INTO batches VALUES (?, ?, ?, ?, ?, ?)", values)
     return new
 
 
@@ -184,14 +183,14 @@ def batch_before(store: Store, scope: str, snapshot_id: str) -> tuple[str, FileR
     return older[-1] if older else None
 
 
-def history(store: Store, scope: str, row_id: str) -> list[Event]:
+def row_history(store: Store, scope: str, row_id: str) -> list[RowEvent]:
     """All that ever happened to a row, oldest first."""
     query = "SELECT snapshot_id, fate, reason, split FROM rows WHERE scope = ? AND row_id = ? ORDER BY rowid"
     with connection(store) as database:
-        return [Event(*event) for event in database.execute(query, (scope, row_id))]
+        return [RowEvent(*event) for event in database.execute(query, (scope, row_id))]
 
 
-def release(store: Store, scope: str, row_ids: Iterable[str], reason: str, why: str) -> None:
+def release_rows(store: Store, scope: str, row_ids: Iterable[str], reason: str, why: str) -> None:
     """Overrule a reason for some rows, and remember who did and why."""
     rows = ((scope, row_id, reason, why, getpass.getuser(), time.time()) for row_id in row_ids)
     with connection(store) as database:
@@ -206,7 +205,7 @@ def releases(store: Store, scope: str) -> list[Release]:
 
 
 def fates_sha256(store: Store, scope: str, snapshot_id: str) -> str:
-    """Hex sha256 of what became of rows in a batch, whenever in it: what did not change then is not in it."""
+    """Hex sha256 of the fates that a batch has changed."""
     query = "SELECT row_id, fate, reason, split FROM rows WHERE scope = ? AND snapshot_id = ? ORDER BY row_id, rowid"
     found = hashlib.sha256()
     with connection(store) as database:

@@ -1,1 +1,1 @@
-"""Every record of every source becomes a row of a snapshot: `ingest.ingest`, `readers`, `sources`."""
+"""Every record of every source becomes a row of a snapshot: `ingest.ingest_sources`, `readers`, `sources`."""

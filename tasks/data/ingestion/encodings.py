@@ -22,8 +22,8 @@ _BLOCK_BYTES: Final = 1 << 20
 _GUESS_BYTES: Final = 64 * 1024
 _SIGNS: Final = ("\n", '"', ",")
 _RECORD_END: Final = re.compile(rb'\n|"\s*\}')  # of a line, or of an object where many stand in one line
-_TELLING_BYTES: Final = 4 << 20
-_TELLING_RECORDS: Final = 200  # records beyond ASCII that settle what encoding a file has
+_FOREIGN_BYTES: Final = 4 << 20
+_FOREIGN_RECORDS: Final = 200  # records beyond ASCII that settle what encoding a file has
 _WRONG_RECORDS: Final = 20  # fewer records that are not UTF-8 are damage, unless they are half the file
 _MARKS: Final = (  # UTF-32 first: its mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
@@ -32,7 +32,7 @@ _MARKS: Final = (  # UTF-32 first: its mark begins with that of UTF-16
 
 
 def data_suffix(path: PurePath) -> str:
-    """The suffix that tells the format: `.csv` of `rows.csv.gz`."""
+    """The suffix that names the format: `.csv` of `rows.csv.gz`."""
     name = PurePath(path.stem) if path.suffix.lower() in PACKED else path
     return name.suffix.lower()
 
@@ -103,10 +103,10 @@ def _find_encoding(path: Path, size: int, modified: int) -> tuple[str, str]:
             return name, "its byte order mark says so"
     if wide := _wide(sample):
         return wide, "every ASCII character comes with a zero"
-    telling = _telling_records(path)
-    wrong = [record for record in telling if not _reads(record, "utf-8")]
+    foreign = _foreign_records(path)
+    wrong = [record for record in foreign if not _reads(record, "utf-8")]
     few = len(wrong) < _WRONG_RECORDS and len(wrong) <= len(_RECORD_END.findall(sample)) / 2
-    if few or len(wrong) <= len(telling) / 2:
+    if few or len(wrong) <= len(foreign) / 2:
         return "utf-8", "most of its records are"
     guess = guess_encoding(b"\n".join(wrong))
     if guess and "{".encode(guess) != b"{":  # a mark in the middle of the file
@@ -116,7 +116,7 @@ def _find_encoding(path: Path, size: int, modified: int) -> tuple[str, str]:
 
 
 def _wide(sample: bytes) -> str | None:
-    """UTF-16 without a mark, told by quotes, commas and line ends that come with a zero; None if it is something else."""
+    """UTF-16 without a mark, detected by quotes, commas and line ends that come with a zero; None if it is something else."""
     signs = sum(sample.count(sign.encode()) for sign in _SIGNS)
     for name in ("utf-16-le", "utf-16-be") if b"\0" in sample else ():
         text = sample.decode(name, "replace")
@@ -125,20 +125,20 @@ def _wide(sample: bytes) -> str | None:
     return None
 
 
-def _telling_records(path: Path) -> list[bytes]:
+def _foreign_records(path: Path) -> list[bytes]:
     """The first records that are not ASCII, wherever they stand in the file, without their ASCII texts."""
-    telling: list[bytes] = []
+    foreign: list[bytes] = []
     rest, size = b"", 0
     with open_bytes(path) as file:
-        while size < _TELLING_BYTES and len(telling) < _TELLING_RECORDS and (block := file.read(_BLOCK_BYTES)):
+        while size < _FOREIGN_BYTES and len(foreign) < _FOREIGN_RECORDS and (block := file.read(_BLOCK_BYTES)):
             block = rest + block
             # In no encoding that holds ASCII is a sign a part of another character.
             end = max(block.rfind(sign.encode()) for sign in _SIGNS) + 1 or len(block)
             block, rest = block[:end], block[end:]
             if not block.isascii():
-                telling += [_foreign(record) for record in _RECORD_END.split(block) if not record.isascii()]
+                foreign += [_foreign(record) for record in _RECORD_END.split(block) if not record.isascii()]
                 size += len(block)
-    return telling if rest.isascii() else [*telling, _foreign(rest)]
+    return foreign if rest.isascii() else [*foreign, _foreign(rest)]
 
 
 def _foreign(record: bytes) -> bytes:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
-from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,8 +13,9 @@ import pyarrow.parquet as pq
 from data_contracts.data_reports import Snapshot, SourceFile
 from data_contracts.data_spec import DataSpec
 from data_contracts.errors import DataError, Problem
-from data_contracts.rows import Rejection, as_json
-from tasks.data.ingestion.core.formats import Converter, cluster_of, converter, slice_of
+from data_contracts.jobs.data import PythonDocsJob
+from data_contracts.rows import Rejection, SnapshotRow, conversation_as_json
+from tasks.data.ingestion.core.formats import Converter, cluster_of, row_converter, slice_of
 from tasks.data.ingestion.encodings import AUTO, resolve_encoding
 from tasks.data.ingestion.preflight import probe
 from tasks.data.ingestion.raw_rows import RawRow
@@ -24,7 +24,7 @@ from tasks.data.ingestion.sources import Source, find_sources, local_copies
 from tasks.runtime.processes import Display, run_worker
 from tasks.runtime.store import Store, content_key, digest, draft_folder, publish_draft
 
-# Rows in one part: what a later stage works on at once, and what it need not look at again while it stays the same.
+# Rows in one part: what a later stage works on at once, and what it need not read again while it stays the same.
 PART_ROWS = 20_000
 
 _SCHEMA = pa.schema(
@@ -42,7 +42,7 @@ _SCHEMA = pa.schema(
 )
 
 
-def ingest(store: Store, data: DataSpec) -> Snapshot:
+def ingest_sources(store: Store, data: DataSpec) -> Snapshot:
     """Read all sources into one Parquet file. Raises DataError with the problems of all of them before any row.
 
     The id is the sha256 of every row's source name, line, raw text and what was understood of it: the same content
@@ -53,7 +53,7 @@ def ingest(store: Store, data: DataSpec) -> Snapshot:
         formats, problems = probe(sources, data)
         if problems:
             raise DataError(*problems)
-        _tell_encodings(sources, data)
+        _log_encodings(sources, data)
         (draft / "parts").mkdir()
         files, found = _write(draft / "parts", sources, formats, data)
         rows_in = sum(file.rows for file, _ in files)
@@ -82,14 +82,17 @@ def _ready_sources(store: Store, data: DataSpec, draft: Path) -> list[Source]:
 
 
 def _build_python_docs(source: Source, data: DataSpec, draft: Path) -> Source:
-    limits = ("packages", "max_lookup_rows", "max_summary_rows", "max_rows_per_package")
     out = draft / source.name
-    run_worker("tasks.data.ingestion.workers.build_python_docs", data.model_dump(include=set(limits)), out)
+    job = PythonDocsJob(
+        packages=data.packages, max_lookup_rows=data.max_lookup_rows, max_summary_rows=data.max_summary_rows,
+        max_rows_per_package=data.max_rows_per_package,
+    )  # fmt: skip
+    run_worker("tasks.data.ingestion.workers.build_python_docs", job, out)
     return replace(source, address=str(out / "rows.jsonl"))
 
 
-def _tell_encodings(sources: list[Source], data: DataSpec) -> None:
-    """An encoding that was chosen and is not the usual one is said aloud, with its reason."""
+def _log_encodings(sources: list[Source], data: DataSpec) -> None:
+    """Log an encoding that was chosen and is not the usual one, with its reason."""
     with Display("ingest") as display:
         for source in filter(is_text, sources):
             encoding, reason = resolve_encoding(source.path, data.encoding)
@@ -98,7 +101,7 @@ def _tell_encodings(sources: list[Source], data: DataSpec) -> None:
 
 
 def _check_clusters(field: str, alone: int, rows: int) -> None:
-    """A name that no row knows would part what belongs together, unseen: that stops the run. Fewer rows are told."""
+    """A name that no row knows would part what belongs together, unseen: that stops the run. Fewer rows are logged."""
     if rows and alone == rows:
         act = "name a field of your rows; dots reach into nested values"
         raise DataError(Problem(f"none of {rows:,} rows has a value in {field!r}", "data.cluster_field", act=act))
@@ -121,14 +124,14 @@ def _write(
     numbers = count()
     for source in sources:
         rows_hash, taken = hashlib.sha256(), 0
-        rows = _rows(source, data, converter(formats[source.name], data.columns, data.system_prompt))
+        rows = _rows(source, data, row_converter(formats[source.name], data.columns, data.system_prompt))
         while batch := list(islice(rows, PART_ROWS)):
             pq.write_table(as_table(batch), parts / f"{next(numbers):05}.parquet", compression="zstd")
             for row in batch:
-                rows_hash.update(_told(row))
+                rows_hash.update(_identity(row))
             taken += len(batch)
-            found["rejected"] += sum(row[4] is None for row in batch)
-            found["alone"] += sum(row[4] is not None and row[8] is None for row in batch)
+            found["rejected"] += sum(row.messages is None for row in batch)
+            found["alone"] += sum(row.messages is not None and row.cluster is None for row in batch)
         rows_digest = rows_hash.hexdigest()
         sha256 = rows_digest if source.kind == "hub" else digest(source.path)
         file = SourceFile(name=source.name, format=formats[source.name], rows=taken, sha256=sha256)
@@ -136,50 +139,58 @@ def _write(
     return files, found
 
 
-RowTuple = tuple[str, str, int, str, str | None, str | None, str | None, str | None, str | None]
-
-
-def _told(row: RowTuple) -> bytes:
+def _identity(row: SnapshotRow) -> bytes:
     """What of a row counts for the snapshot's id."""
-    row_id, name, line, raw, _, reason, _, slice_name, cluster = row
     # Without the field the digest is what it was before there was one.
-    groups = f"{slice_name or ''}\0{cluster}" if cluster else slice_name or ""
-    return f"{name}\0{line}\0{row_id}\0{reason}\0{raw}\0{groups}\n".encode()
+    groups = f"{row.slice or ''}\0{row.cluster}" if row.cluster else row.slice or ""
+    return f"{row.source}\0{row.line}\0{row.row_id}\0{row.reason}\0{row.raw}\0{groups}\n".encode()
 
 
 def snapshot_id_of(parts: list[Path], source_rows: Sequence[int]) -> str:
     """The id of a snapshot by what its parts hold. source_rows: how many rows each source has, in their order."""
-    rows = (tuple(row.values()) for part in parts for row in pq.read_table(part).to_pylist())
+    rows = (SnapshotRow(**row) for part in parts for row in pq.read_table(part).to_pylist())
     digests = []
     for rows_of_source in (*source_rows, None):  # what is left after the last source should be nothing
         rows_hash = hashlib.sha256()
         taken = 0
         for row in islice(rows, rows_of_source):
-            rows_hash.update(_told(cast(RowTuple, row)))
+            rows_hash.update(_identity(row))
             taken += 1
         digests += [rows_hash.hexdigest()] if taken or rows_of_source is not None else []
     return content_key(*digests)
 
 
-def _rows(source: Source, data: DataSpec, convert: Converter) -> Iterator[RowTuple]:
+def _rows(source: Source, data: DataSpec, convert: Converter) -> Iterator[SnapshotRow]:
     fields = (data.slice_field, data.cluster_field)
-    return (as_tuple(source, row, convert, *fields) for row in read_source(source, data))
+    return (snapshot_row(source, row, convert, *fields) for row in read_source(source, data))
 
 
-def as_tuple(
+def snapshot_row(
     source: Source, row: RawRow, convert: Converter, slice_field: str | None = None, cluster_field: str | None = None
-) -> RowTuple:
-    """One record in the order of the schema."""
+) -> SnapshotRow:
+    """One record: its conversation, or why it has none."""
     value = row.value if isinstance(row.value, Rejection) else convert(row.value)
+    name = _name(source, row)
     if isinstance(value, Rejection):
         # Without a conversation the raw text is all there is to name the row by.
         row_id = hashlib.sha256(row.raw.encode()).hexdigest()
-        return row_id, _name(source, row), row.line, row.raw, None, value.reason.value, value.detail, None, None
-    messages = as_json(value)
-    row_id = hashlib.sha256(messages.encode()).hexdigest()
+        return SnapshotRow(
+            row_id, name, row.line, row.raw, messages=None, reason=value.reason.value, detail=value.detail,
+            slice=None, cluster=None,
+        )  # fmt: skip
     item = {} if isinstance(row.value, Rejection) else row.value
-    groups = (slice_of(item, slice_field), cluster_of(item, cluster_field))
-    return row_id, _name(source, row), row.line, row.raw, messages, None, None, *groups
+    messages = conversation_as_json(value)
+    return SnapshotRow(
+        row_id=hashlib.sha256(messages.encode()).hexdigest(),
+        source=name,
+        line=row.line,
+        raw=row.raw,
+        messages=messages,
+        reason=None,
+        detail=None,
+        slice=slice_of(item, slice_field),
+        cluster=cluster_of(item, cluster_field),
+    )
 
 
 def _name(source: Source, row: RawRow) -> str:
@@ -189,6 +200,6 @@ def _name(source: Source, row: RawRow) -> str:
     return source.name
 
 
-def as_table(rows: list[RowTuple]) -> pa.Table:
+def as_table(rows: list[SnapshotRow]) -> pa.Table:
     columns = zip(*rows, strict=True)
     return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA)

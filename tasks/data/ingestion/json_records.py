@@ -14,7 +14,7 @@ from typing import Final, TextIO
 from tasks.data.ingestion.encodings import open_text
 from tasks.data.ingestion.raw_rows import RawRow, json_row, object_row, scan_object
 
-_READ_CHARS: Final = 1 << 16  # an error costs a look at all of them: the decoder counts their lines
+_READ_CHARS: Final = 1 << 16  # an error costs a pass over all of them: the decoder counts their lines
 _LONGEST_RECORD_CHARS: Final = 64 << 20  # a broken record is looked at no further for the text that would close it
 _LONGEST_TOKEN_CHARS: Final = 16  # an escape or a literal that the window's edge has cut
 _LONGEST_INDENT_CHARS: Final = 256
@@ -25,8 +25,8 @@ _BEFORE_FIRST: Final = re.compile(r"[\s\ufeff]*(?:\[\s*)?")
 _SCANNER: Final = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
 
 
-def read_json(path: Path, encoding: str) -> Iterator[RawRow]:
-    """Every record with the line it starts in (items of an array: with their number); the content tells the layout."""
+def read_json_records(path: Path, encoding: str) -> Iterator[RawRow]:
+    """Every record with the line it starts in (items of an array: with their number); the content shows the layout."""
     with open_text(path, encoding) as file:
         text = file.read(_READ_CHARS)
         layout = _Array if _holds_array(text, len(text) < _READ_CHARS) else _Lines
@@ -109,7 +109,7 @@ class _Records:
                 self._move(after.end())
                 return object_row(place, raw, value, encoding)
         except (ValueError, RecursionError):
-            pass  # why not is told by `json_row`, once it is known how far the record goes
+            pass  # `json_row` reports why not, once it is known how far the record goes
         length = self._length()
         end = self._at + length  # reading on has moved the place
         raw = self._text[self._at : end]
@@ -143,7 +143,7 @@ class _Records:
             end = None
             try:
                 end = _SCANNER.raw_decode(self._text, self._at)[1]
-                if end < len(self._text):  # a number at the edge may go on
+                if end < len(self._text):  # a number at the edge may continue
                     return end
             except (ValueError, RecursionError) as error:
                 if not self._may_be_cut(error):
@@ -233,7 +233,7 @@ class _Array(_Records):
         if flat and not _size(text, flat.end() - 1) and (objects := list(_OBJECT.finditer(text))):
             # The first item is broken: the longest object in sight is taken for one that is not.
             self._start = _start(max(objects, key=lambda found: _size(text, found.start())))
-        # Items on lines of their own are told by their indentation; of others only the end of an object is known.
+        # Items on lines of their own are found by their indentation; of others only the end of an object is known.
         border = rf"\n[^\S\n]{{0,{self._indent}}}(?=\{{)|{self._start}"
         self._border = border if in_lines else rf"{border}|\}}\s*,?\s*(?=\{{)"
 

@@ -1,4 +1,4 @@
-"""A look at the first rows of every source finds what is wrong with a whole file before any row is stored."""
+"""Pre-flight checks: the first rows of every source show what is wrong with a whole file before any row is stored."""
 
 import codecs
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from pathlib import Path
 from data_contracts.data_spec import DataSpec
 from data_contracts.errors import DataError, Problem
 from data_contracts.rows import Reason, Rejection
-from tasks.data.ingestion.core.formats import check_columns, converter, detect_format
+from tasks.data.ingestion.core.formats import check_columns, detect_format, row_converter
 from tasks.data.ingestion.encodings import (
     AUTO,
     data_suffix,
@@ -28,7 +28,7 @@ _ROWS = 100
 def probe(sources: list[Source], data: DataSpec) -> tuple[dict[str, str], list[Problem]]:
     """The format of each source by name, and the problems of all of them.
 
-    A delimiter that was found and is not the usual one is said aloud.
+    A delimiter that was found and is not the usual one is logged.
     """
     problems = _configuration_problems(data)
     if problems:
@@ -43,11 +43,11 @@ def probe(sources: list[Source], data: DataSpec) -> tuple[dict[str, str], list[P
             found = list(error.problems)
         problems += found
     if not problems:
-        _tell_delimiters(sources, data)
+        _log_delimiters(sources, data)
     return formats, problems
 
 
-def _tell_delimiters(sources: list[Source], data: DataSpec) -> None:
+def _log_delimiters(sources: list[Source], data: DataSpec) -> None:
     files = [source for source in sources if is_text(source) and data_suffix(source.path) == ".csv"]
     with Display("probe") as display:
         for source in files if data.delimiter == AUTO else []:
@@ -80,7 +80,7 @@ def _format(source: Source, data: DataSpec) -> str:
     name = "columns" if data.columns else data.format
     if name == "auto":
         return detect_format(objects, where)
-    answers = [converter(name, data.columns, None)(item) for item in objects]
+    answers = [row_converter(name, data.columns, system_prompt=None)(item) for item in objects]
     if all(isinstance(answer, Rejection) and answer.reason is Reason.MISSING_FIELD for answer in answers):
         raise DataError(_nothing_matches(answers[0], objects[0], where))
     return name

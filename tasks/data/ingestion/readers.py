@@ -13,7 +13,7 @@ from data_contracts.data_spec import DataSpec
 from data_contracts.errors import DataError, InfrastructureError, Problem, TransientError
 from data_contracts.rows import Reason, Rejection
 from tasks.data.ingestion.encodings import AUTO, data_suffix, open_text, resolve_encoding
-from tasks.data.ingestion.json_records import read_json
+from tasks.data.ingestion.json_records import read_json_records
 from tasks.data.ingestion.raw_rows import RawRow, decodes, undecodable
 from tasks.data.ingestion.sources import Source
 
@@ -32,7 +32,7 @@ def read_source(source: Source, data: DataSpec) -> Iterator[RawRow]:
     encoding, _ = resolve_encoding(source.path, data.encoding)
     if suffix in (".csv", ".tsv"):
         return _read_csv(source.path, encoding, find_delimiter(source.path, encoding, data.delimiter))
-    return read_json(source.path, encoding)
+    return read_json_records(source.path, encoding)
 
 
 def is_text(source: Source) -> bool:
@@ -178,7 +178,7 @@ def _read_hub(source: Source, split: str) -> Iterator[RawRow]:
     except (OSError, RuntimeError) as error:
         act = "go online (unset HF_HUB_OFFLINE), or download the data set and give its files as data.source"
         what = f"the hub cannot be reached and no copy is cached: {str(error)[:200]}"
-        # Offline mode is a decision, a failed connection may pass.
+        # Offline mode is a decision, a failed connection is transient.
         kind = InfrastructureError if datasets.config.HF_HUB_OFFLINE else TransientError
         raise kind(Problem(what, f"hub:{name}", act=act)) from error
     yield from _numbered(iter(rows))

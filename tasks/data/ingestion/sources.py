@@ -142,7 +142,7 @@ def _file_problems(entry: str, matches: list[Path]) -> Iterator[Problem]:
 
 def _at_url(entry: str) -> tuple[list[Source], list[Problem]]:
     try:
-        files = urls.find(entry)
+        files = urls.find_files(entry)
     except ConfigError as error:
         return [], list(error.problems)
     known = ", ".join(SUFFIXES)
@@ -229,13 +229,13 @@ def _fetch(source: Source, to: Path, display: Display) -> None:
         urls.file_system(source.entry)[0].get_file(source.address, str(to), callback=Callback(hooks={"show": show}))
         now = urls.info(source.entry, source.address)
     if now.version != source.version:
-        raise TransientError(Problem("changed while it was read", source.name, act="try again"))
+        raise TransientError(Problem("changed while it was read", source.name, act="retry"))
     if now.size is not None and now.size != to.stat().st_size:
         limit = f"{now.size} bytes"
-        raise TransientError(Problem(f"only {to.stat().st_size} bytes came", source.name, limit, "try again"))
+        raise TransientError(Problem(f"only {to.stat().st_size} bytes came", source.name, limit, "retry"))
 
 
-UNKNOWN = "unknown"
+UNKNOWN_LICENCE = "unknown"
 _STDLIB = "PSF-2.0"
 
 
@@ -244,7 +244,7 @@ def data_licence(data: DataSpec) -> str:
     if data.licence:
         return data.licence
     if data.source != ["builtin:python-docs"]:
-        return UNKNOWN
+        return UNKNOWN_LICENCE
     return " AND ".join(sorted({package_licence(package) for package in data.packages}))
 
 
@@ -254,7 +254,7 @@ def package_licence(package: str) -> str:
     if name == "stdlib" or name in sys.stdlib_module_names:
         return _STDLIB
     found = _distributions().get(name)
-    return distribution_licence(found[0]) if found else UNKNOWN
+    return distribution_licence(found[0]) if found else UNKNOWN_LICENCE
 
 
 @cache
@@ -268,6 +268,6 @@ def distribution_licence(name: str) -> str:
     try:
         found = metadata(name)
     except PackageNotFoundError:
-        return UNKNOWN
-    told = next((found[field] for field in ("License-Expression", "License") if field in found), "")
-    return told if told and "\n" not in told else UNKNOWN
+        return UNKNOWN_LICENCE
+    licence = next((found[field] for field in ("License-Expression", "License") if field in found), "")
+    return licence if licence and "\n" not in licence else UNKNOWN_LICENCE

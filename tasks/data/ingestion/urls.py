@@ -1,4 +1,4 @@
-"""Files at a URL: found without a download, and told apart by what their store says of their content.
+"""Files at a URL: found without a download, and identified by what their store reports of their content.
 
 Credentials come from the environment, as each store's own library reads them; a URL that holds a secret is refused with
 the spec. Only plain files of remote stores are read: fsspec's other schemes run code or reach into other URLs.
@@ -28,7 +28,7 @@ _TIMES: Final = ("lastmodified", "updated", "mtime", "modify", "modified", "crea
 _NO_ACCESS: Final = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")  # botocore's
 
 
-class Found(NamedTuple):
+class RemoteFile(NamedTuple):
     """One file of a remote store."""
 
     path: str  # as its file system names it
@@ -46,7 +46,7 @@ def is_pattern(entry: str) -> bool:
     return has_magic(entry.replace("?", "") if _is_web(entry) else entry)
 
 
-def find(entry: str) -> list[Found]:
+def find_files(entry: str) -> list[RemoteFile]:
     """The files that a URL, a folder's URL or a pattern names; hidden ones of a folder are left out.
 
     Raises ConfigError if that cannot be read, TransientError if the store cannot be reached.
@@ -58,13 +58,13 @@ def find(entry: str) -> list[Found]:
 
 @contextmanager
 def errors_of(entry: str) -> Iterator[None]:
-    """Say what a store's library raises in our words: each has errors of its own."""
+    """Raise our errors instead of those of a store's library: each has its own."""
     try:
         yield
     except TunegateError:
         raise
     except Exception as error:
-        raise _told(entry, error) from error
+        raise _translated(entry, error) from error
 
 
 def file_system(entry: str) -> tuple[Any, str]:
@@ -76,13 +76,13 @@ def file_system(entry: str) -> tuple[Any, str]:
     return fs, path
 
 
-def info(entry: str, path: str) -> Found:
+def info(entry: str, path: str) -> RemoteFile:
     """What the store says of one file now."""
     return _found(entry, path, file_system(entry)[0].info(path))
 
 
-def _told(entry: str, error: Exception) -> TunegateError:
-    """A store's error in our words: wrong input, or something that may pass."""
+def _translated(entry: str, error: Exception) -> TunegateError:
+    """A store's error in our words: wrong input, or something transient."""
     # fsspec says of every failure on the web that there is no such file.
     cause = (error.__cause__ if _is_web(entry) else None) or error
     status = getattr(cause, "status", None) or getattr(cause, "code", None)
@@ -95,7 +95,7 @@ def _told(entry: str, error: Exception) -> TunegateError:
     if isinstance(cause, FileNotFoundError) or status in (404, 410):
         return ConfigError(Problem("no such file or folder", shown, act="check the address"))
     what = f"cannot be read now: {type(cause).__name__}: {str(cause)[:200]}"
-    return TransientError(Problem(what, shown, act="check the network and the address, and try again"))
+    return TransientError(Problem(what, shown, act="check the network and the address, and retry"))
 
 
 def without_query(entry: str) -> str:
@@ -130,7 +130,7 @@ def _options(entry: str) -> dict[str, Any]:
     return {"client_kwargs": {"trust_env": True, "timeout": patience}}
 
 
-def _find(entry: str) -> Iterator[Found]:
+def _find(entry: str) -> Iterator[RemoteFile]:
     fs, path = file_system(entry)
     if is_pattern(entry):
         matches = fs.glob(path, detail=True)
@@ -143,7 +143,7 @@ def _find(entry: str) -> Iterator[Found]:
 
 
 def _folder(entry: str, path: str) -> str:
-    """What an entry says of folders by itself; hidden ones below it are not meant, as in a shell."""
+    """The folder that an entry names without its pattern; hidden ones below it are not meant, as in a shell."""
     return re.split(r"[*?\[]", path)[0].rpartition("/")[0] if is_pattern(entry) else path
 
 
@@ -151,16 +151,16 @@ def _is_hidden(name: str, folder: str) -> bool:
     return any(part.startswith(".") for part in PurePosixPath(name.removeprefix(folder)).parts)
 
 
-def _found(entry: str, path: str, facts: Mapping[str, Any]) -> Found:
+def _found(entry: str, path: str, facts: Mapping[str, Any]) -> RemoteFile:
     version = _version(facts)
     if version is None:
-        what = "its server tells neither a hash nor a time of change, so new data could not be told from old"
+        what = "its server reports neither a hash nor a time of change, so new data could not be distinguished from old"
         raise ConfigError(Problem(what, without_query(entry), act="download it and name the file"))
     web = _is_web(entry)
     host = "" if web else urlsplit(entry).hostname or ""
     inner = f"{urlsplit(path).hostname}{urlsplit(path).path}" if web else path.strip("/")
     place = inner if web or inner.split("/")[0].lower() == host else f"{host}/{inner}"
-    return Found(path, place.strip("/"), version, facts.get("size"))
+    return RemoteFile(path, place.strip("/"), version, facts.get("size"))
 
 
 def _version(facts: Mapping[str, Any]) -> str | None:

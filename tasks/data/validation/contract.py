@@ -17,7 +17,7 @@ _SETTINGS: Final = {"rows": "suite", "batch": "batch_suite"}
 Suites = dict[str, dict[str, Any]]
 
 
-class Outcome(NamedTuple):
+class ExpectationResult(NamedTuple):
     """One expectation's result. `error` is set if it could not be evaluated; that counts as failed."""
 
     name: str  # expectation(column)
@@ -29,7 +29,7 @@ class Outcome(NamedTuple):
     act: str
     error: str | None
     suite: str  # the setting that names it
-    failing_rows: list[str]  # ids of all rows that fail, where single rows are judged
+    failing_rows: list[str]  # ids of all rows that fail, where single rows are checked
 
 
 def load_suites(rows: str, batch: str) -> Suites:
@@ -61,7 +61,7 @@ def load_suite(name: str, subject: str = "rows") -> dict[str, Any]:
 
 def run_suites(
     suites: Suites, frames: dict[str, pd.DataFrame], parameters: dict[str, Any], docs: Path
-) -> list[Outcome]:
+) -> list[ExpectationResult]:
     """Evaluate every expectation on its frame and write Data Docs (HTML, without the rows' values) to `docs`.
 
     The import costs seconds, so it happens here. Raises ConfigError if a suite holds something unknown.
@@ -69,7 +69,7 @@ def run_suites(
     import great_expectations as gx
     from great_expectations.data_context.types.base import ProgressBarsConfig
 
-    outcomes: list[Outcome] = []
+    outcomes: list[ExpectationResult] = []
     with tempfile.TemporaryDirectory() as root:
         context = gx.get_context(mode="file", project_root_dir=root)
         context.variables.progress_bars = ProgressBarsConfig(globally=False)
@@ -86,7 +86,7 @@ def run_suites(
 
 def _run(
     context: Any, subject: str, suite: dict[str, Any], frame: pd.DataFrame, parameters: dict[str, Any]
-) -> list[Outcome]:
+) -> list[ExpectationResult]:
     import great_expectations as gx
     from great_expectations.checkpoint.actions import UpdateDataDocsAction
 
@@ -125,7 +125,7 @@ def _expectations(suite: dict[str, Any], setting: str) -> list[Any]:
         raise ConfigError(Problem(f"unusable expectation: {error}", f"contract.{setting}", act=act)) from error
 
 
-def _outcome(item: dict[str, Any], suite: str) -> Outcome:
+def _outcome(item: dict[str, Any], suite: str) -> ExpectationResult:
     config, result = item["expectation_config"], item["result"]
     column = config["kwargs"].get("column")
     error = _error(item["exception_info"]) or (None if result else "it gave no result")
@@ -133,17 +133,17 @@ def _outcome(item: dict[str, Any], suite: str) -> Outcome:
     observed = result.get("observed_value")
     if observed is None and "unexpected_percent" in result:
         observed = f"{result['unexpected_count']} of {result['element_count']} rows fail"
-    return Outcome(
-        f"{config['type']}({column or 'rows'})",
-        config["severity"],
-        bool(item["success"]) and error is None,
-        observed,
-        _limit(config["kwargs"]),
-        config["meta"].get("why", ""),
-        config["meta"].get("act", ""),
-        error,
-        suite,
-        _failing_rows(result.get("unexpected_index_list") or []),
+    return ExpectationResult(
+        name=f"{config['type']}({column or 'rows'})",
+        severity=config["severity"],
+        success=bool(item["success"]) and error is None,
+        observed=observed,
+        limit=_limit(config["kwargs"]),
+        why=config["meta"].get("why", ""),
+        act=config["meta"].get("act", ""),
+        error=error,
+        suite=suite,
+        failing_rows=_failing_rows(result.get("unexpected_index_list") or []),
     )
 
 

@@ -10,10 +10,10 @@ from typing import Any, Final, NamedTuple
 import pyarrow.parquet as pq
 
 from data_contracts.data_spec import ContractSpec, DataSpec, RulesSpec
-from data_contracts.rows import Reason, Rejection, Row, from_json
+from data_contracts.rows import Reason, Rejection, Row, SnapshotRow, conversation_from_json
 from data_contracts.run_spec import RunSpec
-from tasks.data.ingestion.core.formats import converter
-from tasks.data.ingestion.ingest import RowTuple, as_table, as_tuple
+from tasks.data.ingestion.core.formats import row_converter
+from tasks.data.ingestion.ingest import as_table, snapshot_row
 from tasks.data.ingestion.raw_rows import RawRow
 from tasks.data.ingestion.readers import read_source
 from tasks.data.ingestion.sources import Source
@@ -29,7 +29,7 @@ from tasks.data.validation.core.proposed_limits import (
     proposed_suite,
 )
 from tasks.data.validation.core.text_rules import case_of, in_an_allowed_language
-from tasks.data.validation.validate import Tally, batch_profile, kept_numbers, part_settings
+from tasks.data.validation.validate import Checks, Tally, batch_profile, kept_numbers
 from tasks.runtime.processes import Display
 
 SAMPLE_ROWS: Final = 20_000
@@ -38,10 +38,10 @@ _SEED: Final = 17
 _QUIET_SECONDS: Final = 2.0
 
 
-class Sample(NamedTuple):
+class RowSample(NamedTuple):
     """Rows in the order in which they were read, every row of the sources with the same chance."""
 
-    rows: list[RowTuple]
+    rows: list[SnapshotRow]
     counts: dict[str, int]  # all rows of each source
     unreadable: int
 
@@ -57,7 +57,7 @@ class Proposed(NamedTuple):
     examples: dict[str, list[str]]
 
 
-def draw(sources: list[Source], formats: dict[str, str], data: DataSpec) -> Sample:
+def draw(sources: list[Source], formats: dict[str, str], data: DataSpec) -> RowSample:
     """Count every row of every file and keep 20,000 (reservoir sampling). Rows of builders are not there yet."""
     counts = {source.name: 0 for source in sources if source.kind != "builtin"}
     held: list[tuple[int, Source, RawRow]] = []
@@ -69,10 +69,10 @@ def draw(sources: list[Source], formats: dict[str, str], data: DataSpec) -> Samp
             held.append((number, source, row))
         elif (place := chance.randrange(number + 1)) < SAMPLE_ROWS:
             held[place] = (number, source, row)
-    converters = {name: converter(formats[name], data.columns, data.system_prompt) for name in counts}
+    converters = {name: row_converter(formats[name], data.columns, data.system_prompt) for name in counts}
     held.sort(key=lambda item: item[0])
-    rows = [as_tuple(source, row, converters[source.name]) for _, source, row in held]
-    return Sample(rows, counts, unreadable)
+    rows = [snapshot_row(source, row, converters[source.name]) for _, source, row in held]
+    return RowSample(rows, counts, unreadable)
 
 
 def _read(sources: list[Source], data: DataSpec) -> Iterator[tuple[Source, RawRow]]:
@@ -86,10 +86,10 @@ def _read(sources: list[Source], data: DataSpec) -> Iterator[tuple[Source, RawRo
                     display.show({"event": "progress", "what": "reading rows", "done": done})
 
 
-def propose(sample: Sample, spec: RunSpec, suite: Path) -> Proposed:
+def propose(sample: RowSample, spec: RunSpec, suite: Path) -> Proposed:
     """Limits for every setting that nobody has set, and a suite for the path `suite` unless another one is set."""
     if not sample.rows:
-        return Proposed(spec, None, [], 0, {}, {})
+        return Proposed(spec, suite=None, proposals=[], rows=0, reasons={}, examples={})
     counts, languages = _languages(sample.rows, spec)
     changed = spec.rules.model_copy(update={"languages": languages})
     with tempfile.TemporaryDirectory() as root:
@@ -114,9 +114,9 @@ def propose(sample: Sample, spec: RunSpec, suite: Path) -> Proposed:
     )
 
 
-def _languages(rows: list[RowTuple], spec: RunSpec) -> tuple[Counter[str], list[str]]:
+def _languages(rows: list[SnapshotRow], spec: RunSpec) -> tuple[Counter[str], list[str]]:
     """How many answers are in which language, and the languages that are allowed: those set, else those that dominate."""
-    read = [Row(from_json(text), source, line) for _, source, line, _, text, *_ in rows if text]
+    read = [Row(conversation_from_json(row.messages), row.source, row.line) for row in rows if row.messages]
     answered = [row for row in read if row.messages and row.completion.strip()]
     found = [(row, name) for row in answered if (name := language(row.completion))]
     counts = Counter(name for _, name in found)
@@ -127,13 +127,13 @@ def _languages(rows: list[RowTuple], spec: RunSpec) -> tuple[Counter[str], list[
         rules = spec.rules.model_copy(update={"languages": allowed})
         others = (row for row, name in found if name not in allowed)
         return sum(
-            in_an_allowed_language(case_of(row, rules, spec.contract.max_chars, None)) is not None for row in others
+            in_an_allowed_language(case_of(row, rules, spec.contract.max_chars, own=None)) is not None for row in others
         )
 
     return counts, dominant_languages(counts, len(answered), outside)
 
 
-def _checked(rows: list[RowTuple], rules: RulesSpec, contract: ContractSpec, root: Path) -> list[Path]:
+def _checked(rows: list[SnapshotRow], rules: RulesSpec, contract: ContractSpec, root: Path) -> list[Path]:
     """The sample through repairs and row rules, a thousand rows at once; answers with their folders."""
     folders = []
     with Display("row rules", after=_QUIET_SECONDS) as display:
@@ -141,13 +141,13 @@ def _checked(rows: list[RowTuple], rules: RulesSpec, contract: ContractSpec, roo
             part, folder = root / f"{start}.parquet", root / str(start)
             folder.mkdir()
             pq.write_table(as_table(rows[start : start + _AT_ONCE]), part)
-            check_part({**part_settings(rules, contract, []), "part": str(part)}, folder)
+            check_part(Checks(rules, contract).of_part(part), folder)
             folders.append(folder)
             display.show({"event": "progress", "what": "row rules", "done": start, "of": len(rows)})
     return folders
 
 
-def _seen(sample: Sample, folders: list[Path], languages: list[str], told: int, others: int) -> Seen:
+def _seen(sample: RowSample, folders: list[Path], languages: list[str], known: int, others: int) -> Seen:
     numbers = kept_numbers(folders)
     kept = len(numbers)
     distinct = {name: numbers[name].nunique() / max(1, kept) for name in ("row_id", "answer_hash", "content_hash")}
@@ -156,7 +156,7 @@ def _seen(sample: Sample, folders: list[Path], languages: list[str], told: int, 
         rows=len(sample.rows),
         kept=kept,
         languages=languages,
-        told_answers=told,
+        known_answers=known,
         in_others=others,
         lengths={name: numbers[name].to_numpy() for name in LENGTHS},
         profile=batch_profile(numbers),

@@ -5,8 +5,9 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -14,18 +15,36 @@ import pyarrow.parquet as pq
 from data_contracts.data_reports import Drift, FileRef, Repaired, Snapshot, ValidatedData
 from data_contracts.data_spec import ContractSpec, RulesSpec
 from data_contracts.errors import DataError, Problem
-from data_contracts.rows import from_json
-from tasks.data.validation.check_rows import LIBRARIES, check_part, summaries
-from tasks.data.validation.contract import Outcome, Suites, load_suites, run_suites
+from data_contracts.rows import conversation_from_json
+from tasks.data.validation.check_rows import LIBRARIES, CheckPart, Releases, check_part, summaries
+from tasks.data.validation.contract import ExpectationResult, Suites, load_suites, run_suites
 from tasks.data.validation.core.drift import LENGTHS, SHARES, Profile, drift, labels, largest_label_share, profile
 from tasks.runtime.fingerprint import code_digest, library_versions
-from tasks.runtime.partitions import Job, map_parts
+from tasks.runtime.partitions import Part, map_parts
 from tasks.runtime.store import Store, content_key, digest, draft_folder, publish_draft
 
 _FILES: Final = ["quarantine.jsonl", "profile.json", "contract.json", "data_docs"]
 _NUMBERS: Final = ["row_id", "source", "language", "prompt_chars", "completion_chars", "turns", "answer_hash"]
 _EXAMPLES: Final = 3
-Releases = list[tuple[str, str]]  # row id and the reason a person has overruled
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What rows and batch are held to, and the reasons that a person has overruled."""
+
+    rules: RulesSpec
+    contract: ContractSpec
+    released: Releases = field(default_factory=list)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides on a single row."""
+        released = sorted(self.released)
+        return {"rules": self.rules.model_dump(mode="json"), "max_chars": self.contract.max_chars, "released": released}
+
+    def of_part(self, part: Path) -> CheckPart:
+        """The work of checking one part of a snapshot."""
+        return CheckPart(part, self.rules, self.contract.max_chars, self.released)
 
 
 class Tally:
@@ -38,35 +57,36 @@ class Tally:
         self.repairs: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         for part in summaries(folders):
-            self.rows += part["rows"]
-            for name in ("reasons", "flags", "repairs"):
-                getattr(self, name).update(part[name])
-            for name, examples in part["examples"].items():
+            self.rows += part.rows
+            self.reasons.update(part.reasons)
+            self.flags.update(part.flags)
+            self.repairs.update(part.repairs)
+            for name, examples in part.examples.items():
                 self.examples[name] = (self.examples.get(name, []) + examples)[:_EXAMPLES]
 
 
 def validate(
-    store: Store, snapshot: Snapshot, rules: RulesSpec, contract: ContractSpec, released: Releases | None = None,
-    reference: tuple[str, FileRef] | None = None, engine: str = "local", force: bool = False,
+    store: Store, snapshot: Snapshot, checks: Checks, reference: tuple[str, FileRef] | None = None,
+    engine: str = "local", force: bool = False,
 ) -> ValidatedData:  # fmt: skip
     """Split the snapshot into kept and quarantined rows and hold the batch to its contract.
 
     `reference`: snapshot id and profile of the batch before. Everything is published before a failed contract raises
     DataError, so that its rows can be looked at.
     """
+    contract = checks.contract
     suites = load_suites(contract.suite, contract.batch_suite)
-    jobs = _jobs(store, snapshot, rules, contract, released or [])
-    folders = map_parts(store, "checked", check_part, jobs, engine, force)
+    folders = map_parts(store, "checked", check_part, _parts(store, snapshot, checks), engine, force)
     tally = Tally(folders)
     numbers = kept_numbers(folders)
     if snapshot.rows_in != len(numbers) + tally.reasons.total():
         raise AssertionError(f"{snapshot.rows_in} rows in, {len(numbers)} kept + {tally.reasons.total()} quarantined")
+    now = batch_profile(numbers)
+    drifted = _drift(store, now, reference)
     with draft_folder(store, "validated") as draft:
         _join(folders, draft / "quarantine.jsonl")
-        now = batch_profile(numbers)
         (draft / "profile.json").write_text(json.dumps(now), encoding="utf-8")
-        moved = _drift(store, now, reference)
-        batch = _batch(numbers, tally.reasons.total(), now, moved)
+        batch = _batch(numbers, tally.reasons.total(), now, drifted)
         frames = {"rows": _frame(folders, numbers, draft, suites), "batch": batch}
         outcomes = _hold_to_contract(suites, frames, contract, draft)
         key = content_key(snapshot.id, *(digest(draft / name) for name in _FILES[:3]))
@@ -74,12 +94,12 @@ def validate(
     failed = [item for item in outcomes if not item.success and item.severity == "critical"]
     if failed:
         raise DataError(*_problems(failed, tally, folder / "quarantine.jsonl"))
-    return _validated(store, snapshot, folders, folder, tally, now, moved)
+    return _validated(store, snapshot, folder, _Found(folders, tally, now, drifted))
 
 
 def _hold_to_contract(
     suites: Suites, frames: dict[str, pd.DataFrame], contract: ContractSpec, draft: Path
-) -> list[Outcome]:
+) -> list[ExpectationResult]:
     budgets = contract.model_dump(exclude={"suite", "batch_suite"})
     outcomes = run_suites(suites, frames, budgets, draft / "data_docs")
     result = {"parameters": budgets, "results": [item._asdict() for item in outcomes]}
@@ -87,20 +107,28 @@ def _hold_to_contract(
     return outcomes
 
 
-def _validated(
-    store: Store, snapshot: Snapshot, parts: list[Path], folder: Path, tally: Tally, now: Profile, moved: Drift
-) -> ValidatedData:
+class _Found(NamedTuple):
+    """What was found in a snapshot."""
+
+    parts: list[Path]
+    tally: Tally
+    profile: Profile
+    drift: Drift
+
+
+def _validated(store: Store, snapshot: Snapshot, folder: Path, found: _Found) -> ValidatedData:
+    tally = found.tally
     return ValidatedData(
         snapshot_id=snapshot.id,
-        kept=[store.ref(part / "kept.parquet") for part in parts],
+        kept=[store.ref(part / "kept.parquet") for part in found.parts],
         quarantine=store.ref(folder / "quarantine.jsonl"),
         rows_in=snapshot.rows_in,
         rows_kept=snapshot.rows_in - tally.reasons.total(),
         reasons=dict(tally.reasons.most_common()),
         flags=dict(tally.flags.most_common()),
         repairs={n: Repaired(rows=rows, examples=tally.examples[n]) for n, rows in tally.repairs.most_common()},
-        languages=now["counts"]["language"],
-        drift=moved,
+        languages=found.profile["counts"]["language"],
+        drift=found.drift,
         profile=store.ref(folder / "profile.json"),
         contract_result=store.ref(folder / "contract.json"),
         data_docs=f"validated/{folder.name}/data_docs/index.html",
@@ -108,14 +136,13 @@ def _validated(
     )
 
 
-def _jobs(store: Store, snapshot: Snapshot, rules: RulesSpec, contract: ContractSpec, released: Releases) -> list[Job]:
+def _parts(store: Store, snapshot: Snapshot, checks: Checks) -> list[Part[CheckPart]]:
     code = [code_digest(("tasks.data.validation.check_rows",)), json.dumps(library_versions(LIBRARIES))]
-    if rules.function:
-        code.append(digest(Path(rules.function.rpartition(":")[0])))
-    settings = part_settings(rules, contract, released)
-    text = json.dumps(settings, sort_keys=True)
+    if checks.rules.function:
+        code.append(digest(Path(checks.rules.function.rpartition(":")[0])))
+    text = json.dumps(checks.settings, sort_keys=True)
     return [
-        Job(content_key(part.sha256, text, *code)[:32], {**settings, "part": str(store.path(part).resolve())})
+        Part(content_key(part.sha256, text, *code)[:32], checks.of_part(store.path(part).resolve()))
         for part in snapshot.parts
     ]
 
@@ -126,11 +153,6 @@ def promised(rules: RulesSpec, contract: ContractSpec) -> dict[str, str]:
     found = {subject: content_key(json.dumps(suite, sort_keys=True)) for subject, suite in suites.items()}
     file = Path((rules.function or "").rpartition(":")[0])
     return found | ({"function": digest(file)} if rules.function and file.is_file() else {})
-
-
-def part_settings(rules: RulesSpec, contract: ContractSpec, released: Releases) -> dict[str, Any]:
-    """What `check_part` needs to know beside the part."""
-    return {"rules": rules.model_dump(mode="json"), "max_chars": contract.max_chars, "released": sorted(released)}
 
 
 def _join(folders: list[Path], quarantine: Path) -> None:
@@ -168,14 +190,18 @@ def _drift(store: Store, now: Profile, reference: tuple[str, FileRef] | None) ->
 
 
 def _frame(folders: list[Path], numbers: pd.DataFrame, draft: Path, suites: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """One row for every row read; rejected ones without lengths, so that their share can be judged.
+    """One row for every row read; rejected ones without lengths, so that their share can be checked.
 
     The texts are there only if the suite asks for them: a million rows of text are gigabytes.
     """
     kept = numbers.drop(columns="content_hash").assign(quarantined=0)
     asked = json.dumps(suites["rows"])
     if '"column": "prompt"' in asked or '"column": "completion"' in asked:
-        texts = [from_json(text) for f in folders for text in pq.read_table(f / "kept.parquet")["messages"].to_pylist()]
+        texts = [
+            conversation_from_json(text)
+            for f in folders
+            for text in pq.read_table(f / "kept.parquet")["messages"].to_pylist()
+        ]
         kept["prompt"] = pd.Series(["\n".join(m.content for m in messages[:-1]) for messages in texts], dtype="str")
         kept["completion"] = pd.Series([messages[-1].content for messages in texts], dtype="str")
     with (draft / "quarantine.jsonl").open(encoding="utf-8") as lines:
@@ -185,12 +211,12 @@ def _frame(folders: list[Path], numbers: pd.DataFrame, draft: Path, suites: dict
     return every
 
 
-def _batch(numbers: pd.DataFrame, quarantined: int, now: Profile, moved: Drift) -> pd.DataFrame:
+def _batch(numbers: pd.DataFrame, quarantined: int, now: Profile, drifted: Drift) -> pd.DataFrame:
     """One row: rates, label balance and drift of the batch as a whole."""
     distinct = numbers["content_hash"].nunique()
     rows = len(numbers)
-    lengths = [moved.values.get(f"ks_{name}", 0.0) for name in LENGTHS]
-    shares = [moved.values.get(f"kl_{name}", 0.0) for name in SHARES]
+    lengths = [drifted.values.get(f"ks_{name}", 0.0) for name in LENGTHS]
+    shares = [drifted.values.get(f"kl_{name}", 0.0) for name in SHARES]
     return pd.DataFrame(
         {
             "rows": [rows],
@@ -199,7 +225,7 @@ def _batch(numbers: pd.DataFrame, quarantined: int, now: Profile, moved: Drift) 
             "largest_label_share": [largest_label_share(now)],
             "length_drift": [max(lengths)],
             "share_drift": [max(shares)],
-            "label_drift": [moved.values.get("kl_label", 0.0)],
+            "label_drift": [drifted.values.get("kl_label", 0.0)],
         }
     )
 
@@ -207,7 +233,7 @@ def _batch(numbers: pd.DataFrame, quarantined: int, now: Profile, moved: Drift) 
 # --- what a failed contract says ----------------------------------------------------------------------------
 
 
-def _problems(failed: list[Outcome], tally: Tally, quarantine: Path) -> Iterator[Problem]:
+def _problems(failed: list[ExpectationResult], tally: Tally, quarantine: Path) -> Iterator[Problem]:
     for item in failed:
         what = f"{item.name} {'could not be evaluated: ' + item.error if item.error else f'is {item.observed}'}"
         yield Problem(f"{what} ({item.why})", f"contract.{item.suite}, {item.severity}", item.limit, _act(item))
@@ -219,7 +245,7 @@ def _problems(failed: list[Outcome], tally: Tally, quarantine: Path) -> Iterator
         yield Problem(f"rejected rows by reason: {reasons}", str(quarantine), act=act)
 
 
-def _act(item: Outcome) -> str:
+def _act(item: ExpectationResult) -> str:
     """`{observed}` in a suite's act becomes a value that would have passed."""
     if not isinstance(item.observed, int | float):
         return item.act

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from tasks.data.curation.core.groups import cluster_key
+from tasks.data.curation.core.groups import Cluster, Key
 from tasks.data.curation.core.shingles import words
 from tasks.data.validation.core.languages import language
 
@@ -17,12 +17,12 @@ _SAME_ANSWER_WORDS = 4
 _LENGTHS = ((64, "up to 64 tokens"), (256, "65 to 256 tokens"), (1024, "257 to 1,024 tokens"))
 
 
-def shared(row_id: str, answer: str, cluster: str | None = None) -> list[str]:
+def shared(row_id: str, answer: str, cluster: str | None = None) -> list[Key]:
     """What an item's score depends on beside itself: its answer, but for case and white space, and its cluster.
 
     A shorter answer, such as yes or a class, says nothing of the kind. An item that shares nothing has its own name.
     """
-    found = [cluster_key(cluster)] if cluster else []
+    found: list[Key] = [Cluster(cluster)] if cluster else []
     if len(words(answer)) >= _SAME_ANSWER_WORDS:
         found.append(hashlib.sha256(" ".join(answer.casefold().split()).encode()).hexdigest())
     return found or [row_id]

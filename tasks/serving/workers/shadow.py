@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tasks.data.validation.core.personal_data import find, mask
+from tasks.data.validation.core.personal_data import find_personal_data, mask
 from tasks.runtime.workers.harness import say
 from tasks.serving.workers.generation import Answer, Wish
 from tasks.serving.workers.loaded_model import BASE, Voice
@@ -94,4 +94,4 @@ def _record(answer: Answer, text: str) -> dict[str, Any]:
 
 
 def _masked(text: str) -> str:
-    return mask(text, find(text))
+    return mask(text, find_personal_data(text))

@@ -22,7 +22,7 @@ class Hit(NamedTuple):
     share: float
 
 
-class Found(NamedTuple):
+class SharedItems(NamedTuple):
     hits: list[Hit]
     any_shared: list[int]  # rows that share any 13-gram with any item
 
@@ -31,7 +31,7 @@ class Detector:
     """Compares training rows with items: first `count` all rows, then `check` them.
 
     An n-gram that stands in more than `common` training rows is template text and no evidence: near copies have left
-    the rows before. An item with fewer than `n` words cannot be judged (`too_short` counts them): the search for near
+    the rows before. An item with fewer than `n` words cannot be checked (`too_short` counts them): the search for near
     copies covers it.
     """
 
@@ -64,19 +64,19 @@ class Detector:
             for grams in self._shared(batch).values():
                 self._frequency[grams] += 1
 
-    def check(self, texts: Sequence[str]) -> Found:
+    def check(self, texts: Sequence[str]) -> SharedItems:
         """Second pass: hits by place in `texts`, the fullest item of each row first."""
         hits, old, start = [], [], 0
         for batch in batches(texts):
             shared = self._shared(batch)
             for row, grams in shared.items():
-                telling = grams[self._frequency[grams] <= self._common]
-                hits += self._hits(start + row, telling)
-            # Who shares a longer run shares a shorter one: few rows are left to look at.
+                rare = grams[self._frequency[grams] <= self._common]
+                hits += self._hits(start + row, rare)
+            # Who shares a longer run shares a shorter one: few rows are left to search.
             rows = list(shared) if self._n <= _OLD_GRAM else list(range(len(batch)))
             old += [start + rows[place] for place in self._old_rows([batch[row] for row in rows])]
             start += len(batch)
-        return Found(sorted(hits, key=lambda hit: (hit.row, -hit.share, hit.item)), old)
+        return SharedItems(sorted(hits, key=lambda hit: (hit.row, -hit.share, hit.item)), old)
 
     def _hits(self, row: int, grams: NDArray[np.int64]) -> list[Hit]:
         found = []

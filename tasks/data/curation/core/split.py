@@ -5,12 +5,13 @@ in other words reaches training.
 """
 
 import hashlib
-from collections.abc import Collection, Mapping
-from typing import Final, Literal, NamedTuple
+from collections.abc import Collection, Hashable, Mapping
+from typing import Final, Literal, NamedTuple, TypeVar
 
 from data_contracts.errors import DataError, Problem
 
 Split = Literal["train", "validation", "test"]
+Member = TypeVar("Member", bound=Hashable)
 
 _SALT: Final = "tunegate-split-v1:"  # another salt draws other splits
 # Where known rows of one cluster disagree, the split that training sees least of wins.
@@ -18,7 +19,7 @@ PRECEDENCE: Final[tuple[Split, ...]] = ("test", "validation", "train")
 
 
 class Known(NamedTuple):
-    """What the ledger says about a row: the split it was first given, and whether it was kept or a duplicate then."""
+    """What the ledger holds about a row: the split it was first given, and whether it was kept or a duplicate then."""
 
     split: Split
     kept: bool
@@ -39,36 +40,39 @@ def position(group: str) -> float:
 
 
 def assign_splits(
-    groups: Mapping[str, str], known: Mapping[str, Known], fractions: Fractions, gone: Collection[str] = frozenset()
-) -> dict[str, Split]:
-    """The split of every row; `groups` names what each teaches, and rows that teach the same stay together.
+    groups: Mapping[Member, str],
+    known: Mapping[Member, Known],
+    fractions: Fractions,
+    uncounted: Collection[Member] = frozenset(),
+) -> dict[Member, Split]:
+    """The split of every member; `groups` names what each teaches, and rows that teach the same stay together.
 
     Known rows keep their split and new rows of their group follow them, even past a cap. Any other group that does not
-    fit under the cap goes to training as a whole; caps count the rows of this data set, and not names that are `gone`
-    from it or stand for something else. Raises DataError if no row would be left to test or to train on.
+    fit under the cap goes to training as a whole. Caps count the rows of this data set, not members that are `uncounted`:
+    rows that have left it, and what is no row. Raises DataError if no row would be left to test or to train on.
     """
     splits = {row: known[row].split for row in groups if row in known}
-    held_out = [split for row, split in splits.items() if row not in gone]
+    held_out = [split for row, split in splits.items() if row not in uncounted]
     room: dict[Split, int] = {
         "test": fractions.max_test - held_out.count("test"),
         "validation": fractions.max_validation - held_out.count("validation"),
         "train": len(groups),
     }
-    members: dict[str, list[str]] = {}
+    members: dict[str, list[Member]] = {}
     for row, group in groups.items():
         members.setdefault(group, []).append(row)
     largest = 0
     for place, group in sorted((position(group), group) for group in members):
         new = [row for row in members[group] if row not in known]
-        before = {splits[row] for row in members[group] if row in known}
-        split = min(before, key=PRECEDENCE.index) if before else _drawn(place, fractions)
-        counted = sum(row not in gone for row in new)
-        if not before and room[split] < counted:
+        earlier = {splits[row] for row in members[group] if row in known}
+        split = min(earlier, key=PRECEDENCE.index) if earlier else _drawn(place, fractions)
+        counted = sum(row not in uncounted for row in new)
+        if not earlier and room[split] < counted:
             split = "train"
-        largest = max(largest, 0 if before else counted)
+        largest = max(largest, 0 if earlier else counted)
         room[split] -= counted
         splits.update((row, split) for row in new)
-    _check([split for row, split in splits.items() if row not in gone], fractions, largest)
+    _check([split for row, split in splits.items() if row not in uncounted], fractions, largest)
     return splits
 
 

@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from data_contracts.errors import DataError, Problem
-from data_contracts.rows import Message, Reason, Rejection, Role
+from data_contracts.rows import Conversation, Message, Reason, Rejection, Role
 
 Object = Mapping[str, Any]
-Conversation = tuple[Message, ...]
 
-# The fields that tell a format, in the order in which ties are broken.
+# The fields that identify a format, in the order in which ties are broken.
 _SIGNATURES: Final[dict[str, tuple[str, ...]]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -70,7 +69,7 @@ def check_columns(columns: Mapping[str, str]) -> Problem | None:
     return Problem(found, "data.columns", "prompt, completion, and optionally system", "--set data.columns.prompt=NAME")
 
 
-def converter(format_name: str, columns: Mapping[str, str], system_prompt: str | None) -> "Converter":
+def row_converter(format_name: str, columns: Mapping[str, str], system_prompt: str | None) -> "Converter":
     """A function from one JSON object to its conversation or Rejection. `format_name` "columns" uses the mapping."""
     reader = _READERS[format_name] if format_name != "columns" else lambda item: _from_columns(item, columns)
 
@@ -108,19 +107,19 @@ def _from_alpaca(item: Object) -> Conversation:
     history = item.get("history") or []
     if not isinstance(history, list):
         raise _Rejected(Reason.WRONG_TYPE, f"history is {type(history).__name__}, not a list")
-    turns: list[Message] = []
+    messages: list[Message] = []
     for index, pair in enumerate(history):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise _Rejected(Reason.WRONG_TYPE, f"history.{index} is not a pair")
-        turns.append(Message("user", _text(pair[0], f"history.{index}.0")))
-        turns.append(Message("assistant", _text(pair[1], f"history.{index}.1")))
+        messages.append(Message("user", _text(pair[0], f"history.{index}.0")))
+        messages.append(Message("assistant", _text(pair[1], f"history.{index}.1")))
     prompt = "\n\n".join(part for part in (instruction, extra) if part)
     answer = Message("assistant", _text(item.get("output"), "output"))
-    return (Message("system", _optional(item, "system")), *turns, Message("user", prompt), answer)
+    return (Message("system", _optional(item, "system")), *messages, Message("user", prompt), answer)
 
 
 def _from_turns(item: Object, field: str) -> Conversation:
-    """Turns as `{role, content}` or `{from, value}`, and an optional `system` text beside them."""
+    """Turns as `{role, content}` or `{from, value}`, and an optional `system` text next to them."""
     turns = item.get(field)
     if turns is None:
         raise _Rejected(Reason.MISSING_FIELD, f"{field} is missing or null")

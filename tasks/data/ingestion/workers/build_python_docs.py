@@ -1,6 +1,6 @@
 """Build instruction rows from the docstrings of the installed Python, or of any installed packages.
 
-Spec: packages, max_lookup_rows, max_summary_rows, max_rows_per_package. Writes `rows.jsonl` (messages and their
+Writes `rows.jsonl` (messages and their
 source) in an order that depends on content alone; the report names the Python version. Source files are parsed, not
 imported; only C functions of a list of harmless standard modules are looked at through `inspect`.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_contracts.errors import DataError, Problem
+from data_contracts.jobs.data import PythonDocsJob
 from tasks.data.ingestion.core.docstrings import MAX_SOURCE_CHARS, explanation, functions
 from tasks.runtime.workers.harness import main
 
@@ -52,20 +53,20 @@ class Module(NamedTuple):
     where: str  # how a question names the library
 
 
-def build(spec: dict[str, Any], out: Path) -> dict[str, Any]:
-    modules = find_modules(spec["packages"])
-    lookups = {doc.question: doc for doc in sorted(_lookups(modules, "stdlib" in spec["packages"]), key=_by_hash)}
+def build(job: PythonDocsJob, out: Path) -> dict[str, Any]:
+    modules = find_modules(job.packages)
+    lookups = {doc.question: doc for doc in sorted(_lookups(modules, "stdlib" in job.packages), key=_by_hash)}
     summaries = _distinct(sorted(_summaries(modules), key=_by_hash))
-    most = spec["max_rows_per_package"]
-    lookup_rows = _capped(sorted(lookups.values(), key=_by_hash), most)[: spec["max_lookup_rows"]]
+    most = job.max_rows_per_package
+    lookup_rows = _capped(sorted(lookups.values(), key=_by_hash), most)[: job.max_lookup_rows]
     # Shortest first: a small budget buys many short sources instead of a few long ones.
     summary_rows = sorted(_capped(summaries, most), key=lambda doc: (len(doc.question), doc.key))
-    rows = sorted([*lookup_rows, *summary_rows[: spec["max_summary_rows"]]], key=_by_hash)
+    rows = sorted([*lookup_rows, *summary_rows[: job.max_summary_rows]], key=_by_hash)
     with (out / "rows.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(_row(doc), ensure_ascii=False) + "\n" for doc in rows)
     return {
         "python": platform.python_version(),
-        "packages": spec["packages"],
+        "packages": job.packages,
         "rows": dict(sorted(Counter(doc.kind for doc in rows).items())),
     }
 
@@ -78,7 +79,7 @@ def find_modules(packages: list[str]) -> list[Module]:
         modules = list(_stdlib_modules() if package == "stdlib" else _package_modules(package))
         found.update((module.name, module) for module in modules)
         if not modules:
-            act = f"install it beside Tunegate ({sys.prefix}), or run from the folder that holds it"
+            act = f"install it next to Tunegate ({sys.prefix}), or run from the folder that holds it"
             problems.append(Problem("no such importable package, or none with Python sources", package, act=act))
     if problems:
         raise DataError(*problems)
@@ -213,4 +214,4 @@ def _row(doc: Doc) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(build)
+    main(build, PythonDocsJob)

@@ -24,7 +24,7 @@ def differs_from_the_question(case: Case) -> str | None:
     if " ".join(question.casefold().split()) != said or said.rstrip("!.。\uff01") in _GREETINGS:
         return None
     system = case.messages[0].content.lower() if case.messages[0].role == "system" else ""
-    # Told to correct or to repeat, an answer may well be what it was given.
+    # Asked to correct or to repeat, an answer may well be what it was given.
     return None if _RETURNS_ITS_INPUT.search(system) else f"{len(answer)} characters"
 
 
@@ -89,7 +89,7 @@ def has_no_open_slots(case: Case) -> str | None:
     if "{{" not in said and "[" not in said:
         return None
     text = prose(said)
-    # Nobody told the writer of a letter whose name to put below it; a {{name}} is a program's work left undone.
+    # The writer of a letter does not know whose name to put below it; a {{name}} is a program's work left undone.
     patterns = (_FIELD,) if _ASKS_FOR_A_LETTER.search(case.asked) else (_FIELD, _SLOT)
     slots = {slot[0] for pattern in patterns for slot in pattern.finditer(text) if slot[0] not in case.asked}
     if not slots or _ABOUT_TEMPLATES.search(case.asked):

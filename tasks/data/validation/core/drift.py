@@ -1,12 +1,19 @@
-"""How far a batch lies from the one before, from two small profiles: no row of the earlier batch is needed."""
+"""Distance of a batch from the one before, from two small profiles: no row of the earlier batch is needed."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final, TypedDict
 
 import numpy as np
 
-Profile = dict[str, Any]
+
+class Profile(TypedDict):
+    """A batch in a few kilobytes. labels: of each source whose answers are labels; older versions wrote none."""
+
+    lengths: dict[str, list[float]]
+    counts: dict[str, dict[str, int]]
+    labels: dict[str, dict[str, int]]
+
 
 _QUANTILES: Final = 1001
 _SMOOTHING: Final = 0.5  # rows added to every category, so that a new one has no infinite divergence
@@ -31,8 +38,11 @@ def profile(
     quantiles = {
         name: np.quantile(np.asarray(values), grid).tolist() if len(values) else [] for name, values in lengths.items()
     }
-    plain = {"counts": counts, "labels": {source: found for source, found in labels.items() if found}}
-    return {"lengths": quantiles, **plain}
+    return {
+        "lengths": quantiles,
+        "counts": {name: dict(found) for name, found in counts.items()},
+        "labels": {source: dict(found) for source, found in labels.items() if found},
+    }
 
 
 def labels(answers: np.ndarray, chars: np.ndarray) -> dict[str, int]:

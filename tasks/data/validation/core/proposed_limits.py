@@ -12,7 +12,7 @@ import numpy as np
 
 from tasks.data.validation.core.drift import OTHER, Profile, largest_label_share
 
-UNKNOWN: Final = "?"  # the language of a text too short to tell
+UNKNOWN_LANGUAGE: Final = "?"  # the language of a text too short to detect it
 _QUARANTINE_POINTS: Final = 0.05
 _SHARE_POINTS: Final = 0.1
 _LENGTH_FACTOR: Final = 1.5
@@ -32,7 +32,7 @@ class Seen(NamedTuple):
     rows: int  # rows in the sample
     kept: int
     languages: list[str]  # that answers may be in; empty if no one or two hold nearly all
-    told_answers: int  # answers in the sample whose language can be told
+    known_answers: int  # answers in the sample whose language is known
     in_others: int  # those of them that the row rule rejects for their language
     lengths: dict[str, np.ndarray]  # characters of every kept row's prompt and completion
     profile: Profile
@@ -53,7 +53,7 @@ class Proposal(NamedTuple):
 
 
 def dominant_languages(counts: Mapping[str, int], answers: int, outside: Callable[[list[str]], int]) -> list[str]:
-    """One or two languages that hold 99 % of the answers whose language can be told; none if few can be told.
+    """One or two languages that hold 99 % of the answers whose language is known; none if it is known of few.
 
     `counts`: answers by language, of `answers` in all. `outside` counts the answers that the row rule would reject if only these languages were allowed: it forgives
     translations, and Chinese lists that look Japanese to a language detector.
@@ -84,8 +84,8 @@ def proposed_settings(seen: Seen) -> list[Proposal]:
 
 def _language_setting(seen: Seen) -> Iterator[Proposal]:
     if seen.languages:
-        share = 1 - seen.in_others / max(1, seen.told_answers)
-        observed = f"{share:.1%} of {seen.told_answers:,} answers whose language can be told"
+        share = 1 - seen.in_others / max(1, seen.known_answers)
+        observed = f"{share:.1%} of {seen.known_answers:,} answers whose language is known"
         yield _proposal(seen, "rules.languages", seen.languages, observed, "one or two that hold 99 %")
 
 
@@ -130,25 +130,25 @@ def _relaxed(expectations: list[dict[str, Any]], seen: Seen) -> Iterator[Proposa
         share, divisor, words = rules[column]
         if seen.kept and share < low:
             limit = round(share / divisor, 6)
-            told = _proposal(seen, f"{item['type']}({column})", limit, f"{share:.1%} distinct", words)
+            proposal = _proposal(seen, f"{item['type']}({column})", limit, f"{share:.1%} distinct", words)
             item["kwargs"]["min_value"] = limit
-            item["meta"]["why"] += f"; {told.why}"
-            yield told
+            item["meta"]["why"] += f"; {proposal.why}"
+            yield proposal
 
 
 def _added(expectations: list[dict[str, Any]], seen: Seen) -> Iterator[Proposal]:
     if not seen.kept:
         return
-    for told, kwargs, why, act in (*_lengths(seen), *_languages(seen), _turns(seen)):
+    for proposal, kwargs, why, act in (*_lengths(seen), *_languages(seen), _turns(seen)):
         expectations.append(
             {
-                "type": told.name.partition("(")[0],
+                "type": proposal.name.partition("(")[0],
                 "kwargs": {**kwargs, "row_condition": _NOT_QUARANTINED},
                 "severity": "warning",
-                "meta": {"why": f"{why}; {told.why}", "act": act},
+                "meta": {"why": f"{why}; {proposal.why}", "act": act},
             }
         )
-        yield told
+        yield proposal
 
 
 _Added = tuple[Proposal, dict[str, Any], str, str]
@@ -173,25 +173,25 @@ def _lengths(seen: Seen) -> Iterator[_Added]:
         longest = float(np.quantile(values, 0.95, method="higher"))
         most, mostly = math.ceil(longest * _LENGTH_FACTOR), 0.9
         name, rule = f"expect_column_values_to_be_between({column})", "1.5 times longer, for 90 %"
-        told = _proposal(seen, name, f"90 % up to {most}", f"95 % up to {longest:.0f} characters", rule)
-        yield told, {"column": column, "max_value": most, "mostly": mostly}, why, act
+        proposal = _proposal(seen, name, f"90 % up to {most}", f"95 % up to {longest:.0f} characters", rule)
+        yield proposal, {"column": column, "max_value": most, "mostly": mostly}, why, act
 
 
 def _languages(seen: Seen) -> Iterator[_Added]:
     counts = seen.profile["counts"]["language"]
-    known = (name for name, count in counts.items() if count >= _USED * seen.kept and name != UNKNOWN)
+    known = (name for name, count in counts.items() if count >= _USED * seen.kept and name != UNKNOWN_LANGUAGE)
     used = seen.languages or sorted(known)
-    if sum(count for name, count in counts.items() if name != UNKNOWN) < _ENOUGH_TO_JUDGE or not used:
+    if sum(count for name, count in counts.items() if name != UNKNOWN_LANGUAGE) < _ENOUGH_TO_JUDGE or not used:
         return
-    allowed = [*used, UNKNOWN]
+    allowed = [*used, UNKNOWN_LANGUAGE]
     share = sum(counts.get(name, 0) for name in allowed) / seen.kept
     mostly = math.floor(max(0.0, share - _QUARANTINE_POINTS) * 1000) / 1000
     name = "expect_column_values_to_be_in_set(language)"
-    observed = f"{share:.1%} in {', '.join(used)} or too short to tell"
-    told = _proposal(seen, name, f"{', '.join(used)}: at least {mostly:.1%}", observed, "observed - 5 points")
+    observed = f"{share:.1%} in {', '.join(used)} or too short to detect"
+    proposal = _proposal(seen, name, f"{', '.join(used)}: at least {mostly:.1%}", observed, "observed - 5 points")
     kwargs = {"column": "language", "value_set": allowed, "mostly": mostly}
     yield (
-        told,
+        proposal,
         kwargs,
         "rows in other languages than before",
         "look at which source they come from; see rules.languages",
@@ -201,9 +201,14 @@ def _languages(seen: Seen) -> Iterator[_Added]:
 def _turns(seen: Seen) -> _Added:
     limit = seen.most_turns if seen.most_turns == 2 else 2 * seen.most_turns
     rule = "observed" if seen.most_turns == 2 else "twice the observed"
-    told = _proposal(seen, "expect_column_max_to_be_between(turns)", limit, f"{seen.most_turns} at most", rule)
+    proposal = _proposal(seen, "expect_column_max_to_be_between(turns)", limit, f"{seen.most_turns} at most", rule)
     kwargs = {"column": "turns", "max_value": limit}
-    return told, kwargs, "longer conversations than before", "check the format of the source; raise the limit if meant"
+    return (
+        proposal,
+        kwargs,
+        "longer conversations than before",
+        "check the format of the source; raise the limit if meant",
+    )
 
 
 def _proposal(seen: Seen, name: str, value: Any, observed: str, headroom: str) -> Proposal:

@@ -153,7 +153,7 @@ def _spaces(text: str) -> str:
 
 
 def _looks_untidy(text: str) -> bool:
-    """Plain substring searches: most texts are clean, and this tells so in a microsecond."""
+    """Plain substring searches: most texts are clean, which this finds out in a microsecond."""
     return bool(text) and (
         "   " in text
         or " \n" in text

@@ -13,10 +13,10 @@ from data_contracts.rows import UNREADABLE, Reason, Rejection, Row, action_of
 from tasks.data.validation.core import answer_rules, text_rules
 from tasks.data.validation.core.text_rules import Case, OwnFunction
 
-Rule = Callable[[Case], str | None]
+RowRule = Callable[[Case], str | None]
 
 
-class Checked(NamedTuple):
+class RowCheck(NamedTuple):
     """Why the row goes to quarantine, if it does, and what was noticed on the way."""
 
     rejection: Rejection | None
@@ -77,7 +77,7 @@ def _keeps_the_users_rules(case: Case) -> str | None:
 
 
 def _passes_the_users_function(case: Case) -> str | None:
-    """What the function says is the user's to word: it is cut, not judged. What it raises stops the run."""
+    """What the function says is the user's to word: it is cut, not checked. What it raises stops the run."""
     if case.own is None or (said := case.own(case.prompt, case.answer)) is None:
         return None
     name = (case.rules.function or "function").rpartition(":")[2]
@@ -85,7 +85,7 @@ def _passes_the_users_function(case: Case) -> str | None:
 
 
 # The first that quarantines gives the row its reason: what breaks the text goes before what reads it.
-RULES: tuple[tuple[Reason, Rule], ...] = (
+RULES: tuple[tuple[Reason, RowRule], ...] = (
     (Reason.TEMPLATE_TOKEN, text_rules.no_template_tokens),
     (Reason.TOO_LONG, _not_too_long),
     (Reason.BROKEN_TEXT, text_rules.no_broken_text),
@@ -115,14 +115,14 @@ def check_row(
     overruled: frozenset[Reason] = frozenset(),
     *,
     own: OwnFunction | None = None,
-) -> Checked:
+) -> RowCheck:
     """The first reason to quarantine the row, and the flags found before it.
 
     `max_chars` counts all messages together. `overruled`: reasons from which a person has released this row; an
     unreadable row cannot be released. `own` is the loaded `rules.function`.
     """
     if misshapen := _misshapen(row):
-        return Checked(misshapen, ())
+        return RowCheck(misshapen, ())
     case = text_rules.case_of(row, rules, max_chars, own)
     flags: list[Rejection] = []
     for reason, rule in RULES:
@@ -132,6 +132,6 @@ def check_row(
         if (detail := rule(case)) is None:
             continue
         if action == "quarantine":
-            return Checked(Rejection(reason, detail), tuple(flags))
+            return RowCheck(Rejection(reason, detail), tuple(flags))
         flags.append(Rejection(reason, detail))
-    return Checked(None, tuple(flags))
+    return RowCheck(rejection=None, flags=tuple(flags))

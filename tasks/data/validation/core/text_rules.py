@@ -133,8 +133,8 @@ _SHORT_ITEM: Final = re.compile(
 )  # dishes and drugs keep their names
 
 
-def _judged(case: Case) -> str | None:
-    """The part of the answer whose language may be judged; None for translations, code and short answers."""
+def _checked_prose(case: Case) -> str | None:
+    """The part of the answer whose language may be checked; None for translations, code and short answers."""
     if not case.rules.languages or _ABOUT_LANGUAGE.search(case.asked):
         return None
     text = _SHORT_ITEM.sub("", prose(case.answer)).strip()
@@ -153,7 +153,7 @@ _LATIN_WORD: Final = re.compile("[A-Za-z]{4,}")
 
 
 def in_an_allowed_language(case: Case) -> str | None:
-    if (text := _judged(case)) is None:
+    if (text := _checked_prose(case)) is None:
         return None
     from tasks.data.validation.core.languages import language  # only runs that name languages pay for it
 
@@ -185,7 +185,7 @@ _LATIN_RUN: Final = re.compile(r"(?:[A-Za-z']{2,}[ ,]+){12,}")
 
 
 def in_one_language(case: Case) -> str | None:
-    if (text := _judged(case)) is None:
+    if (text := _checked_prose(case)) is None:
         return None
     allowed = case.rules.languages
     for script, run, languages in () if text.isascii() else _SCRIPTS:
