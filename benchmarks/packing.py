@@ -23,7 +23,7 @@ from peft import PeftModel
 from data_contracts.train_spec import TrainSpec
 from tasks.evaluation.core.items import TestRow, choose_distractors
 from tasks.evaluation.workers.packed_lm import PackedLM
-from tasks.models.core.packing import Scored
+from tasks.models.core.packing import ScoredSequence
 from tasks.models.workers.chat_template import Chat, load_chat
 from tasks.models.workers.loading import load_base
 from tasks.models.workers.prepare_base import prepare
@@ -80,7 +80,7 @@ def compare_training(method: str, model: Any, chat: Chat, rows: list[dict[str, A
     print(f"  loss differs by {difference:.1e} nats")
 
 
-def pad(batch: list[Scored], chat: Chat) -> dict[str, torch.Tensor]:
+def pad(batch: list[ScoredSequence], chat: Chat) -> dict[str, torch.Tensor]:
     longest = max(len(row.ids) for row in batch)
     filler = chat.tokenizer.pad_token_id or 0
     ids = [[*row.ids, *[filler] * (longest - len(row.ids))] for row in batch]

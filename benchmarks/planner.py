@@ -17,7 +17,7 @@ from accelerate.commands.estimate import estimate_training_usage
 
 import data_contracts
 from tasks.training.core.architecture import Architecture, decoder
-from tasks.training.core.memory import Parts, predict
+from tasks.training.core.memory import MemoryParts, predict
 from tasks.training.core.memory_settings import Settings, Stack
 
 FILE = Path(__file__).parent / "published_peaks.json"
@@ -71,7 +71,7 @@ def _row(row: dict[str, Any], arch: Architecture, stack: dict[str, Any]) -> Row:
     )
 
 
-def measured(parts: Parts, measure: str) -> int:
+def measured(parts: MemoryParts, measure: str) -> int:
     """What the source measured: tensors, what the allocator holds, or the whole card."""
     return {"allocated": parts.allocated, "reserved": parts.reserved, "card": parts.total}[measure]
 

@@ -28,7 +28,7 @@ class TrainSpec(Section):
     docs/methods.md. The verdict needs lora and qlora; of several arms qlora may be released, else lora, else the last."""
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [17]
     """Every arm is trained once with each: seed of the step-0 adapter, of dropout and of the data order. The first one's
-    adapter may be released; the others tell how much of a difference is chance. Three or more for a claim about a method."""
+    adapter may be released; the others show how much of a difference is chance. Three or more for a claim about a method."""
     variants: list[VariantSpec] = []
     """Further arms with settings of their own: [{name: qlora_r64, method: qlora, settings: {rank: 64, alpha: 128}}]."""
     rank: Annotated[int, Field(ge=1)] = 16
@@ -42,7 +42,7 @@ class TrainSpec(Section):
     use_rslora: bool = False
     """Scale LoRA's update by alpha / sqrt(rank) instead: a high rank learns no slower (rsLoRA, arXiv 2312.03732)."""
     use_dora: bool = False
-    """Train a magnitude for each output beside LoRA's direction (DoRA, arXiv 2402.09353). Slower, more memory."""
+    """Train a magnitude for each output in addition to LoRA's direction (DoRA, arXiv 2402.09353). Slower, more memory."""
     init: Literal["default", "pissa", "olora", "loftq"] = "default"
     """Start of LoRA's A and B: random and zero; the base's principal parts (`pissa`, arXiv 2404.02948) or its QR parts
     (`olora`, arXiv 2406.01775), taken off again; or, in the qlora arm, what quantisation lost (`loftq`, arXiv 2310.08659)."""
@@ -79,7 +79,7 @@ class TrainSpec(Section):
     max_tokens: Annotated[int, Field(ge=16)] = 1024
     """Longest row in tokens that the model sees; held-out rows that are longer are not scored, and counted."""
     too_long: Literal["leave_out", "truncate", "split"] = "leave_out"
-    """What becomes of longer training rows: left out; cut in the middle of the prompt and at the end of the answer;
+    """What is done with longer training rows: left out; cut in the middle of the prompt and at the end of the answer;
     or split into several with the answer in pieces. All are listed and counted."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
@@ -135,7 +135,7 @@ class TrainSpec(Section):
                 yield from (f"variants: {variant.name}: {_one_line(detail)}" for detail in error.errors())
 
     def of(self, method: Method, settings: dict[str, Any]) -> "TrainSpec":
-        """The settings of one arm. Those of the others, which it does not read, are as if nobody had turned them."""
+        """The settings of one arm. Those of the others, which it does not read, are at their defaults."""
         rates = {} if "learning_rate" in settings else {m: r for m, r in self.learning_rates.items() if m == method}
         alone = {"methods": [method], "variants": [], "learning_rates": rates}
         own = self.model_dump() | settings
@@ -171,7 +171,7 @@ _READ_BY = {
 }
 
 _IN_EVERY_PRESET = ("rank", "alpha", "target_modules")
-"""LoRA's, and set by presets for whoever adds such an arm: without one they are no reason to refuse a run."""
+"""LoRA's, and set by presets for anyone who adds such an arm: without one they are no reason to refuse a run."""
 
 _SORTING = ("galore", "apollo", "lomo", "adalomo")
 """Optimisers of transformers that are made from a model instead of groups of weights."""
@@ -200,10 +200,10 @@ def without_effect(train: Any) -> list[str]:
 
 
 def _unread(train: Any) -> Iterator[str]:
-    """A setting that was turned, and that no arm reads."""
+    """A setting that differs from its default, and that no arm reads."""
     for setting, arms in _READ_BY.items():
-        is_turned = getattr(train, setting) != type(train).model_fields[setting].default
-        if is_turned and not set(arms) & set(train.methods):
+        is_set = getattr(train, setting) != type(train).model_fields[setting].default
+        if is_set and not set(arms) & set(train.methods):
             yield f"{setting} has an effect on {' and '.join(arms)} only: add one to methods, or leave {setting} out"
     for arm in sorted(set(train.learning_rates) - set(train.methods)):
         yield f"learning_rates has one for {arm}, which is no arm of this run: add it to methods, or leave it out"

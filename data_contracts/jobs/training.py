@@ -3,11 +3,7 @@
 from pathlib import Path
 
 from data_contracts.jobs import Job
-from data_contracts.reports import Quantisation
 from data_contracts.train_spec import LORA_ARMS, Method, TrainSpec
-
-TAKEN_OFF = ("pissa", "olora")
-"""Starts of a LoRA adapter that are parts of the base's own weights, and are taken off its output again."""
 
 
 class DescribeBaseJob(Job):
@@ -16,7 +12,10 @@ class DescribeBaseJob(Job):
 
 
 class TrainJob(Job):
-    """One arm. settings: as this arm sees them; what only chooses or places arms is at its default."""
+    """One arm.
+
+    settings: as this arm sees them: learning_rate is its own; what only chooses or places arms is at its default.
+    """
 
     method: Method
     seed: int
@@ -49,19 +48,3 @@ class TrainJob(Job):
     def is_sharded(self) -> bool:
         """Whether the weights are divided among the ranks."""
         return self.settings.sharding != "none"
-
-    @property
-    def takes_off_start(self) -> bool:
-        return self.has_lora and self.settings.init in TAKEN_OFF
-
-    @property
-    def learning_rate(self) -> float:
-        """Peak rate of this arm's method."""
-        return self.settings.learning_rates.get(self.method, self.settings.learning_rate)
-
-    @property
-    def quantisation(self) -> Quantisation | None:
-        """Of the base; None in full precision."""
-        if self.method != "qlora":
-            return None
-        return Quantisation(quant_type=self.settings.quant_type, double_quant=self.settings.double_quant)

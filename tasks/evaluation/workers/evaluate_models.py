@@ -25,10 +25,11 @@ from data_contracts.run_spec import DOMAIN_TASKS
 from tasks.evaluation.workers.domain_tasks import Item, build_items, facts
 from tasks.evaluation.workers.lm_eval_tasks import all_tasks
 from tasks.evaluation.workers.packed_lm import PackedLM
+from tasks.models.core.packing import Way
 from tasks.models.workers.chat_template import Chat, load_chat
 from tasks.models.workers.forms import Form, Target, attach, detach, form_of, load, told
-from tasks.models.workers.generation import Written, likeliest, next_log_probabilities, write
-from tasks.models.workers.scoring import COMPARED, Way, choose_way
+from tasks.models.workers.generation import Written, likeliest, next_log_probabilities, write_batch
+from tasks.models.workers.scoring import COMPARED, choose_way
 from tasks.runtime.core.files import write_atomically
 from tasks.runtime.workers.device import Device, choose_device, peak_bytes
 from tasks.runtime.workers.harness import main, say
@@ -169,7 +170,7 @@ def pick_samples(items: list[Item], count: int) -> list[Item]:
 
 def answer(model: Any, chat: Chat, item: Item, most_tokens: int) -> tuple[str, Written]:
     """The true answer to an item's question, and the model's."""
-    (written,) = write(model, chat, [chat.encode(item["prompt"])], most_tokens)
+    (written,) = write_batch(model, chat, [chat.encode(item["prompt"])], most_tokens)
     return chat.read(chat.encode(item["completion"])), written
 
 

@@ -10,8 +10,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig
 
+from data_contracts.reports import Quantisation
 from data_contracts.train_spec import LORA_ARMS
-from tasks.models.workers.loading import checked_adapter, checked_weights, load_base
+from tasks.models.workers.loading import load_base, scanned_adapter, scanned_weights
 from tasks.runtime.workers.device import Device
 
 Target = dict[str, Any]
@@ -47,16 +48,17 @@ def told(form: Form, device: Device) -> str:
 def load(form: Form, base: Path, device: Device) -> Any:
     if form.merged:
         return rounded(merge(load_base(base, "lora", _as_stored(base, device)), form.merged), device)
-    method = "qlora" if form.quant_type else "lora"
-    quantisation = {"quant_type": form.quant_type, "double_quant": form.double_quant}
-    return load_base(Path(checked_weights(form.own)) if form.own else base, method, device, quantisation)
+    folder = Path(scanned_weights(form.own)) if form.own else base
+    if not form.quant_type:
+        return load_base(folder, "lora", device)
+    return load_base(folder, "qlora", device, Quantisation(quant_type=form.quant_type, double_quant=form.double_quant))
 
 
 def attach(model: Any, target: Target) -> Any:
     """The model with the target's adapter on it; itself where that is part of its weights, or there is none."""
     if not target["adapter"] or target["method"] == "full" or target["merged"]:
         return model
-    return PeftModel.from_pretrained(model, checked_adapter(target["adapter"], model)).eval()
+    return PeftModel.from_pretrained(model, scanned_adapter(target["adapter"], model)).eval()
 
 
 def detach(tuned: Any, target: Target) -> None:
@@ -70,7 +72,7 @@ def merge(model: Any, adapter: str, watch: Callable[[torch.Tensor, torch.Tensor]
 
     watch: gets each layer's weights in fp32, before and after.
     """
-    tuned = PeftModel.from_pretrained(model, checked_adapter(adapter, model)).eval()
+    tuned = PeftModel.from_pretrained(model, scanned_adapter(adapter, model)).eval()
     for layer in tuned.modules():
         if isinstance(layer, LoraLayer):
             weight: Any = layer.get_base_layer().weight

@@ -1,4 +1,4 @@
-"""LoRA from other starts than zero, on a base that nobody changes: all arms and the registry share it.
+"""LoRA from other starts than zero, on a base that stays as it is: all arms and the registry share it.
 
 PiSSA and OLoRA begin with parts of the base's own weights W, A0 and B0, and train on what is left: (W - s B0 A0) + s B A.
 PEFT changes W for that, and quantises the rest anew. Here W stays, full or in 4 bits, and s B0 A0 x is taken off each
@@ -16,9 +16,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear
 
+from tasks.models.core.adapter_files import WEIGHTS
 from tasks.models.workers.loading import dequantised, sort_names
 
-WEIGHTS = "adapter_model.safetensors"
 TAKEN_OFF = ("pissa", "olora")
 """Starts that are parts of the base's weights."""
 
@@ -32,7 +32,7 @@ def adapted(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 def take_off_start(model: torch.nn.Module, name: str = "default") -> None:
     """Let each adapted layer begin at the base's own output, whatever its A and B start from.
 
-    The start is kept beside the layer, in no state that is saved.
+    The start is kept in buffers of the layer that are not saved.
     """
     for _, layer in adapted(model):
         base = layer.get_base_layer()

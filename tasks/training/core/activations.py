@@ -142,9 +142,9 @@ def input_bytes(arch: Architecture, settings: Settings) -> int:
 
 
 def gradient_bytes(arch: Architecture, settings: Settings) -> int:
-    """What a feed-forward part makes while it goes backward, beside the gradient that runs along the blocks.
+    """What a feed-forward part makes in the backward pass, in addition to the gradient that runs along the blocks.
 
-    Gated: two of the inner width beside what it keeps; an adapter whose input was cast makes one more. Fused adapters
+    Gated: two of the inner width in addition to what it keeps; an adapter whose input was cast makes one more. Fused adapters
     let their input go before that, and a quantised layer's weights are gone by then.
     """
     inner = settings.tokens * settings.compute_bytes * arch.inner
@@ -184,9 +184,8 @@ def logit_bytes(arch: Architecture, settings: Settings) -> int:
 
     A block's logits in fp32, and before and after that in a 16-bit compute format; its rows' gradient in fp32 and what is
     added to it; scored hidden states and their gradient; of a head that is trained its gradient in fp32, and in the compute
-    format before it is added. Cross-entropy keeps the
-    log-probabilities; their gradient and the logits' gradient are made beside
-    them: three tensors. Chunked and compiled: the logits in the compute format, and for an eighth of the tokens their gradient.
+    format before it is added. Cross-entropy keeps the log-probabilities; their gradient and the logits' gradient are made in
+    addition: three tensors. Chunked and compiled: the logits in the compute format, and for an eighth of the tokens their gradient.
     """
     size, loss = settings.compute_bytes, settings.stack.loss
     scored = settings.tokens if settings.scored is None else settings.scored

@@ -1,4 +1,4 @@
-"""A model whose weights are divided among the ranks, layer by layer (FSDP2, torch's fully_shard), and put together to be saved.
+"""A model whose weights are divided among the ranks, layer by layer (FSDP2, torch's fully_shard), and joined to be saved.
 
 4-bit weights are divided like others because they are kept in tensors of the arithmetic's number format
 (bnb_4bit_quant_storage), which FSDP can divide; their constants stay whole on every rank.
@@ -59,7 +59,7 @@ def is_sharded(model: Any) -> bool:
 
 
 def whole_weights(model: Any) -> dict[str, torch.Tensor]:
-    """What is trained, put together. All ranks must ask."""
+    """What is trained, put together. All ranks must call it."""
     return {name: _whole(weight.detach()) for name, weight in model.named_parameters() if weight.requires_grad}
 
 
@@ -72,7 +72,7 @@ def load_weights(model: Any, adapter: Path) -> None:
 
 @contextmanager
 def whole_states(optimizer: Any) -> Iterator[None]:
-    """The optimiser's states put together inside the block, so that they can be saved. All ranks must ask."""
+    """The optimiser's states put together inside the block, so that they can be saved. All ranks must call it."""
     parts = {weight: dict(state) for weight, state in optimizer.state.items()}
     for state in optimizer.state.values():
         state.update({name: _whole(value) for name, value in state.items()})
