@@ -37,7 +37,7 @@ SETTINGS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", type=Path, required=True, help="kept, so that a stopped benchmark goes on")
+    parser.add_argument("--store", type=Path, required=True, help="kept, so that a stopped benchmark resumes")
     parser.add_argument("--old", default="stdlib")
     parser.add_argument("--new", default="pandas")
     parser.add_argument("--lookups", type=int, default=400)
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace, files: list[Path], variants: list[dict[st
     from flows.retrain import retrain
 
     report = retrain(spec)
-    assert report and report.gate.verdict == "pass", "without a champion there is nothing to go on from"
+    assert report and report.gate.verdict == "pass", "without a champion there is nothing to start from"
     return report
 
 
@@ -99,12 +99,12 @@ def note(first: RunReport, second: RunReport, root: Path, sources: list[str]) ->
 def line(nll: Metric, draws: Bootstrap, inside: list[float], name: str) -> str:
     """The loss inside a domain, and what it is below the arm from scratch and below the champion."""
     tokens_I = nll.tokens_I * inside
-    told = f"loss {draws.estimate(ratio, nll.first(name) * inside, tokens_I).value:.3f}"
+    text = f"loss {draws.estimate(ratio, nll.first(name) * inside, tokens_I).value:.3f}"
     for other in ("champion", "lora"):
         if other != name and name != "base":
             found = draws.estimate(ratio, (nll.first(name) - nll.first(other)) * inside, tokens_I)
-            told += f"   minus {ARMS.get(other, other)}'s {found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-    return told
+            text += f"   minus {ARMS.get(other, other)}'s {found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    return text
 
 
 def second_gates(report: RunReport) -> Any:
