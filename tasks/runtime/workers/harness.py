@@ -28,7 +28,7 @@ from tasks.runtime.core.files import exclusive, write_atomically
 _LOCK_SECONDS = 60.0
 
 J = TypeVar("J", bound=Job)
-Work = Callable[[J, Path], dict[str, Any]]
+_Work = Callable[[J, Path], dict[str, Any]]
 
 
 def say(event: str, **values: object) -> None:
@@ -44,7 +44,7 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def main(work: Work[Any], job: type[Job] | None = None) -> None:  # TRANSITION: work: Work[J], job: type[J]
+def main(work: _Work[Any], job: type[Job] | None = None) -> None:  # TRANSITION: work: _Work[J], job: type[J]
     """Run one worker from the command line's two arguments and exit with its code."""
     if len(sys.argv) != 3:
         raise SystemExit("usage: python -m tasks.SUBJECT.workers.NAME spec.json out/")
@@ -58,7 +58,7 @@ def main(work: Work[Any], job: type[Job] | None = None) -> None:  # TRANSITION: 
         sys.exit(error.exit_code)
 
 
-def run_job(work: Work[Any], job: type[Job] | None, spec_file: Path, out: Path) -> None:  # TRANSITION: as in main
+def run_job(work: _Work[Any], job: type[Job] | None, spec_file: Path, out: Path) -> None:  # TRANSITION: as in main
     """Do the work of a job file. An error with a known cause is left in `out` and raised as one of ours."""
     out.mkdir(parents=True, exist_ok=True)
     if "RANK" not in os.environ:
@@ -89,7 +89,7 @@ def write_error(out: Path, error: TunegateError) -> None:
     left = {"error": type(error).__name__, "problems": [dataclasses.asdict(problem) for problem in error.problems]}
     draft = out / f"error.{os.getpid()}"
     try:
-        draft.write_text(json.dumps(left, indent=1))
+        write_atomically(draft, json.dumps(left, indent=1))
         with suppress(FileExistsError):
             os.link(draft, out / "error.json")
         draft.unlink()

@@ -34,7 +34,7 @@ def shard(model: Any, device: str) -> None:
     for module in [*decoder_layers(model), model]:
         fully_shard(module, mesh=mesh)
         module.set_gradient_divide_factor(1.0)  # losses are divided by the tokens of all ranks already
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+        module.set_force_sum_reduction_for_comms(enable=True)  # gloo has no other
     whole = model.forward
 
     def forward(batch: Any = None, **inputs: Any) -> Any:

@@ -28,7 +28,7 @@ def planned_memory(
     try:
         if problem := unplanned(job.settings, job.method):
             raise ConfigError(problem)
-        arch = architecture_at(str(job.base), None)
+        arch = architecture_at(str(job.base), revision=None)
     except ConfigError as error:
         say("note", text=f"memory of training is not planned: {error.problems[0].what}")
         return None

@@ -51,7 +51,6 @@ def train_rank(job: TrainJob, out: Path) -> dict[str, Any]:
     listed = out / "rows_too_long.jsonl" if is_first_rank() else Path(os.devnull)
     rows, row_ids = encode_rows(chat, job.train, job.settings.max_tokens, job.settings.too_long, listed)
     plan = planned_steps(rows, job)
-    say("note", text=": ".join(["batch", *batch_facts(rows, plan, job).values()]))
     validation = validation_rows(chat, job)
     before = bytes_now(device)
     model = trainable(job, device)
@@ -65,13 +64,11 @@ def train_rank(job: TrainJob, out: Path) -> dict[str, Any]:
     trained = history_of(state)
     memory = memory_used(job, data, device, state, held)
     save_trained(model, job, out / "adapter")
-    work = count_work(rows, plan[: state.global_step])
     return {
         "method": job.method,
         "quantisation": quantisation.model_dump() if (quantisation := quantisation_of(job)) else None,
         "resumed_from_step": step_of(checkpoint),
-        **work,
-        "useful_tokens_per_s": work["train_tokens"] / trained["train_seconds"],
+        **count_work(rows, plan[: state.global_step], trained["train_seconds"]),
         "rows_too_long": len(listed.read_text().splitlines()),
         "too_long": {"leave_out": "left out", "truncate": "truncated", "split": "split"}[job.settings.too_long],
         **size,
@@ -88,10 +85,12 @@ def train_rank(job: TrainJob, out: Path) -> dict[str, Any]:
 
 
 def planned_steps(rows: list[ScoredSequence], job: TrainJob) -> list[list[int]]:
-    """The rows of each optimiser step, for all epochs."""
+    """The rows of each optimiser step, for all epochs; how many they are is logged."""
     lengths = [len(row.ids) for row in rows]
     settings = job.settings
-    return plan_batches(lengths, settings.batch_tokens, settings.epochs, job.seed)[: settings.max_steps]
+    plan = plan_batches(lengths, settings.batch_tokens, settings.epochs, job.seed)[: settings.max_steps]
+    say("note", text=": ".join(["batch", *batch_facts(rows, plan, job).values()]))
+    return plan
 
 
 def batch_facts(rows: list[ScoredSequence], plan: list[list[int]], job: TrainJob, parts: int = 1) -> dict[str, str]:
@@ -229,12 +228,14 @@ def size_of(model: Any) -> dict[str, int]:
     return {"trainable_parameters": trainable, "weights_bytes": weights_bytes(model)}
 
 
-def count_work(rows: list[ScoredSequence], plan: list[list[int]]) -> dict[str, int]:
+def count_work(rows: list[ScoredSequence], plan: list[list[int]], seconds: float) -> dict[str, float]:
     """Rows and tokens that the plan's steps train on; a row counts its tokens once an epoch."""
     trained = [rows[index] for batch in plan for index in batch]
+    tokens = sum(len(row.ids) for row in trained)
     return {
         "train_rows": len({index for batch in plan for index in batch}),
-        "train_tokens": sum(len(row.ids) for row in trained),
+        "train_tokens": tokens,
+        "useful_tokens_per_s": tokens / seconds,
         "completion_tokens": sum(len(row.ids) - row.start for row in trained),
     }
 
