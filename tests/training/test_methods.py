@@ -16,7 +16,7 @@ from flows.config.load import load_spec
 from tasks.models.base import start_settings
 from tasks.models.core.packing import ScoredSequence
 from tasks.models.workers.chat_template import load_chat
-from tasks.models.workers.forms import attach, form_of, load
+from tasks.models.workers.forms import attach_adapter, form_of, load_form
 from tasks.models.workers.fused_layers import fuse_lora
 from tasks.models.workers.init_adapter import make_step0
 from tasks.models.workers.loading import QLORA, dequantised, load_base
@@ -95,7 +95,7 @@ def loaded(base: Path, job: TrainJob, adapter: Path, report: dict):
     """What the evaluation scores: the saved result in a model of its own."""
     quantisation = Quantisation(**report["quantisation"]) if report["quantisation"] else QLORA
     model = load_base(adapter if job.is_full else base, job.method, CPU, quantisation)
-    return attach(model, {"method": job.method, "adapter": str(adapter), "merged": False})
+    return attach_adapter(model, {"method": job.method, "adapter": str(adapter), "merged": False})
 
 
 def losses_of(model, base: Path, way: str = "padded") -> torch.Tensor:
@@ -320,7 +320,7 @@ def test_a_base_is_quantised_as_asked_where_it_is_trained_scored_and_served(
     job, model = step0_of(tiny_base, "qlora", asked, tmp_path)
     assert quantised_as(model) == asked == train_adapter.quantisation_of(job).model_dump()
     target = {"name": "x", "method": "qlora", "adapter": None, "quantisation": asked, "merged": False}
-    assert quantised_as(load(form_of(target), tiny_base, CPU)) == asked
+    assert quantised_as(load_form(form_of(target), tiny_base, CPU)) == asked
     served = ServedModel()
     served.meta = {"precision": "fp32", "quantisation": asked}
     form = served._form()["quantization_config"]

@@ -19,7 +19,7 @@ Target = dict[str, Any]
 
 
 @dataclass(frozen=True, order=True)
-class Form:
+class ModelForm:
     """What is loaded for some targets; no two adapters are merged into the same weights.
 
     merged: folder of the adapter; own: folder of tuned weights; quant_type: empty in full precision.
@@ -31,21 +31,25 @@ class Form:
     double_quant: bool = False
 
 
-def form_of(target: Target) -> Form:
+def form_of(target: Target) -> ModelForm:
     if target["adapter"] and target["method"] == "full":
-        return Form(own=target["adapter"])
+        return ModelForm(own=target["adapter"])
     if target["adapter"] and target["merged"]:
-        return Form(merged=target["adapter"])
+        return ModelForm(merged=target["adapter"])
     quantised = target["quantisation"]
-    return Form(quant_type=quantised["quant_type"], double_quant=quantised["double_quant"]) if quantised else Form()
+    return (
+        ModelForm(quant_type=quantised["quant_type"], double_quant=quantised["double_quant"])
+        if quantised
+        else ModelForm()
+    )
 
 
-def told(form: Form, device: Device) -> str:
+def loading_note(form: ModelForm, device: Device) -> str:
     what = "tuned weights" if form.own else "the base with an adapter merged into it" if form.merged else "the base"
     return f"loading {what} ({form.quant_type.upper() or device.precision})"
 
 
-def load(form: Form, base: Path, device: Device) -> Any:
+def load_form(form: ModelForm, base: Path, device: Device) -> Any:
     if form.merged:
         return rounded(merge(load_base(base, "lora", _as_stored(base, device)), form.merged), device)
     folder = Path(scanned_weights(form.own)) if form.own else base
@@ -54,15 +58,15 @@ def load(form: Form, base: Path, device: Device) -> Any:
     return load_base(folder, "qlora", device, Quantisation(quant_type=form.quant_type, double_quant=form.double_quant))
 
 
-def attach(model: Any, target: Target) -> Any:
+def attach_adapter(model: Any, target: Target) -> Any:
     """The model with the target's adapter on it; itself where that is part of its weights, or there is none."""
     if not target["adapter"] or target["method"] == "full" or target["merged"]:
         return model
     return PeftModel.from_pretrained(model, scanned_adapter(target["adapter"], model)).eval()
 
 
-def detach(tuned: Any, target: Target) -> None:
-    """Leave the base as it was before `attach`."""
+def detach_adapter(tuned: Any, target: Target) -> None:
+    """Leave the base as it was before `attach_adapter`."""
     if isinstance(tuned, PeftModel) and target["method"] in LORA_ARMS:
         tuned.unload()  # a prefix is no part of the model
 
