@@ -1,7 +1,7 @@
 """The memory claim where weights dominate: LoRA against QLoRA on a random Llama of 1.1 billion parameters.
 
-Each run trains in a process of its own, one row of at most 128 tokens a step, activation checkpointing on, and reports the
-highest resident memory while it loads and while it trains. Articles claim 59 % less (their source: facts in docs).
+Each run trains in a process of its own, one row of at most 128 tokens a step, activation checkpointing on, and reports
+the highest resident memory while it loads and while it trains. Articles claim 59 % less (their source: facts in docs).
 
     python -m benchmarks.memory [--threads 2] [--steps 3]
 """

@@ -1,8 +1,8 @@
 """Training speed and memory against what one would use instead: TRL, LLaMA-Factory, and a plain transformers Trainer.
 
 Every way trains in a process of its own on the same rows, model, adapter shape, precision and threads; the ways take
-turns, and each ratio is taken within a turn. Tokens are the rows' own, padding not counted. Speed leaves out loading and
-the first step; memory is the peak of the process, loading included.
+turns, and each ratio is taken within a turn. Tokens are the rows' own, padding not counted. Speed leaves out loading
+and the first step; memory is the peak of the process, loading included.
 
     python -m benchmarks.training [--rows 64] [--turns 3] [--method qlora] [--data FILE.json] [--trl PYTHON]
         [--llama-factory PYTHON]

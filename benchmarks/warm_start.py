@@ -1,8 +1,8 @@
 """From scratch or from the champion: a domain grows by another package's documentation, and three LoRA arms learn it.
 
-A champion learns the rows of `--old`. Then those of `--new` come, and in one run, on the same held-out items, three arms
-train: from scratch on all rows, and from the champion with a replay share of 0 and of 0.5. A row's domain is its source.
-Losses are nats per completion token; an interval is of the difference, paired by item.
+A champion learns the rows of `--old`. Then those of `--new` come, and in one run, on the same held-out items, three
+arms train: from scratch on all rows, and from the champion with a replay share of 0 and of 0.5. A row's domain is its
+source. Losses are nats per completion token; an interval is of the difference, paired by item.
 
     python -m benchmarks.warm_start --store DIR [--old stdlib] [--new pandas] [--lookups 400] [--summaries 200]
         [--preset demo]

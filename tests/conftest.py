@@ -1,7 +1,8 @@
 """Shared pieces: the tiny base, rows for it, and one real run of the whole chain.
 
-Not covered here, and why: CUDA, bf16 and NF4 kernels on a GPU (none at hand), the model hub online, container images and a
-cluster (no engine at hand). The `gpu` tests skip without a CUDA device and fail there if REQUIRE_GPU=1 and none is found.
+Not covered here, and why: CUDA, bf16 and NF4 kernels on a GPU (none at hand), the model hub online, container images
+and a cluster (no engine at hand). The `gpu` tests skip without a CUDA device and fail there if REQUIRE_GPU=1 and none
+is found.
 """
 
 import json

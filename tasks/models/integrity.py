@@ -1,7 +1,8 @@
 """What is loaded is what was registered: versions, adapters and bases are compared with their digests each time.
 
-A version's tags hold the sha256 of its lineage, which holds the sha256 of every other file, among them `meta.json`, which
-holds that of the code MLflow runs. Of a version from before there was a lineage only the adapter is checked; that is logged.
+A version's tags hold the sha256 of its lineage, which holds the sha256 of every other file, among them `meta.json`,
+which holds that of the code MLflow runs. Of a version from before there was a lineage only the adapter is checked; that
+is logged.
 """
 
 import hashlib
@@ -59,8 +60,8 @@ Fault = tuple[str, str]
 def verify_version(version: Path, tags: Mapping[str, str], label: str) -> None:
     """Raise StoreError, with everything that is wrong, unless the files of a version are those that were registered.
 
-    version: the folder as MLflow keeps it or has downloaded it. Its adapter is scanned too, and what MLflow would run is
-    checked, for its `MLmodel` could name any module. Nothing of it is executed here.
+    version: the folder as MLflow keeps it or has downloaded it. Its adapter is scanned too, and what MLflow would run
+    is checked, for its `MLmodel` could name any module. Nothing of it is executed here.
     """
     files = version / "artifacts"
     expected, faults = _expected(files, tags)
@@ -169,7 +170,8 @@ def _model_file(version: Path) -> bytes:
 
 
 def spec_digest(spec: Any) -> str:
-    """sha256 of a run's spec as JSON: its file in the registry decides what a gate measures, and which code of yours it runs."""
+    """sha256 of a run's spec as JSON: its file in the registry decides what a gate measures, and which code of yours it
+    runs."""
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
 
 
@@ -196,7 +198,8 @@ def checked_base(store: Store, base: BaseModelRef) -> Path:
 
 
 def checked_adapter(store: Store, adapter: AdapterRef) -> Path:
-    """The folder of an adapter, in the store or in the registry. Raises StoreError if it is not the one that is named."""
+    """The folder of an adapter, in the store or in the registry. Raises StoreError if it is not the one that is
+    named."""
     folder = Path(adapter.folder) if Path(adapter.folder).is_absolute() else store.path(adapter.folder)
     named = folder / WEIGHTS if (folder / WEIGHTS).exists() else folder
     _checked(named, adapter.sha256, f"the adapter in {folder.parent.name}", "run again with --force to train it anew")

@@ -1,4 +1,5 @@
-"""Places for arms that train at the same time: a GPU each, an equal share of the free cores, or wherever Ray puts them."""
+"""Places for arms that train at the same time: a GPU each, an equal share of the free cores, or wherever Ray puts
+them."""
 
 import json
 import os

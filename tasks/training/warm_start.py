@@ -43,7 +43,8 @@ class ChosenRows(NamedTuple):
 
 
 def origin_of(store: StoreSpec, name: str, train: Path) -> tuple[Origin, list[str]]:
-    """The newest version in the champion's line that some training row is new to, and the versions that were passed over.
+    """The newest version in the champion's line that some training row is new to, and the versions that were passed
+    over.
 
     So the same command over the same rows starts where it started before, also when what it made is champion by now. No
     version is named if there is no champion, or all of its line has seen every row, or a version's rows are not known.
@@ -187,7 +188,8 @@ _ALIKE: Final = {
 
 
 def choose_rows(row_ids: Sequence[str], known: Collection[str], share: float) -> ChosenRows:
-    """Every row that is not known, and so many known ones that they make `share` of all; all of them if they are too few.
+    """Every row that is not known, and so many known ones that they make `share` of all; all of them if they are too
+    few.
 
     Replayed are those whose ids have the lowest hash: the same ones each time, whatever else comes. In the given order.
     """

@@ -1,9 +1,10 @@
-"""An adapter is loaded only if it can be nothing else than an adapter: every fault has its test, and the rest is fuzzed.
+"""An adapter is loaded only if it can be nothing else than an adapter: every fault has its test, and the rest is
+fuzzed.
 
     TUNEGATE_FUZZ_CASES=20000 pytest tests/models/test_adapter_scan.py      a long run
 
-The adapter has the files that PEFT 0.21.2 writes for tiny-llama's layers; what PEFT writes of every method is scanned in
-tests/training/test_methods.py, whose models are loaded through the scan. No torch here.
+The adapter has the files that PEFT 0.21.2 writes for tiny-llama's layers; what PEFT writes of every method is scanned
+in tests/training/test_methods.py, whose models are loaded through the scan. No torch here.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""The fast way gives the losses and gradients of the plain Hugging Face forward. Run: pytest tests/models/test_exact.py"""
+"""The fast way gives the losses and gradients of the plain Hugging Face forward. Run: pytest
+tests/models/test_exact.py"""
 
 from functools import partial
 

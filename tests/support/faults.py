@@ -41,7 +41,8 @@ TRAINER = "tasks.training.workers.trainer:PackedTrainer"
 
 
 def job_on(base: Path, folder: Path, **changes) -> TrainJob:
-    """A LoRA arm of ten steps with checkpoints 3, 6, 9 and 10; its files are in `folder`, which needs none of them yet."""
+    """A LoRA arm of ten steps with checkpoints 3, 6, 9 and 10; its files are in `folder`, which needs none of them
+    yet."""
     plain = TrainJob(
         method="lora", seed=5, base=base, base_name="tiny", step0=folder / "step0" / "adapter",
         train=folder / "train.jsonl", validation=folder / "validation.jsonl", precision="fp32", threads_reason=None,
@@ -84,7 +85,8 @@ def kill() -> None:
 
 
 def before_call(owner: str, name: str, number: int, fault: Callable[[], None]) -> None:
-    """Let `fault` happen as `owner.name` is called for the time `number` (from 1). `owner`: a module or a class in one."""
+    """Let `fault` happen as `owner.name` is called for the time `number` (from 1). `owner`: a module or a class in
+    one."""
     module, _, inner = owner.partition(":")
     place = importlib.import_module(module)
     place = getattr(place, inner) if inner else place

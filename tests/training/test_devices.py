@@ -1,7 +1,7 @@
 """Several workers train as one does: same loss curve, same adapter but for rounding, and killed or not the same bytes.
 
-Run: pytest tests/training/test_devices.py, and -m slow for the longer ones. Two ranks on one machine, over gloo. Not covered, and why: NCCL, CUDA, NF4 kernels of a GPU and
-machines in a network (none at hand).
+Run: pytest tests/training/test_devices.py, and -m slow for the longer ones. Two ranks on one machine, over gloo. Not
+covered, and why: NCCL, CUDA, NF4 kernels of a GPU and machines in a network (none at hand).
 """
 
 import threading

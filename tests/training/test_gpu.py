@@ -1,7 +1,9 @@
-"""The training worker on a CUDA device: LoRA and NF4 learn there, in bf16 where it has it, with the memory that was planned.
+"""The training worker on a CUDA device: LoRA and NF4 learn there, in bf16 where it has it, with the memory that was
+planned.
 
-Run: REQUIRE_GPU=1 pytest -m gpu tests/training/test_gpu.py. Without a CUDA device it is skipped; with REQUIRE_GPU=1 that is a failure.
-Two GPUs, NCCL and FSDP-QLoRA are not covered: tests/training/test_devices.py runs the same code on CPUs over gloo.
+Run: REQUIRE_GPU=1 pytest -m gpu tests/training/test_gpu.py. Without a CUDA device it is skipped; with REQUIRE_GPU=1
+that is a failure. Two GPUs, NCCL and FSDP-QLoRA are not covered: tests/training/test_devices.py runs the same code on
+CPUs over gloo.
 """
 
 import os

@@ -1,4 +1,5 @@
-"""Arms that train at the same time are the arms that train alone, in places of their own. Run: pytest tests/training/test_parallel.py
+"""Arms that train at the same time are the arms that train alone, in places of their own. Run: pytest
+tests/training/test_parallel.py
 
 Prefect's engine, the workers and the tiny base are real. Not tried: several GPUs, for want of them.
 """

@@ -1,7 +1,7 @@
 """A warm start begins with the champion, on new rows and old ones, and never sees what is held out.
 
-The registry, the ledger, the split, the training worker's own code and a tiny base are real; workers run in this process.
-The whole chain with a warm start, killed and forced: `pytest -m slow tests/training/test_warm_start.py`.
+The registry, the ledger, the split, the training worker's own code and a tiny base are real; workers run in this
+process. The whole chain with a warm start, killed and forced: `pytest -m slow tests/training/test_warm_start.py`.
 """
 
 import json

@@ -58,7 +58,8 @@ def scan_weights(folder: Path) -> list[str]:
 
 
 def weight_faults(folder: Path, dtypes: tuple[str, ...] = ()) -> list[str]:
-    """What is wrong with a folder's safetensors files and their index, whatever other files are there. dtypes: none means any."""
+    """What is wrong with a folder's safetensors files and their index, whatever other files are there. dtypes: none
+    means any."""
     faults: list[str] = []
     files = sorted(folder.glob("*.safetensors"))
     if not files:

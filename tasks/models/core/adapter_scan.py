@@ -1,7 +1,7 @@
 """What an adapter may be, by its configuration and the header of its weights: checked before anything of it is loaded.
 
-PEFT draws what is missing at random, ignores what it does not know, and acts on settings that import modules or change the
-base: all of that is refused here. Pure: files are read by adapter_files.py.
+PEFT draws what is missing at random, ignores what it does not know, and acts on settings that import modules or change
+the base: all of that is refused here. Pure: files are read by adapter_files.py.
 """
 
 import math
@@ -106,7 +106,8 @@ _NEEDED: Final = {
 
 
 def config_faults(config: Any) -> Iterator[str]:
-    """What is wrong with adapter_config.json. A setting that is not listed above must be off: null, false, none or empty."""
+    """What is wrong with adapter_config.json. A setting that is not listed above must be off: null, false, none or
+    empty."""
     if not isinstance(config, dict):
         yield f"is a JSON {type(config).__name__}, not an object"
         return

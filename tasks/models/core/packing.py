@@ -187,6 +187,8 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int, epochs: int, seed: i
 
 
 BLOCK_ROWS = BLOCK_COLUMNS = 2048
-"""ScoredSequence tokens and words of the vocabulary whose logits tasks/models/workers/head_loss.py has at a time: 16 MiB in fp32."""
+"""ScoredSequence tokens and words of the vocabulary whose logits tasks/models/workers/head_loss.py has at a time: 16
+MiB in fp32."""
 QUERIES, MASK_TOKENS = 128, 1024
-"""Queries that tasks/models/workers/tree_attention.py takes at a time on a CPU, and in which steps their one mask grows."""
+"""Queries that tasks/models/workers/tree_attention.py takes at a time on a CPU, and in which steps their one mask
+grows."""

@@ -54,8 +54,8 @@ def write_batch(model: Any, chat: Chat, prompts: Sequence[Sequence[int]], most_t
 
 @torch.inference_mode()
 def next_log_probabilities(model: Any, prompt: Sequence[int], pad: int) -> torch.Tensor:
-    """Log-probability in nats of every token as the one after the prompt. Through `generate`, which every kind of adapter
-    has, and which keeps the logits of one place only."""
+    """Log-probability in nats of every token as the one after the prompt. Through `generate`, which every kind of
+    adapter has, and which keeps the logits of one place only."""
     ids = torch.tensor([list(prompt)], device=model.device)
     found = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=pad,

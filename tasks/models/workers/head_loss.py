@@ -1,9 +1,9 @@
 """Losses of scored tokens from their hidden states, through the vocabulary projection, frozen or trained, in blocks.
 
-The logits of a block live only until its part of the softmax and of the gradient is known: memory does not grow with the
-tokens scored (the idea is Liger's, arXiv 2410.10989) or the vocabulary (the softmax is FlashAttention's, arXiv 2205.14135),
-and a block stays in the processor's cache. Shapes: N scored tokens, C of them at a time, D hidden size, V vocabulary,
-K columns of it at a time.
+The logits of a block live only until its part of the softmax and of the gradient is known: memory does not grow with
+the tokens scored (the idea is Liger's, arXiv 2410.10989) or the vocabulary (the softmax is FlashAttention's, arXiv
+2205.14135), and a block stays in the processor's cache. Shapes: N scored tokens, C of them at a time, D hidden size, V
+vocabulary, K columns of it at a time.
 """
 
 from collections.abc import Iterator

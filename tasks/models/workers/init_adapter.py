@@ -16,8 +16,8 @@ from tasks.runtime.workers.device import choose_device
 from tasks.runtime.workers.harness import main
 
 _INITS: dict[str, Any] = {"default": True, "loftq": True, "pissa": "pissa_niter_16", "olora": "olora"}
-"""`init_lora_weights` of PEFT. PiSSA's randomised SVD takes seconds where the exact one takes minutes; what it leaves out
-changes no result, since the very same parts are taken off the base (tasks/models/workers/lora_init.py)."""
+"""`init_lora_weights` of PEFT. PiSSA's randomised SVD takes seconds where the exact one takes minutes; what it leaves
+out changes no result, since the very same parts are taken off the base (tasks/models/workers/lora_init.py)."""
 
 
 def make_step0(job: InitAdapterJob, out: Path) -> dict[str, Any]:

@@ -35,9 +35,9 @@ def load_base(
 ) -> PreTrainedModel:  # fmt: skip
     """`qlora` gives the base in 4 bits, quantised as asked; all else as stored, frozen.
 
-    trains_all: every weight may be trained, in fp32 whatever the arithmetic: at 1e-5 of a weight a step is lost in bf16's
-    8 bits. storage: the number format of the tensors that hold 4-bit weights. Safetensors only; no code from the base is
-    run.
+    trains_all: every weight may be trained, in fp32 whatever the arithmetic: at 1e-5 of a weight a step is lost in
+    bf16's 8 bits. storage: the number format of the tensors that hold 4-bit weights. Safetensors only; no code from the
+    base is run.
     """
     dtype = torch.float32 if trains_all else device.dtype
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": ATTENTION, "device_map": {"": device.device}}
@@ -136,7 +136,8 @@ def _is_adapters(name: str) -> bool:
 
 
 def dequantised(weight: Any, state: Any = None) -> torch.Tensor:
-    """A layer's weight [O, I] as numbers, if it is quantised; else as it is. state: its constants, if it comes without."""
+    """A layer's weight [O, I] as numbers, if it is quantised; else as it is. state: its constants, if it comes
+    without."""
     state = state or getattr(weight, "quant_state", None)
     numbers: torch.Tensor = weight.data if state is None else dequantize_4bit(weight.data, state)
     return numbers

@@ -1,8 +1,8 @@
 """LoRA from other starts than zero, on a base that stays as it is: all arms and the registry share it.
 
-PiSSA and OLoRA begin with parts of the base's own weights W, A0 and B0, and train on what is left: (W - s B0 A0) + s B A.
-PEFT changes W for that, and quantises the rest anew. Here W stays, full or in 4 bits, and s B0 A0 x is taken off each
-layer's output, which is the same function; what is saved is a plain LoRA of twice the rank, [A, A0] and [B, -B0].
+PiSSA and OLoRA begin with parts of the base's own weights W, A0 and B0, and train on what is left: (W - s B0 A0) + s B
+A. PEFT changes W for that, and quantises the rest anew. Here W stays, full or in 4 bits, and s B0 A0 x is taken off
+each layer's output, which is the same function; what is saved is a plain LoRA of twice the rank, [A, A0] and [B, -B0].
 Shapes: I in, O out, R rank; s = alpha / rank, or alpha / sqrt(rank).
 """
 
@@ -51,8 +51,8 @@ def _less_start(base: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> Any
 def make_up_for_quantisation(model: torch.nn.Module, stored: torch.nn.Module, name: str = "default") -> None:
     """LoftQ's start (arXiv 2310.08659, one step): s B A is the best rank R part of what each layer lost in 4 bits.
 
-    With one step the quantised weights are those of the plain base, so it stays. PEFT's own function runs on CUDA only, and
-    forgets the scale s. stored: the base in full precision.
+    With one step the quantised weights are those of the plain base, so it stays. PEFT's own function runs on CUDA only,
+    and forgets the scale s. stored: the base in full precision.
     """
     for path, layer in adapted(model):
         whole: Any = stored.get_submodule(path).weight

@@ -1,6 +1,8 @@
-"""Bring a base model into a folder that can be loaded offline: `python -m tasks.models.workers.prepare_base spec.json out/`.
+"""Bring a base model into a folder that can be loaded offline: `python -m tasks.models.workers.prepare_base spec.json
+out/`.
 
-Built-in bases are made in out/model; folders stay where they are; hub ids are downloaded to the hub cache (or found there).
+Built-in bases are made in out/model; folders stay where they are; hub ids are downloaded to the hub cache (or found
+there).
 """
 
 from collections.abc import Iterator
@@ -160,7 +162,8 @@ def _licence(folder: Path, base: str, revision: str | None) -> str:
 
 
 def _check_files(folder: Path) -> Path:
-    """The folder, made absolute. Raises ConfigError with everything in it that would not load, or not as it is meant."""
+    """The folder, made absolute. Raises ConfigError with everything in it that would not load, or not as it is
+    meant."""
     if not (folder / "config.json").exists():
         raise _no_base(str(folder), "it holds no config.json", "give the folder of a transformers model")
     if not list(folder.glob("*.safetensors")):

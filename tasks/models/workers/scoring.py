@@ -37,7 +37,8 @@ class Scoring:
 
 
 def to_tensors(sequences: Sequence[ScoredSequence], way: Way = "packed") -> Batch:
-    """A batch of the sequences as `scored_losses` takes it; `labels` [N] are the scored tokens, one sequence after the other."""
+    """A batch of the sequences as `scored_losses` takes it; `labels` [N] are the scored tokens, one sequence after the
+    other."""
     return _packed(pack(sequences)) if way == "packed" else _padded(sequences)
 
 
@@ -98,8 +99,8 @@ def scored_losses(model: Any, batch: Batch) -> torch.Tensor:
 def choose_way(model: Any, sequences: Sequence[ScoredSequence], longest: int) -> Scoring:
     """`packed` if the losses of the shortest few sequences are what `padded` computes on this model.
 
-    `longest`: most tokens of a sequence to come. Where the answer is `padded`, the model is left with an attention that it
-    is sure to have.
+    `longest`: most tokens of a sequence to come. Where the answer is `padded`, the model is left with an attention that
+    it is sure to have.
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return Scoring(

@@ -1,8 +1,8 @@
 """Attention over a packed prefix tree, segment by segment: no mask of the whole row, no work between sequences.
 
 It is registered with transformers as one more attention implementation, so every architecture that uses its attention
-interface has it. Without a `tree` it is SDPA, as in generation. Shapes: B 1, H heads, G heads of keys and values, T tokens
-of the row, S of a segment and all that it sees, D head size.
+interface has it. Without a `tree` it is SDPA, as in generation. Shapes: B 1, H heads, G heads of keys and values, T
+tokens of the row, S of a segment and all that it sees, D head size.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,9 +1,10 @@
 """How every worker runs: `python -m tasks.SUBJECT.workers.NAME spec.json out/`.
 
-It reads its job as the one typed model of that worker (data_contracts/jobs), keeps other workers out of `out/`, reports its
-progress as JSON lines on stdout, and ends with `out/report.json` (complete or absent). What fails with a known cause (ours,
-or in the table of data_contracts/failures.py) ends with its exit code and `out/error.json`. Where several ranks do one
-worker's work, the first one writes the progress, the lock and the report; an error is written by the rank that has it first.
+It reads its job as the one typed model of that worker (data_contracts/jobs), keeps other workers out of `out/`, reports
+its progress as JSON lines on stdout, and ends with `out/report.json` (complete or absent). What fails with a known
+cause (ours, or in the table of data_contracts/failures.py) ends with its exit code and `out/error.json`. Where several
+ranks do one worker's work, the first one writes the progress, the lock and the report; an error is written by the rank
+that has it first.
 """
 
 import dataclasses

@@ -27,8 +27,8 @@ class Linear:
 class Architecture:
     """Widths in elements. `norms` counts norms of one block with an input of their own, `qk_norm` those per head.
 
-    `logits_changed`: they are scaled or squashed, so that the loss needs them whole (Granite, Cohere). `softcap`: attention
-    squashes its scores (Gemma 2), so that its rows cannot be packed.
+    `logits_changed`: they are scaled or squashed, so that the loss needs them whole (Granite, Cohere). `softcap`:
+    attention squashes its scores (Gemma 2), so that its rows cannot be packed.
     """
 
     hidden: int

@@ -16,8 +16,8 @@ NF4_BLOCK, CONSTANTS_BLOCK = 64, 256
 NF4_CODE, CONSTANTS_CODE = 16 * FP32, 256 * FP32 + FP32
 DeviceKind = Literal["cuda", "cpu"]
 CONTEXT: dict[DeviceKind, int] = {"cuda": 500 * 2**20, "cpu": 700_000_000}
-"""In addition to all tensors. CUDA: kernels and handles of a process, 300-800 MiB by card and version. CPU: the interpreter and
-its libraries, 0.53 GB resident after import, 0.6-0.8 GB while training (docs/planner.md)."""
+"""In addition to all tensors. CUDA: kernels and handles of a process, 300-800 MiB by card and version. CPU: the
+interpreter and its libraries, 0.53 GB resident after import, 0.6-0.8 GB while training (docs/planner.md)."""
 FRAGMENTATION = 0.08
 """What an allocator holds beyond what is in use, as a share of what comes and goes: it rounds blocks up and cannot
 always use a free one again. The published pair (Answer.AI, 2 x 3090): 9.16 GiB allocated, 10.22 reserved."""
@@ -62,8 +62,9 @@ class MemoryParts:
 def predict(arch: Architecture, settings: Settings, device: DeviceKind = "cuda") -> MemoryParts:
     """Every part at the peak of one training step.
 
-    The peak can be the loss (all activations, the logits), the final norm or the first block going backward, or the last
-    block (its activations, all gradients). Gradients are freed after each step, unless they are summed over several.
+    The peak can be the loss (all activations, the logits), the final norm or the first block going backward, or the
+    last block (its activations, all gradients). Gradients are freed after each step, unless they are summed over
+    several.
     """
     trainable = settings.trainable(arch)
     count = sum(rows * columns for rows, columns in trainable)

@@ -15,7 +15,8 @@ FP32, FP16 = 4, 2
 
 @dataclass(frozen=True)
 class Stack:
-    """How the training software keeps things. The defaults are Tunegate's own packed step (tasks/models/workers/scoring.py)."""
+    """How the training software keeps things. The defaults are Tunegate's own packed step
+    (tasks/models/workers/scoring.py)."""
 
     adapter_bytes: int = FP32
     """PEFT keeps adapters in fp32 (`autocast_adapter_dtype`); torchtune, litgpt and fsdp_qlora in the base's format."""
@@ -24,9 +25,9 @@ class Stack:
     autocast: bool = True
     """Trainer's `bf16=True`: fp32 adapters and their inputs are cast to 16 bit for each product."""
     fused: bool = True
-    """A LoRA layer is one node, which keeps its input and the low-rank product (tasks/models/workers/fused_layers.py); not while
-    dropout is at work. What is alive at the model's ends (embedding, final norm) is then counted to the tensor. A frozen
-    norm is one node too (tasks/models/workers/fused_layers.py)."""
+    """A LoRA layer is one node, which keeps its input and the low-rank product (tasks/models/workers/fused_layers.py);
+    not while dropout is at work. What is alive at the model's ends (embedding, final norm) is then counted to the
+    tensor. A frozen norm is one node too (tasks/models/workers/fused_layers.py)."""
     mask: Literal["segments", "node", "padded", "none"] = "segments"
     """What attention gets. Segments of a prefix tree: keys and values of every head for each segment, and a mask for
     those that follow others; as one node, on a CPU: keys and values once. Padded: a mask kept by every layer, keys and
@@ -34,10 +35,12 @@ class Stack:
     eager_attention: bool = False
     """Attention that keeps the scores of every pair of tokens: in fp32, in the compute format, and before a softcap."""
     norm_bytes: int = FP32
-    """transformers' RMSNorm keeps its input in fp32; compiled and fused ones keep it in the compute format, as ours does."""
+    """transformers' RMSNorm keeps its input in fp32; compiled and fused ones keep it in the compute format, as ours
+    does."""
     loss: Literal["frozen head", "fp32", "compute", "chunked", "padded"] = "frozen head"
-    """The loss over the vocabulary. Frozen head: 16 MiB of logits at a time (tasks/models/workers/head_loss.py). fp32, compute:
-    one cross-entropy in that format; chunked: torchtune's compiled one, in eight chunks. Padded: logits of all tokens."""
+    """The loss over the vocabulary. Frozen head: 16 MiB of logits at a time (tasks/models/workers/head_loss.py). fp32,
+    compute: one cross-entropy in that format; chunked: torchtune's compiled one, in eight chunks. Padded: logits of all
+    tokens."""
     loss_copies: float = 0.0
     """Further copies of the logits in the loss's format that outlive it, as outputs that the caller holds."""
     noise_bytes: int = 1
@@ -47,7 +50,8 @@ class Stack:
     adapter_outputs: bool = False
     """litgpt's joint q/v adapter keeps its output before padding it."""
     kbit_upcast: bool = False
-    """PEFT's `prepare_model_for_kbit_training`: everything that is not quantised becomes fp32. Tunegate leaves it out."""
+    """PEFT's `prepare_model_for_kbit_training`: everything that is not quantised becomes fp32. Tunegate leaves it
+    out."""
 
 
 PADDED_STACK = Stack(mask="padded", loss="padded", eager_attention=True)
@@ -146,7 +150,8 @@ class Settings:
         return self.has_lora and self.stack.fused and self.dropout == 0
 
     def is_mlp_fused(self, arch: Architecture) -> bool:
-        """The feed-forward part is one node (tasks/models/workers/fused_layers.py), which makes what `down` reads a second time."""
+        """The feed-forward part is one node (tasks/models/workers/fused_layers.py), which makes what `down` reads a
+        second time."""
         names = {linear.name for linear in self.adapted(arch)}
         return self.is_fused and arch.swiglu and names >= {"gate_proj", "up_proj", "down_proj"}
 

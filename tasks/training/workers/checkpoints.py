@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent: Trainer writes the files, a manifest written last makes them count.
 
-`checkpoint-STEP/manifest.json` names every file's size and sha256. A folder without it, or with a file that differs from
-it, is no checkpoint. What is loaded is in the run's own folder, in files and not behind links.
+`checkpoint-STEP/manifest.json` names every file's size and sha256. A folder without it, or with a file that differs
+from it, is no checkpoint. What is loaded is in the run's own folder, in files and not behind links.
 """
 
 import hashlib
@@ -58,7 +58,8 @@ def step_of(folder: Path | None) -> int:
 
 
 def state_of(folder: Path | None) -> dict[str, Any]:
-    """Trainer's state in a checkpoint: log_history, best_global_step, stateful_callbacks and more. Raises ValueError."""
+    """Trainer's state in a checkpoint: log_history, best_global_step, stateful_callbacks and more. Raises
+    ValueError."""
     return _json_object(folder / _STATE) if folder else {}
 
 

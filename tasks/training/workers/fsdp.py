@@ -1,4 +1,5 @@
-"""A model whose weights are divided among the ranks, layer by layer (FSDP2, torch's fully_shard), and joined to be saved.
+"""A model whose weights are divided among the ranks, layer by layer (FSDP2, torch's fully_shard), and joined to be
+saved.
 
 4-bit weights are divided like others because they are kept in tensors of the arithmetic's number format
 (bnb_4bit_quant_storage), which FSDP can divide; their constants stay whole on every rank.

@@ -13,8 +13,8 @@ from tasks.training.workers.describe_base import architecture_at
 
 _LARGEST = 16  # steps that are packed to find the largest
 _STEP_KERNELS, _MOST_KERNELS = 30_000_000, 900_000_000
-"""Bytes. oneDNN, which multiplies bf16 on a CPU, compiles kernels for every new shape and keeps about a thousand: measured
-30-45 MB a step, 0.9-1.1 GB in the end."""
+"""Bytes. oneDNN, which multiplies bf16 on a CPU, compiles kernels for every new shape and keeps about a thousand:
+measured 30-45 MB a step, 0.9-1.1 GB in the end."""
 
 
 def planned_memory(

@@ -1,7 +1,8 @@
 """Train one arm from its start: `python -m tasks.training.workers.train_adapter spec.json out/`.
 
-Killed and started again with the same out/, it resumes from its last checkpoint. Writes out/adapter/ (with all weights, if
-the method is full) and out/report.json; out/rows_too_long.jsonl names the rows that were left out, truncated or split.
+Killed and started again with the same out/, it resumes from its last checkpoint. Writes out/adapter/ (with all weights,
+if the method is full) and out/report.json; out/rows_too_long.jsonl names the rows that were left out, truncated or
+split.
 """
 
 import json

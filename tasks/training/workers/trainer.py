@@ -75,9 +75,9 @@ class StepOptions:
 class PackedTrainer(Trainer):
     """Trainer whose steps, validation and checkpoints are those of packed rows.
 
-    Several ranks divide the rows of each step. Gradients are added up once a step, after the last backward pass, and not
-    by DistributedDataParallel during it: so a rank may have no row, or run out of memory and retry in smaller parts.
-    Where the weights are divided too (`is_sharded`), ranks compute in step: none may be idle or retry.
+    Several ranks divide the rows of each step. Gradients are added up once a step, after the last backward pass, and
+    not by DistributedDataParallel during it: so a rank may have no row, or run out of memory and retry in smaller
+    parts. Where the weights are divided too (`is_sharded`), ranks compute in step: none may be idle or retry.
     """
 
     def __init__(
@@ -125,7 +125,8 @@ class PackedTrainer(Trainer):
             self._load_from_checkpoint(str(checkpoint))
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Gradients and mean loss (nats per completion token) of one optimiser step, in as few parts as memory allows."""
+        """Gradients and mean loss (nats per completion token) of one optimiser step, in as few parts as memory
+        allows."""
         tokens, part_step = self.data.scored_tokens(self.state.global_step), super().training_step
         while True:
             parts = self._parts(inputs)
@@ -142,7 +143,8 @@ class PackedTrainer(Trainer):
             clear_device_cache(garbage_collection=True)
 
     def _agreed(self, model: Any, losses: list[torch.Tensor]) -> torch.Tensor:
-        """The step's loss, from all ranks; their gradients are added up, and the next step has the same parts on all."""
+        """The step's loss, from all ranks; their gradients are added up, and the next step has the same parts on
+        all."""
         if ranks() == 1:
             return torch.stack(losses).sum()
         if is_sharded(model):  # which added up the gradients as it went back

@@ -1,4 +1,5 @@
-"""Training rows as token ids: those that are too long left out or cut, and the first ones checked as the model will see them."""
+"""Training rows as token ids: those that are too long left out or cut, and the first ones checked as the model will see
+them."""
 
 import json
 from pathlib import Path
