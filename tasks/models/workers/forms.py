@@ -71,12 +71,12 @@ def detach_adapter(tuned: Any, target: Target) -> None:
         tuned.unload()  # a prefix is no part of the model
 
 
-def merge(model: Any, adapter: str, watch: Callable[[torch.Tensor, torch.Tensor], None] | None = None) -> Any:
+def merge(model: Any, adapter_folder: str, watch: Callable[[torch.Tensor, torch.Tensor], None] | None = None) -> Any:
     """The model with a LoRA adapter added to its weights: summed in fp32, layer by layer, kept as they are stored.
 
     watch: gets each layer's weights in fp32, before and after.
     """
-    tuned = PeftModel.from_pretrained(model, scanned_adapter(adapter, model)).eval()
+    tuned = PeftModel.from_pretrained(model, scanned_adapter(adapter_folder, model)).eval()
     for layer in tuned.modules():
         if isinstance(layer, LoraLayer):
             weight: Any = layer.get_base_layer().weight

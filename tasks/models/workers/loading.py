@@ -152,9 +152,9 @@ def _constants(state: Any) -> list[torch.Tensor]:
     return parts
 
 
-def scanned_adapter(folder: str | Path, base: Any) -> str:
+def scanned_adapter(adapter_folder: str | Path, base: Any) -> str:
     """The folder of an adapter that fits this base. Raises StoreError with everything that is wrong with it."""
-    return _without_faults(folder, scan_adapter(Path(folder), layers_of(base)))
+    return _without_faults(adapter_folder, scan_adapter(Path(adapter_folder), layers_of(base)))
 
 
 def scanned_weights(folder: str | Path) -> str:
@@ -169,10 +169,10 @@ def _without_faults(folder: str | Path, faults: list[str]) -> str:
     return str(folder)
 
 
-def save_adapter(model: Any, folder: Path, weights: dict[str, Any] | None = None) -> None:
+def save_adapter(model: Any, adapter_folder: Path, weights: dict[str, Any] | None = None) -> None:
     """safetensors and configuration. weights: of the model, if they were put together from several processes."""
     sort_names(model.peft_config["default"])
-    model.save_pretrained(str(folder), state_dict=weights)
+    model.save_pretrained(str(adapter_folder), state_dict=weights)
 
 
 def sort_names(config: Any) -> None:

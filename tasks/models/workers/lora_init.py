@@ -64,16 +64,16 @@ def make_up_for_quantisation(model: torch.nn.Module, stored: torch.nn.Module, na
         up.data.copy_(left_OK[:, : len(down)] * root_R)
 
 
-def as_plain_lora(folder: Path, step0: Path) -> None:
+def as_plain_lora(adapter_folder: Path, step0: Path) -> None:
     """Make a saved adapter that was trained with `take_off_start` one that fits the base as it is, in place."""
-    trained, start = load_file(folder / WEIGHTS), load_file(step0 / WEIGHTS)
+    trained, start = load_file(adapter_folder / WEIGHTS), load_file(step0 / WEIGHTS)
     signs = {"lora_A": (0, 1), "lora_B": (1, -1)}  # the dimension of the rank, and the start's sign
     joined = {}
     for key, weight in trained.items():
         dim, sign = signs["lora_A" if ".lora_A." in key else "lora_B"]
         joined[key] = torch.cat([weight, sign * start[key]], dim=dim).contiguous()
-    save_file(joined, folder / WEIGHTS, metadata={"format": "pt"})
-    config: Any = PeftConfig.from_pretrained(str(folder))
+    save_file(joined, adapter_folder / WEIGHTS, metadata={"format": "pt"})
+    config: Any = PeftConfig.from_pretrained(str(adapter_folder))
     if config.use_rslora:  # its scale would be another at twice the rank
         config.use_rslora, scale = False, config.lora_alpha / config.r**0.5
     else:
@@ -81,4 +81,4 @@ def as_plain_lora(folder: Path, step0: Path) -> None:
     config.r *= 2
     config.lora_alpha = scale * config.r
     sort_names(config)
-    config.save_pretrained(str(folder))
+    config.save_pretrained(str(adapter_folder))

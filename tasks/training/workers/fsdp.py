@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from data_contracts.errors import ConfigError, Problem
+from tasks.models.core.adapter_files import WEIGHTS
 from tasks.models.workers.scoring import scored_losses
 from tasks.runtime.workers.ranks import ranks
 
@@ -64,9 +65,9 @@ def whole_weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: _whole(weight.detach()) for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def load_weights(model: Any, adapter: Path) -> None:
+def load_weights(model: Any, adapter_folder: Path) -> None:
     """Give each rank its part of a saved adapter."""
-    saved = load_file(adapter / "adapter_model.safetensors")
+    saved = load_file(adapter_folder / WEIGHTS)
     for name, weight in get_peft_model_state_dict(model).items():
         weight.copy_(_part(saved[name], weight))
 
