@@ -39,13 +39,14 @@ def main() -> None:
 
 
 def compare(folder: Path, arguments: argparse.Namespace) -> None:
+    from data_contracts.jobs.models import PrepareBaseJob
     from tasks.evaluation.workers.packed_lm import PackedLM
     from tasks.models.workers.chat_template import load_chat
     from tasks.models.workers.loading import load_base
     from tasks.models.workers.prepare_base import prepare
     from tasks.runtime.workers.device import choose_device
 
-    base = Path(prepare({"base": "builtin:smollm2-135m", "revision": None}, folder / "base")["path"])
+    base = Path(prepare(PrepareBaseJob(base="builtin:smollm2-135m", revision=None), folder / "base")["path"])
     chat, device = load_chat(base), choose_device(arguments.precision, arguments.threads)
     ours = PackedLM(
         load_base(base, arguments.method, device), chat, arguments.batch_tokens, MAX_TOKENS, "ours", "packed"

@@ -1,7 +1,7 @@
 """The memory claim where weights dominate: LoRA against QLoRA on a random Llama of 1.1 billion parameters.
 
-Each run trains in a process of its own, one row of at most 128 tokens a step, activation checkpointing on, and tells the
-highest resident memory while it loads and while it trains. Articles claim 59 % less (their source: facts in docs).
+Each run trains in a process of its own, one row of at most 128 tokens a step, activation checkpointing on, and reports
+the highest resident memory while it loads and while it trains. Articles claim 59 % less (their source: facts in docs).
 
     python -m benchmarks.memory [--threads 2] [--steps 3]
 """
@@ -12,10 +12,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from data_contracts.train_spec import TrainSpec
-from tasks.runtime.processes import run_worker
+from data_contracts.jobs.models import InitAdapterJob
+from data_contracts.jobs.training import TrainJob
+from data_contracts.train_spec import Method, TrainSpec
+from tasks.models.base import start_settings
+from tasks.runtime.processes import Launch, run_worker
 
-RUNS = {
+RUNS: dict[str, tuple[Method, str]] = {
     "LoRA, fp32": ("lora", "fp32"),
     "LoRA, bf16": ("lora", "bf16"),
     "QLoRA, fp32 arithmetic": ("qlora", "fp32"),
@@ -49,9 +52,10 @@ def random_llama(folder: Path, precision: str) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+    from data_contracts.jobs.models import PrepareBaseJob
     from tasks.models.workers.prepare_base import prepare
 
-    small = Path(prepare({"base": "builtin:smollm2-135m", "revision": None}, folder / "small")["path"])
+    small = Path(prepare(PrepareBaseJob(base="builtin:smollm2-135m", revision=None), folder / "small")["path"])
     tokenizer = AutoTokenizer.from_pretrained(small)
     out = folder / f"llama-{precision}"
     config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **SHAPE)
@@ -74,17 +78,20 @@ def short_rows(file: Path) -> Path:
     return file
 
 
-def train(out: Path, base: Path, method: str, precision: str, rows: Path, arguments: argparse.Namespace) -> Any:
-    settings = TrainSpec(rank=16, alpha=32).model_dump() | {"seed": 17}
-    run_worker("tasks.models.workers.init_adapter", {"base": str(base), "kind": "lora", **settings}, out / "step0")
-    spec = settings | {
-        "method": method, "base": str(base), "base_name": "random", "step0": str(out / "step0" / "adapter"),
-        "train": str(rows), "validation": "/dev/null", "precision": precision, "threads": arguments.threads,
-        "max_tokens": 128, "too_long": "truncate", "batch_tokens": 128, "epochs": 1, "max_steps": arguments.steps,
-        "learning_rate": 1e-4, "warmup_ratio": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0,
-        "optimizer": "adamw_torch", "activation_checkpointing": True, "checkpoint_steps": 1000,
-    }  # fmt: skip
-    return run_worker("tasks.training.workers.train_adapter", spec, out / "train", f"train {out.name}")
+def train(out: Path, base: Path, method: Method, precision: str, rows: Path, arguments: argparse.Namespace) -> Any:
+    settings = TrainSpec(
+        methods=[method], rank=16, alpha=32, threads=arguments.threads, max_tokens=128, too_long="truncate",
+        batch_tokens=128, max_steps=arguments.steps, learning_rate=1e-4, warmup_ratio=0.0, activation_checkpointing=True,
+        checkpoint_steps=1000,
+    )  # fmt: skip
+    start = start_settings(method, 17, settings, precision)
+    assert start
+    run_worker("tasks.models.workers.init_adapter", InitAdapterJob(base=base, settings=start), out / "step0")
+    job = TrainJob(
+        method=method, seed=17, base=base, base_name="random", step0=out / "step0" / "adapter", train=rows,
+        validation=Path("/dev/null"), precision=precision, threads_reason=None, settings=settings,
+    )  # fmt: skip
+    return run_worker("tasks.training.workers.train_adapter", job, out / "train", Launch(f"train {out.name}"))
 
 
 def report(found: dict[str, Any]) -> None:
@@ -92,10 +99,10 @@ def report(found: dict[str, Any]) -> None:
         f"{'run':<26}{'peak GB':>9}{'training GB':>13}{'weights GB':>12}{'s/step':>8}{'below fp32':>12}{'below bf16':>12}"
     )
     peaks = {name: report["peak_rss_bytes"] for name, report in found.items()}
-    for name, told in found.items():
+    for name, run in found.items():
         fp32, bf16 = (1 - peaks[name] / peaks[other] for other in ("LoRA, fp32", "LoRA, bf16"))
-        sizes = [told[key] / 1e9 for key in ("peak_rss_bytes", "peak_train_bytes", "weights_bytes")]
-        seconds = told["loss"][-1]["seconds"]
+        sizes = [run[key] / 1e9 for key in ("peak_rss_bytes", "peak_train_bytes", "weights_bytes")]
+        seconds = run["loss"][-1]["seconds"]
         print(f"{name:<26}{sizes[0]:>9.2f}{sizes[1]:>13.2f}{sizes[2]:>12.2f}{seconds:>8.1f}{fp32:>12.1%}{bf16:>12.1%}")
 
 

@@ -21,10 +21,12 @@ from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 
 from data_contracts.jobs.data import PythonDocsJob
+from data_contracts.jobs.models import InitAdapterJob, PrepareBaseJob
 from data_contracts.train_spec import TrainSpec
 from tasks.evaluation.core.items import TestRow, choose_distractors
 from tasks.evaluation.workers.packed_lm import PackedLM
-from tasks.models.core.packing import Scored
+from tasks.models.base import start_settings
+from tasks.models.core.packing import ScoredSequence
 from tasks.models.workers.chat_template import Chat, load_chat
 from tasks.models.workers.loading import load_base
 from tasks.models.workers.prepare_base import prepare
@@ -45,10 +47,11 @@ def main() -> None:
 
 
 def run(folder: Path, pairs: int, device: Device) -> None:
-    base = Path(prepare({"base": "builtin:smollm2-135m", "revision": None}, folder / "base")["path"])
+    base = Path(prepare(PrepareBaseJob(base="builtin:smollm2-135m", revision=None), folder / "base")["path"])
     rows = documentation_rows(folder / "docs")
-    settings = TrainSpec(rank=16, alpha=32).model_dump()
-    run_worker("tasks.models.workers.init_adapter", {"base": str(base), "kind": "lora", **settings}, folder / "step0")
+    start = start_settings("lora", 17, TrainSpec(rank=16, alpha=32), device.precision)
+    assert start
+    run_worker("tasks.models.workers.init_adapter", InitAdapterJob(base=base, settings=start), folder / "step0")
     chat = load_chat(base)
     for method in ("lora", "qlora"):
         model = load_base(base, method, device)
@@ -81,7 +84,7 @@ def compare_training(method: str, model: Any, chat: Chat, rows: list[dict[str, A
     print(f"  loss differs by {difference:.1e} nats")
 
 
-def pad(batch: list[Scored], chat: Chat) -> dict[str, torch.Tensor]:
+def pad(batch: list[ScoredSequence], chat: Chat) -> dict[str, torch.Tensor]:
     longest = max(len(row.ids) for row in batch)
     filler = chat.tokenizer.pad_token_id or 0
     ids = [[*row.ids, *[filler] * (longest - len(row.ids))] for row in batch]

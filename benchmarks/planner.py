@@ -1,4 +1,4 @@
-"""The memory planner against published peaks, beside LLaMA-Factory's table and `accelerate estimate-memory`.
+"""The memory planner against published peaks, next to LLaMA-Factory's table and `accelerate estimate-memory`.
 
 Every row of published_peaks.json names its source and settings; `known` rows were seen while the formulas were written,
 `held out` ones only afterwards, `outside` ones hold a base in a format the planner does not know (not counted).
@@ -17,7 +17,7 @@ from accelerate.commands.estimate import estimate_training_usage
 
 import data_contracts
 from tasks.training.core.architecture import Architecture, decoder
-from tasks.training.core.memory import Parts, predict
+from tasks.training.core.memory import MemoryParts, predict
 from tasks.training.core.memory_settings import Settings, Stack
 
 FILE = Path(__file__).parent / "published_peaks.json"
@@ -35,7 +35,7 @@ class Row:
 
     id: str
     model: str
-    told: str
+    settings: str
     group: str
     published: float
     planned: float
@@ -61,7 +61,7 @@ def _row(row: dict[str, Any], arch: Architecture, stack: dict[str, Any]) -> Row:
     return Row(
         id=row["id"],
         model=row["model"].partition(",")[0],
-        told=f"{row['method']} {row['batch']}x{row['length']}",
+        settings=f"{row['method']} {row['batch']}x{row['length']}",
         group=row["group"],
         published=row["peak"] * UNITS[row["unit"]],
         planned=measured(parts, row["measure"]),
@@ -71,7 +71,7 @@ def _row(row: dict[str, Any], arch: Architecture, stack: dict[str, Any]) -> Row:
     )
 
 
-def measured(parts: Parts, measure: str) -> int:
+def measured(parts: MemoryParts, measure: str) -> int:
     """What the source measured: tensors, what the allocator holds, or the whole card."""
     return {"allocated": parts.allocated, "reserved": parts.reserved, "card": parts.total}[measure]
 
@@ -105,7 +105,7 @@ def main() -> None:
         cells = [f"{said} {row.error(name):+.0%}" if said else "N/A" for name, said in _said(row)]
         mark = "" if row.group == "known" else f" ({row.group})"
         print(
-            f"| {row.id}{mark} | {row.model} | {row.told} | {row.published / 1e9:.2f} | {' | '.join(cells)} | {row.source} |"
+            f"| {row.id}{mark} | {row.model} | {row.settings} | {row.published / 1e9:.2f} | {' | '.join(cells)} | {row.source} |"
         )
     groups = {"counted: known and held out": [row for row in found if row.group != "outside"]}
     groups |= {name: [row for row in found if row.group == name] for name in ("known", "held out", "outside")}

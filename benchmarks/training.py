@@ -1,8 +1,8 @@
 """Training speed and memory against what one would use instead: TRL, LLaMA-Factory, and a plain transformers Trainer.
 
 Every way trains in a process of its own on the same rows, model, adapter shape, precision and threads; the ways take
-turns, and each ratio is taken within a turn. Tokens are the rows' own, padding not counted. Speed leaves out loading and
-the first step; memory is the peak of the process, loading included.
+turns, and each ratio is taken within a turn. Tokens are the rows' own, padding not counted. Speed leaves out loading
+and the first step; memory is the peak of the process, loading included.
 
     python -m benchmarks.training [--rows 64] [--turns 3] [--method qlora] [--data FILE.json] [--trl PYTHON]
         [--llama-factory PYTHON]
@@ -54,14 +54,18 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Base, step-0 adapter, rows as text and as tokens; what every way gets."""
+    from data_contracts.jobs.models import InitAdapterJob, PrepareBaseJob
     from data_contracts.train_spec import TrainSpec
+    from tasks.models.base import start_settings
     from tasks.models.workers.chat_template import load_chat
     from tasks.models.workers.prepare_base import prepare as prepare_base
     from tasks.runtime.processes import run_worker
 
-    base = Path(prepare_base({"base": "builtin:smollm2-135m", "revision": None}, folder / "base")["path"])
-    settings = TrainSpec(rank=16, alpha=32).model_dump() | {"seed": 17}
-    run_worker("tasks.models.workers.init_adapter", {"base": str(base), "kind": "lora", **settings}, folder / "step0")
+    base = Path(prepare_base(PrepareBaseJob(base="builtin:smollm2-135m", revision=None), folder / "base")["path"])
+    settings = TrainSpec(rank=16, alpha=32)
+    start = start_settings("lora", 17, settings, arguments.precision)
+    assert start
+    run_worker("tasks.models.workers.init_adapter", InitAdapterJob(base=base, settings=start), folder / "step0")
     chat = load_chat(base)
     conversations = list(own_rows(arguments.data) if arguments.data else documentation_rows(folder / "docs"))
     texts = [chat.split(messages) for messages in conversations]
@@ -73,7 +77,8 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             file.write(json.dumps(row) + "\n")
     (folder / "texts.json").write_text(json.dumps([texts[i] for i in chosen]))
     (folder / "validation.jsonl").write_text("")
-    return settings | {
+    return {
+        "rank": settings.rank, "alpha": settings.alpha, "seed": 17,
         "base": str(base), "step0": str(folder / "step0" / "adapter"), "texts": str(folder / "texts.json"),
         "train": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl"),
         "tokens": sum(sizes[i] for i in chosen), "batch_rows": arguments.batch_rows, "method": arguments.method,

@@ -1,8 +1,8 @@
 """From scratch or from the champion: a domain grows by another package's documentation, and three LoRA arms learn it.
 
-A champion learns the rows of `--old`. Then those of `--new` come, and in one run, on the same held-out items, three arms
-train: from scratch on all rows, and from the champion with a replay share of 0 and of 0.5. A row's domain is its source.
-Losses are nats per completion token; an interval is of the difference, paired by item.
+A champion learns the rows of `--old`. Then those of `--new` come, and in one run, on the same held-out items, three
+arms train: from scratch on all rows, and from the champion with a replay share of 0 and of 0.5. A row's domain is its
+source. Losses are nats per completion token; an interval is of the difference, paired by item.
 
     python -m benchmarks.warm_start --store DIR [--old stdlib] [--new pandas] [--lookups 400] [--summaries 200]
         [--preset demo]
@@ -38,7 +38,7 @@ SETTINGS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", type=Path, required=True, help="kept, so that a stopped benchmark goes on")
+    parser.add_argument("--store", type=Path, required=True, help="kept, so that a stopped benchmark resumes")
     parser.add_argument("--old", default="stdlib")
     parser.add_argument("--new", default="pandas")
     parser.add_argument("--lookups", type=int, default=400)
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace, files: list[Path], variants: list[dict[st
     from flows.retrain import retrain
 
     report = retrain(spec)
-    assert report and report.gate.verdict == "pass", "without a champion there is nothing to go on from"
+    assert report and report.gate.verdict == "pass", "without a champion there is nothing to start from"
     return report
 
 
@@ -100,12 +100,12 @@ def note(first: RunReport, second: RunReport, root: Path, sources: list[str]) ->
 def line(nll: Metric, draws: Bootstrap, inside: list[float], name: str) -> str:
     """The loss inside a domain, and what it is below the arm from scratch and below the champion."""
     tokens_I = nll.tokens_I * inside
-    told = f"loss {draws.estimate(ratio, nll.first(name) * inside, tokens_I).value:.3f}"
+    text = f"loss {draws.estimate(ratio, nll.first(name) * inside, tokens_I).value:.3f}"
     for other in ("champion", "lora"):
         if other != name and name != "base":
             found = draws.estimate(ratio, (nll.first(name) - nll.first(other)) * inside, tokens_I)
-            told += f"   minus {ARMS.get(other, other)}'s {found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-    return told
+            text += f"   minus {ARMS.get(other, other)}'s {found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    return text
 
 
 def second_gates(report: RunReport) -> Any:

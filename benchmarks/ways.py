@@ -17,16 +17,24 @@ def tunegate(spec: dict[str, Any], checkpointing: bool = False) -> dict[str, flo
     """The training worker itself: `batch_tokens` a step, or on average as many as the others' rows have."""
     import torch
 
+    from data_contracts.jobs.training import TrainJob
+    from data_contracts.train_spec import TrainSpec
     from tasks.training.workers.train_adapter import train
 
     torch.set_num_threads(spec["threads"])
     rows = len(json.loads(Path(spec["texts"]).read_text()))
     batch_tokens = spec.get("batch_tokens_a_step") or round(spec["tokens"] / rows * spec["batch_rows"])
-    own = {
-        "base_name": "benchmark", "batch_tokens": batch_tokens, "warmup_ratio": 0.0, "max_loss_rise_nats": None,
-        "activation_checkpointing": checkpointing, "checkpoint_steps": 100_000,
-    }  # fmt: skip
-    report = train(spec | own, Path(spec["out"]))
+    settings = TrainSpec(
+        rank=spec["rank"], alpha=spec["alpha"], learning_rate=spec["learning_rate"], batch_tokens=batch_tokens,
+        warmup_ratio=0.0, max_loss_rise_nats=None, activation_checkpointing=checkpointing, checkpoint_steps=100_000,
+        threads=spec["threads"],
+    )  # fmt: skip
+    job = TrainJob(
+        method=spec["method"], seed=spec["seed"], base=spec["base"], base_name="benchmark", step0=spec["step0"],
+        train=spec["train"], validation=spec["validation"], precision=spec["precision"], threads_reason=None,
+        settings=settings,
+    )  # fmt: skip
+    report = train(job, Path(spec["out"]))
     seconds = [point["seconds"] for point in report["loss"]]
     # The first step's tokens are left out with its seconds: on average all steps have as many.
     share = (len(seconds) - 1) / len(seconds)
@@ -55,7 +63,7 @@ def transformers_trainer(spec: dict[str, Any]) -> dict[str, float]:
     from transformers import AutoTokenizer, Trainer, TrainingArguments
 
     tokenizer = AutoTokenizer.from_pretrained(spec["base"])
-    model = PeftModel.from_pretrained(load(spec), spec["step0"], is_trainable=True)
+    model = PeftModel.from_pretrained(load_peer_base(spec), spec["step0"], is_trainable=True)
     rows = []
     for prompt, completion in json.loads(Path(spec["texts"]).read_text()):
         ids, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, completion))
@@ -91,7 +99,7 @@ def trl(spec: dict[str, Any], **options: Any) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(spec["base"])
     clock = clock_callback()
     SFTTrainer(
-        model=load(spec), args=config, train_dataset=rows, peft_config=adapter, processing_class=tokenizer,
+        model=load_peer_base(spec), args=config, train_dataset=rows, peft_config=adapter, processing_class=tokenizer,
         callbacks=[clock],
     ).train()  # fmt: skip
     return clock.outcome(spec)
@@ -133,7 +141,7 @@ WAYS: dict[str, Any] = {
 }
 
 
-def load(spec: dict[str, Any]) -> Any:
+def load_peer_base(spec: dict[str, Any]) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

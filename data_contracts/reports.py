@@ -71,7 +71,7 @@ class Slot(Report):
     gpu: str | None  # as CUDA_VISIBLE_DEVICES names it; None: on the CPU
     threads: int
     why: str
-    beside: int  # arms at the same time, this one included
+    side_by_side: int  # arms at the same time, this one included
 
 
 class LossPoint(Report):

@@ -25,10 +25,12 @@ class VariantSpec(Section):
 class TrainSpec(Section):
     methods: Annotated[list[Method], Field(min_length=1)] = ["lora", "qlora"]
     """Arms to train, in this order: `lora`, `qlora`, `full` (every weight), `prefix` (arXiv 2101.00190); see
-    docs/methods.md. The verdict needs lora and qlora; of several arms qlora may be released, else lora, else the last."""
+    docs/methods.md. The verdict needs lora and qlora; of several arms qlora may be released, else lora, else the
+    last."""
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [17]
-    """Every arm is trained once with each: seed of the step-0 adapter, of dropout and of the data order. The first one's
-    adapter may be released; the others tell how much of a difference is chance. Three or more for a claim about a method."""
+    """Every arm is trained once with each: seed of the step-0 adapter, of dropout and of the data order. The first
+    one's adapter may be released; the others show how much of a difference is chance. Three or more for a claim about a
+    method."""
     variants: list[VariantSpec] = []
     """Further arms with settings of their own: [{name: qlora_r64, method: qlora, settings: {rank: 64, alpha: 128}}]."""
     rank: Annotated[int, Field(ge=1)] = 16
@@ -42,10 +44,12 @@ class TrainSpec(Section):
     use_rslora: bool = False
     """Scale LoRA's update by alpha / sqrt(rank) instead: a high rank learns no slower (rsLoRA, arXiv 2312.03732)."""
     use_dora: bool = False
-    """Train a magnitude for each output beside LoRA's direction (DoRA, arXiv 2402.09353). Slower, more memory."""
+    """Train a magnitude for each output in addition to LoRA's direction (DoRA, arXiv 2402.09353). Slower, more
+    memory."""
     init: Literal["default", "pissa", "olora", "loftq"] = "default"
     """Start of LoRA's A and B: random and zero; the base's principal parts (`pissa`, arXiv 2404.02948) or its QR parts
-    (`olora`, arXiv 2406.01775), taken off again; or, in the qlora arm, what quantisation lost (`loftq`, arXiv 2310.08659)."""
+    (`olora`, arXiv 2406.01775), taken off again; or, in the qlora arm, what quantisation lost (`loftq`, arXiv
+    2310.08659)."""
     lora_plus_ratio: Annotated[float, Field(ge=1.0)] | None = None
     """How many times A's learning rate LoRA's B gets: the authors advise 16 and a lower learning_rate (LoRA+, arXiv
     2402.12354). null: one rate for both."""
@@ -79,39 +83,41 @@ class TrainSpec(Section):
     max_tokens: Annotated[int, Field(ge=16)] = 1024
     """Longest row in tokens that the model sees; held-out rows that are longer are not scored, and counted."""
     too_long: Literal["leave_out", "truncate", "split"] = "leave_out"
-    """What becomes of longer training rows: left out; cut in the middle of the prompt and at the end of the answer;
+    """What is done with longer training rows: left out; cut in the middle of the prompt and at the end of the answer;
     or split into several with the answer in pieces. All are listed and counted."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
     checkpoint_steps: Annotated[int, Field(ge=1)] = 20
     """Steps between checkpoints: what a crash can cost."""
     validation_steps: Annotated[int, Field(ge=1)] | None = None
-    """Steps between measurements of the validation loss; the adapter with the lowest is kept. null measures at the end."""
+    """Steps between measurements of the validation loss; the adapter with the lowest is kept. null measures at the
+    end."""
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
     """Measurements in a row without a lower validation loss after which training stops; null never stops early."""
     max_loss_rise_nats: Annotated[float, Field(gt=0.0)] | None = 2.0
-    """How far the training loss, as the mean of 10 steps, may rise above its lowest before training stops with an error,
-    in nats per token: 2 is a perplexity 7.4 times as high. null never stops."""
+    """How far the training loss, as the mean of 10 steps, may rise above its lowest before training stops with an
+    error, in nats per token: 2 is a perplexity 7.4 times as high. null never stops."""
     warm_start: Literal["never", "champion"] = "never"
-    """What LoRA's arms start from: a fresh adapter, on all training rows; or the `champion`'s, on the rows that are new to
-    it and a share of old ones. Where its adapter does not fit: from scratch, with the reason. See docs/training.md."""
+    """What LoRA's arms start from: a fresh adapter, on all training rows; or the `champion`'s, on the rows that are new
+    to it and a share of old ones. Where its adapter does not fit: from scratch, with the reason. See
+    docs/training.md."""
     replay_share: Fraction = 0.5
     """Share of a warm start's rows that the champion has seen before, against forgetting: 0 replays none, 1 all."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of a worker; null takes the cores that are free."""
     parallel: Annotated[int, Field(ge=1)] = 1
-    """Arms that train at the same time, each on a GPU of its own or on an equal share of the free cores, or where `engine:
-    ray` finds room. What each is and how much memory it takes stay the same; speeds are then those of arms side by side,
-    see docs/devices.md."""
+    """Arms that train at the same time, each on a GPU of its own or on an equal share of the free cores, or where
+    `engine: ray` finds room. What each is and how much memory it takes stay the same; speeds are then those of arms
+    side by side, see docs/devices.md."""
     workers: Annotated[int, Field(ge=1)] = 1
-    """Processes that train one arm together, each on a GPU of its own or a share of the cores, see docs/devices.md. A step
-    has the same rows, and its gradient is the same but for rounding."""
+    """Processes that train one arm together, each on a GPU of its own or a share of the cores, see docs/devices.md. A
+    step has the same rows, and its gradient is the same but for rounding."""
     engine: Literal["local", "ray"] = "local"
-    """Where arms train: on this machine, or on a Ray cluster that sees the store (`[ray]`), which finds a place for every
-    worker of every arm."""
+    """Where arms train: on this machine, or on a Ray cluster that sees the store (`[ray]`), which finds a place for
+    every worker of every arm."""
     sharding: Literal["none", "fsdp"] = "none"
-    """What each of several workers holds: `none` all weights; `fsdp` a part of every layer, which lets a base train that no
-    single GPU holds, and costs traffic between them."""
+    """What each of several workers holds: `none` all weights; `fsdp` a part of every layer, which lets a base train
+    that no single GPU holds, and costs traffic between them."""
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> "TrainSpec":
@@ -135,7 +141,7 @@ class TrainSpec(Section):
                 yield from (f"variants: {variant.name}: {_one_line(detail)}" for detail in error.errors())
 
     def of(self, method: Method, settings: dict[str, Any]) -> "TrainSpec":
-        """The settings of one arm. Those of the others, which it does not read, are as if nobody had turned them."""
+        """The settings of one arm. Those of the others, which it does not read, are at their defaults."""
         rates = {} if "learning_rate" in settings else {m: r for m, r in self.learning_rates.items() if m == method}
         alone = {"methods": [method], "variants": [], "learning_rates": rates}
         own = self.model_dump() | settings
@@ -171,7 +177,7 @@ _READ_BY = {
 }
 
 _IN_EVERY_PRESET = ("rank", "alpha", "target_modules")
-"""LoRA's, and set by presets for whoever adds such an arm: without one they are no reason to refuse a run."""
+"""LoRA's, and set by presets for anyone who adds such an arm: without one they are no reason to refuse a run."""
 
 _SORTING = ("galore", "apollo", "lomo", "adalomo")
 """Optimisers of transformers that are made from a model instead of groups of weights."""
@@ -200,10 +206,10 @@ def without_effect(train: Any) -> list[str]:
 
 
 def _unread(train: Any) -> Iterator[str]:
-    """A setting that was turned, and that no arm reads."""
+    """A setting that differs from its default, and that no arm reads."""
     for setting, arms in _READ_BY.items():
-        is_turned = getattr(train, setting) != type(train).model_fields[setting].default
-        if is_turned and not set(arms) & set(train.methods):
+        is_set = getattr(train, setting) != type(train).model_fields[setting].default
+        if is_set and not set(arms) & set(train.methods):
             yield f"{setting} has an effect on {' and '.join(arms)} only: add one to methods, or leave {setting} out"
     for arm in sorted(set(train.learning_rates) - set(train.methods)):
         yield f"learning_rates has one for {arm}, which is no arm of this run: add it to methods, or leave it out"
@@ -241,7 +247,8 @@ def _undivided(train: Any) -> Iterator[str]:
 
 
 class Arm(NamedTuple):
-    """One training. name: unique in the run; arm: what is compared over the seeds; settings: `train` as this arm sees it."""
+    """One training. name: unique in the run; arm: what is compared over the seeds; settings: `train` as this arm sees
+    it."""
 
     name: str
     arm: str

@@ -13,7 +13,7 @@ from tasks.reporting import prefect_artifacts as artifacts
 from tasks.reporting.sentences import started
 from tasks.runtime.console import note
 from tasks.runtime.store import Store
-from tasks.training.warm_start import origin_of, scratch
+from tasks.training.warm_start import origin_of, start_from_scratch
 
 
 class Begin(NamedTuple):
@@ -124,9 +124,9 @@ def warm_starts(
         if arm.settings.warm_start == "never":
             start = None
         elif origin.version is None:
-            start = scratch(store, data.train, origin.note)
+            start = start_from_scratch(store, data.train, origin.note)
         elif arm.method not in LORA_ARMS or adapter is None:
-            start = scratch(store, data.train, f"the method {arm.method} has no LoRA layers to go on with")
+            start = start_from_scratch(store, data.train, f"the method {arm.method} has no LoRA layers to go on with")
         else:
             inputs = (store, origin, base, adapter, data.train, held_out, arm.settings.replay_share)
             start = made[key] = made.get(key) or run.run(stages.choose_start, *inputs)

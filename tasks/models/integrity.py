@@ -1,7 +1,8 @@
-"""What is loaded is what was registered: versions, adapters and bases are held against their digests each time.
+"""What is loaded is what was registered: versions, adapters and bases are compared with their digests each time.
 
-A version's tags vouch for its lineage, which names the sha256 of every other file, among them `meta.json`, which names that
-of the code MLflow runs. Of a version from before there was a lineage only the adapter is vouched for, which is told.
+A version's tags hold the sha256 of its lineage, which holds the sha256 of every other file, among them `meta.json`,
+which holds that of the code MLflow runs. Of a version from before there was a lineage only the adapter is checked; that
+is logged.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from ruamel.yaml.error import YAMLError
 from data_contracts.errors import Problem, StoreError
 from data_contracts.lineage import EVIDENCE, LINEAGE_FILE, LINEAGE_TAG
 from data_contracts.reports import AdapterRef, BaseModelRef
-from tasks.models.core.adapter_files import WEIGHTS, read_json, scan_adapter, scan_weights
+from tasks.models.core.adapter_files import WEIGHTS, read_bounded_json, scan_adapter, scan_weights
 from tasks.runtime.console import note
 from tasks.runtime.store import Store, digest
 
@@ -49,7 +50,7 @@ _CODE: Final = (
     ".so",
 )  # runs as it is loaded
 _RESTORE: Final = "restore the registry's artifacts from a backup, roll back to a whole version, or train again"
-_MOST_TOLD: Final = 12
+_MOST_SHOWN: Final = 12
 _MOST_MODEL_BYTES: Final = 16_384
 
 Fault = tuple[str, str]
@@ -59,12 +60,15 @@ Fault = tuple[str, str]
 def verify_version(version: Path, tags: Mapping[str, str], label: str) -> None:
     """Raise StoreError, with everything that is wrong, unless the files of a version are those that were registered.
 
-    version: the folder as MLflow keeps it or has downloaded it. Its adapter is scanned too, and what MLflow would run is
-    looked at, for its `MLmodel` could name any module. Nothing of it is executed here.
+    version: the folder as MLflow keeps it or has downloaded it. Its adapter is scanned too, and what MLflow would run
+    is checked, for its `MLmodel` could name any module. Nothing of it is executed here.
     """
     files = version / "artifacts"
-    expected, faults = _vouched_for(files, tags)
-    faults += [*_changed(files, expected), *_strange(version, {name for name, _ in expected}, LINEAGE_TAG in tags)]
+    expected, faults = _expected(files, tags)
+    faults += [
+        *_changed(files, expected),
+        *_strange(version, {name for name, _ in expected}, is_listed=LINEAGE_TAG in tags),
+    ]
     faults += _code_faults(version, tags)
     if not faults:
         adapter = files / "adapter"
@@ -73,25 +77,25 @@ def verify_version(version: Path, tags: Mapping[str, str], label: str) -> None:
     if faults:
         raise StoreError(*_problems(faults, version, label))
     if LINEAGE_TAG not in tags:
-        _tell_once(f"{label} was registered without a lineage: only its adapter is vouched for")
+        _note_once(f"{label} was registered without a lineage: only its adapter is checked")
 
 
 def _problems(faults: list[Fault], version: Path, label: str) -> Iterator[Problem]:
-    for name, what in faults[:_MOST_TOLD]:
+    for name, what in faults[:_MOST_SHOWN]:
         yield Problem(f"{name} of {label} {what}", str(version), act=_RESTORE)
-    if (rest := len(faults) - _MOST_TOLD) > 0:
+    if (rest := len(faults) - _MOST_SHOWN) > 0:
         yield Problem(f"{rest:,} faults more of {label}", str(version), act=_RESTORE)
 
 
 @cache
-def _tell_once(line: str) -> None:
+def _note_once(line: str) -> None:
     note(line)
 
 
 # --- files --------------------------------------------------------------------------------------------------
 
 
-def _vouched_for(files: Path, tags: Mapping[str, str]) -> tuple[list[tuple[str, str]], list[Fault]]:
+def _expected(files: Path, tags: Mapping[str, str]) -> tuple[list[tuple[str, str]], list[Fault]]:
     """Names below `files` with the sha256 that tags and lineage give; a folder's is of all that is in it."""
     adapter = "adapter" if tags.get("tunegate.method") == "full" else f"adapter/{WEIGHTS}"
     expected = [(adapter, tags["tunegate.adapter_sha256"])]
@@ -101,7 +105,7 @@ def _vouched_for(files: Path, tags: Mapping[str, str]) -> tuple[list[tuple[str, 
     if list(_changed(files, [lineage])):  # what it names then means nothing
         return [lineage, *expected], []
     try:
-        named = read_json(files / _LINEAGE)["files"]
+        named = read_bounded_json(files / _LINEAGE)["files"]
         own = [(name.replace("\0", "?"), str(sha256)) for name, sha256 in named.items()]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return [lineage, *expected], [(_LINEAGE, f"names no files ({type(error).__name__})")]
@@ -117,8 +121,8 @@ def _changed(files: Path, expected: list[tuple[str, str]]) -> Iterator[Fault]:
             yield name, f"is not the file that was registered ({found[:12]} instead of {sha256[:12]})"
 
 
-def _strange(version: Path, known: set[str], is_listed: bool) -> Iterator[Fault]:
-    """Links, code and pickles anywhere in it; among the artifacts whatever its lineage, if it has one, does not list."""
+def _strange(version: Path, known: set[str], *, is_listed: bool) -> Iterator[Fault]:
+    """Links, code and pickles anywhere in it; artifacts that its lineage, if it has one, does not list."""
     for folder, folders, names in os.walk(version):
         for path in sorted(Path(folder, name) for name in [*folders, *names]):
             name, mode = path.relative_to(version).as_posix(), path.lstat().st_mode
@@ -134,17 +138,17 @@ def _strange(version: Path, known: set[str], is_listed: bool) -> Iterator[Fault]
 def _code_faults(version: Path, tags: Mapping[str, str]) -> Iterator[Fault]:
     """What MLflow would run must be the file that was registered, on this version's own files and base."""
     try:
-        meta: Any = read_json(version / "artifacts" / "meta.json")
+        meta: Any = read_bounded_json(version / "artifacts" / "meta.json")
         code, base = meta.get("code_sha256"), meta["base_digest"]
         model: Any = YAML(typ="safe").load(_model_file(version))
         (flavor,) = [model["flavors"][name] for name in model["flavors"]]
         paths = [str(artifact["path"]) for artifact in flavor["artifacts"].values()]
-        told = (flavor["loader_module"], PurePosixPath(flavor["model_code_path"]).name)
+        runs = (flavor["loader_module"], PurePosixPath(flavor["model_code_path"]).name)
         acts = {name for name, value in flavor.items() if value is not None}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, YAMLError) as error:
         yield "MLmodel or meta.json", f"cannot be read ({type(error).__name__}: {str(error)[:100]})"
         return
-    if told != (_LOADER, CODE_FILE) or "python_function" not in model["flavors"] or acts - _FLAVOR:
+    if runs != (_LOADER, CODE_FILE) or "python_function" not in model["flavors"] or acts - _FLAVOR:
         yield "MLmodel", f"would run something else than {CODE_FILE}"
     if {"artifacts/adapter", "artifacts/meta.json"} - set(paths) or any(
         ".." in PurePosixPath(path).parts for path in paths
@@ -166,7 +170,8 @@ def _model_file(version: Path) -> bytes:
 
 
 def spec_digest(spec: Any) -> str:
-    """sha256 of a run's spec as JSON: its file in the registry decides what a gate asks, and which code of yours it runs."""
+    """sha256 of a run's spec as JSON: its file in the registry decides what a gate measures, and which code of yours it
+    runs."""
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
 
 
@@ -186,14 +191,15 @@ def checked_spec(file: Path, sha256: str, label: str) -> Path:
 
 
 def checked_base(store: Store, base: BaseModelRef) -> Path:
-    """Where a base lies. Raises StoreError if its files are not those that the run has prepared."""
+    """The folder of a base. Raises StoreError if its files are not those that the run has prepared."""
     return _checked(
         store.path(base.path), base.digest, f"the base {base.name}", "run again with --force to prepare it anew"
     )
 
 
 def checked_adapter(store: Store, adapter: AdapterRef) -> Path:
-    """Where an adapter lies, in the store or in the registry. Raises StoreError if it is not the one that is named."""
+    """The folder of an adapter, in the store or in the registry. Raises StoreError if it is not the one that is
+    named."""
     folder = Path(adapter.folder) if Path(adapter.folder).is_absolute() else store.path(adapter.folder)
     named = folder / WEIGHTS if (folder / WEIGHTS).exists() else folder
     _checked(named, adapter.sha256, f"the adapter in {folder.parent.name}", "run again with --force to train it anew")

@@ -1,11 +1,10 @@
 """The Prefect tasks: one for each stage, thin. What each does lies in the module it calls; policies in policies.py."""
 
-from typing import Any
-
 from prefect.runtime import task_run
 
 from data_contracts.data_reports import DatasetManifest, FileRef, Snapshot, ValidatedData
 from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
+from data_contracts.jobs.models import StartSettings
 from data_contracts.reports import (
     AdapterRef,
     BaseModelRef,
@@ -21,6 +20,7 @@ from data_contracts.reports import (
 )
 from data_contracts.rows import Action
 from data_contracts.run_spec import EvaluateSpec, GateSpec, RunSpec, StoreSpec
+from data_contracts.stage_inputs import StartInputs, TrainInputs
 from data_contracts.train_spec import Method, TrainSpec
 from data_contracts.verdict import Comparison, GateReport, Served
 from tasks.data.curation import curate as curation
@@ -38,6 +38,7 @@ from tasks.reporting import html_report as report
 from tasks.reporting import mlflow_run as tracking
 from tasks.reporting.prefect_artifacts import LiveTraining
 from tasks.runtime.fingerprint import code_digest
+from tasks.runtime.processes import Launch
 from tasks.runtime.store import Store
 from tasks.training import train, warm_start
 
@@ -76,8 +77,8 @@ def prepare_base(store: Store, base: str, revision: str | None, identity: str) -
 
 
 @stage("init_adapter")
-def init_adapter(store: Store, base: BaseModelRef, settings: dict[str, Any]) -> AdapterRef:
-    return bases.init_adapter(store, base, settings, is_forced())
+def init_adapter(store: Store, base: BaseModelRef, settings: StartSettings) -> AdapterRef:
+    return bases.init_adapter(store, base, settings, force=is_forced())
 
 
 @stage("choose_start")
@@ -85,7 +86,8 @@ def choose_start(
     store: Store, origin: Origin, base: BaseModelRef, step0: AdapterRef, train: FileRef, held_out: list[FileRef],
     share: float,
 ) -> Start:  # fmt: skip
-    return warm_start.choose_start(store, origin, base, step0, train, held_out, share)
+    inputs = StartInputs(origin=origin, base=base, step0=step0, train=train, held_out=held_out)
+    return warm_start.choose_start(store, inputs, share)
 
 
 @stage("check_tasks")
@@ -109,9 +111,11 @@ def train_arm(
     store: Store, method: Method, seed: int, base: BaseModelRef, step0: AdapterRef | None, rows: FileRef,
     validation: FileRef, settings: TrainSpec, precision: str, slot: Slot | None = None,
 ) -> TrainReport:  # fmt: skip
-    inputs = (method, seed, base, step0, rows, validation, settings, precision)
+    values = (method, seed, base, step0, rows, validation, settings, precision)
+    inputs = TrainInputs(**dict(zip(TrainInputs.model_fields, values, strict=True)))
     name = task_run.name.removeprefix("train ")
-    return train.train_arm(store, train_key(*inputs), *inputs, is_forced(), LiveTraining(name).show, name, slot)
+    launch = Launch(f"train {name}", is_forced(), LiveTraining(name).show)
+    return train.train_arm(store, train_key(*values), inputs, launch, slot)
 
 
 @stage("evaluate")

@@ -13,14 +13,16 @@ from data_contracts.errors import ConfigError, Problem, StoreError
 from data_contracts.lineage import EVIDENCE, Code, Compared, Lineage, Machine, Reproduction, result_of
 from data_contracts.reports import AdapterRef, BaseModelRef, EvalTarget, TrainReport
 from data_contracts.run_spec import RunSpec
+from data_contracts.stage_inputs import StartInputs, TrainInputs
 from data_contracts.train_spec import TrainSpec
 from tasks.evaluation.evaluate import evaluate_targets
-from tasks.models.base import ADAPTER_FILE, init_adapter, prepare_base, start_settings
+from tasks.models.base import init_adapter, prepare_base, start_settings
+from tasks.models.core.adapter_files import WEIGHTS
 from tasks.release import registry
 from tasks.release.lineage import code_now, machine_now
 from tasks.release.registry import Registered
 from tasks.reproduction.dataset import Rows
-from tasks.runtime.processes import run_worker
+from tasks.runtime.processes import Launch, run_worker
 from tasks.runtime.store import Store, digest
 from tasks.training.train import train_arm
 from tasks.training.warm_start import choose_start, origin_at
@@ -68,12 +70,12 @@ def recorded_dataset(version: Registered) -> DatasetManifest:
 
 def checked_adapter(version: Registered, then: Lineage) -> AdapterRef:
     """The registered adapter. Raises StoreError if it is not the file that the lineage names."""
-    weights = Path(version.adapter) / ADAPTER_FILE
+    weights = Path(version.adapter) / WEIGHTS
     found = digest(weights if weights.exists() else weights.parent)
     if found != then.training.adapter.sha256:
         what = f"the adapter of {version.label} is not the one that was registered ({found[:_SHOWN]})"
         act = "restore the registry's artifacts from a backup"
-        raise StoreError(Problem(what, ADAPTER_FILE, f"sha256 {then.training.adapter.sha256[:_SHOWN]}", act))
+        raise StoreError(Problem(what, WEIGHTS, f"sha256 {then.training.adapter.sha256[:_SHOWN]}", act))
     return AdapterRef(folder=version.adapter, sha256=found)
 
 
@@ -100,7 +102,8 @@ def begin_again(spec: RunSpec, place: Store, base: BaseModelRef, then: Lineage, 
     if training.start and training.start.version and adapter:
         parent = registry.resolve(spec.store, f"models:/{then.name}/{training.start.version}", "reproduce")
         held_out = [rows.validation, rows.test]
-        start = choose_start(place, origin_at(parent), base, adapter, rows.train, held_out, train.replay_share)
+        inputs = StartInputs(origin=origin_at(parent), base=base, step0=adapter, train=rows.train, held_out=held_out)
+        start = choose_start(place, inputs, train.replay_share)
         adapter, used = start.adapter or adapter, start.rows
     compared = [
         Compared(what="base", then=then.base.digest, now=base.digest),
@@ -115,17 +118,11 @@ def train_again(place: Store, base: BaseModelRef, begin: Begin, rows: Rows, then
     """The arm with its recorded settings, seed and precision, from the first step on."""
     training, machine = then.training, then.machine
     settings = TrainSpec.model_validate(training.settings | {"threads": threads})
-    inputs = (
-        training.method,
-        training.seed,
-        base,
-        begin.adapter,
-        begin.rows,
-        rows.validation,
-        settings,
-        machine.precision,
-    )
-    return train_arm(place, then.key, *inputs, True, lambda event: None, training.name, None)
+    inputs = TrainInputs(
+        method=training.method, seed=training.seed, base=base, step0=begin.adapter, rows=begin.rows,
+        validation=rows.validation, settings=settings, precision=machine.precision,
+    )  # fmt: skip
+    return train_arm(place, then.key, inputs, Launch(f"train {training.name}", force=True))
 
 
 def compare_again(

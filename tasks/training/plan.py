@@ -9,13 +9,14 @@ from pathlib import Path
 
 import data_contracts
 from data_contracts.errors import ConfigError, Problem
+from data_contracts.jobs.training import DescribeBaseJob
 from data_contracts.run_spec import ModelSpec, RunSpec
 from data_contracts.train_spec import Method, TrainSpec
 from tasks.runtime.processes import Launch, run_worker
-from tasks.training.core.architecture import Architecture, decoder, from_json
+from tasks.training.core.architecture import Architecture, decoder
 from tasks.training.core.fitting import CARDS_GB, Card, Change, card, changes, needed, usable_bytes
-from tasks.training.core.memory import Parts, predict
-from tasks.training.core.memory_settings import Settings, Way, settings_of, unplanned
+from tasks.training.core.memory import MemoryParts, predict
+from tasks.training.core.memory_settings import Settings, StepShape, settings_of, unplanned
 
 _SHAPES = Path(data_contracts.__file__).parent / "architectures.json"
 
@@ -25,7 +26,7 @@ class Plan:
     """One method's memory, on all usual cards and on the one that was asked for."""
 
     settings: Settings
-    parts: Parts
+    parts: MemoryParts
     needed: int
     cards: tuple[Card, ...]
     gpu: Card | None
@@ -50,10 +51,9 @@ def find_architecture(model: ModelSpec) -> Architecture:
             Problem("no such base is known here, and no such folder", model.base, f"{', '.join(shapes)}", act)
         )
     with tempfile.TemporaryDirectory() as out:
-        spec = {"base": model.base, "revision": model.revision}
-        return from_json(
-            run_worker("tasks.training.workers.describe_base", spec, Path(out), Launch(f"reading {model.base}"))
-        )
+        job = DescribeBaseJob(base=model.base, revision=model.revision)
+        launch = Launch(f"reading {model.base}")
+        return Architecture.from_report(run_worker("tasks.training.workers.describe_base", job, Path(out), launch))
 
 
 def plan_methods(
@@ -65,9 +65,8 @@ def plan_methods(
     length = length or min(spec.train.max_tokens, spec.train.batch_tokens)
     batch = batch or max(1, spec.train.batch_tokens // length)
     compute_bytes = 4 if spec.model.precision == "fp32" else 2
-    settings = spec.train.model_dump()
-    way: Way = "padded" if arch.softcap else "packed"
-    asked = [settings_of(settings, method, compute_bytes, length, batch, way=way) for method in methods]
+    shape = StepShape(length, batch, way="padded" if arch.softcap else "packed")
+    asked = [settings_of(spec.train, method, compute_bytes, shape) for method in methods]
     return arch, [_plan(arch, settings, gpu) for settings in asked]
 
 
@@ -98,7 +97,7 @@ def _alternatives(arch: Architecture, settings: Settings) -> dict[str, int]:
 
 
 def _check(train: TrainSpec, methods: Sequence[Method], arch: Architecture) -> None:
-    found = (unplanned(train.model_dump(), method) for method in methods)
+    found = (unplanned(train, method) for method in methods)
     problems = list({problem.what: problem for problem in found if problem}.values())
     names = [linear.name for linear in arch.linears]
     wanted = [train.target_modules] if isinstance(train.target_modules, str) else train.target_modules

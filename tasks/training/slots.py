@@ -1,4 +1,5 @@
-"""Places for arms that train at the same time: a GPU each, an equal share of the free cores, or wherever Ray puts them."""
+"""Places for arms that train at the same time: a GPU each, an equal share of the free cores, or wherever Ray puts
+them."""
 
 import json
 import os
@@ -23,13 +24,13 @@ def slots_of(train: TrainSpec) -> list[Slot]:
         return []
     if train.engine == "ray":
         return on_cluster(train, os.environ.get("RAY_ADDRESS"))
-    found = _device()
+    found = _devices()
     gpus = visible_gpus(found["gpus"], os.environ.get("CUDA_VISIBLE_DEVICES"))
     return share_out(train, gpus, found["threads"], free_cores())
 
 
 def share_out(train: TrainSpec, gpus: list[str], free: int, cores: int) -> list[Slot]:
-    """gpus: names of the visible ones; free: cores that nobody uses, of `cores`."""
+    """gpus: names of the visible ones; free: free cores, of `cores`."""
     arms, threads = train.parallel, train.threads or max(1, free // train.parallel)
     if gpus and arms > len(gpus):
         limit, act = f"{len(gpus)} visible GPUs", f"set it to {len(gpus)}"
@@ -40,7 +41,7 @@ def share_out(train: TrainSpec, gpus: list[str], free: int, cores: int) -> list[
         raise ConfigError(Problem(what, "train.parallel", f"{cores} cores", act))
     share = f"the share of each of {arms} arms in {free} free cores"
     why = "set by train.threads" if train.threads else share
-    return [Slot(gpu=gpus[n] if gpus else None, threads=threads, why=why, beside=arms) for n in range(arms)]
+    return [Slot(gpu=gpus[n] if gpus else None, threads=threads, why=why, side_by_side=arms) for n in range(arms)]
 
 
 def on_cluster(train: TrainSpec, address: str | None) -> list[Slot]:
@@ -50,7 +51,7 @@ def on_cluster(train: TrainSpec, address: str | None) -> list[Slot]:
         act = "ray start --head on one machine, then set RAY_ADDRESS to what it prints; or set train.parallel to 1"
         raise ConfigError(Problem(what, "train.parallel", act=act))
     why = "set by train.threads" if train.threads else "the cores that an arm asks Ray for where train.threads is null"
-    return [Slot(gpu=None, threads=train.threads or 1, why=why, beside=train.parallel)] * train.parallel
+    return [Slot(gpu=None, threads=train.threads or 1, why=why, side_by_side=train.parallel)] * train.parallel
 
 
 def visible_gpus(count: int, named: str | None) -> list[str]:
@@ -59,8 +60,8 @@ def visible_gpus(count: int, named: str | None) -> list[str]:
     return names[:count]
 
 
-def _device() -> dict[str, Any]:
-    """Asked of a child process: torch stays out of this one."""
+def _devices() -> dict[str, Any]:
+    """Found by a child process: torch stays out of this one."""
     command = [sys.executable, "-m", "tasks.runtime.workers.device"]
     try:
         done = subprocess.run(
@@ -68,6 +69,6 @@ def _device() -> dict[str, Any]:
         )
         return dict(json.loads(done.stdout))
     except (subprocess.SubprocessError, ValueError) as error:
-        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        what = f"torch does not start: {told[-1] if told else error}"
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        what = f"torch does not start: {lines[-1] if lines else error}"
         raise WorkerError(Problem(what, "tasks.runtime.workers.device", act="tunegate doctor")) from error

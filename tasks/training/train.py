@@ -1,56 +1,63 @@
-"""Train one arm in a child process that can be killed and goes on from its last checkpoint."""
+"""Train one arm in a child process that can be killed and resumes from its last checkpoint."""
 
 import shutil
-from typing import Any
+from dataclasses import replace
 
-from data_contracts.data_reports import FileRef
-from data_contracts.reports import AdapterRef, BaseModelRef, LossPoint, Slot, TrainReport
-from data_contracts.train_spec import Method, TrainSpec
+from data_contracts.jobs.training import TrainJob
+from data_contracts.reports import Slot, TrainReport
+from data_contracts.stage_inputs import TrainInputs
+from data_contracts.train_spec import TrainSpec
 from tasks.models.base import adapter_ref
 from tasks.models.integrity import checked_adapter, checked_base
-from tasks.runtime.processes import Launch, Watch, run_worker
+from tasks.runtime.processes import Launch, run_worker
 from tasks.runtime.store import Store, without_place
 
-# What the worker has no use for: it is told its own method, seed, rate, step-0 adapter, rows and threads.
-_NOT_THE_WORKERS = {"methods", "seeds", "variants", "learning_rates", "warm_start", "replay_share", "parallel"}
+_PLACES_ARMS = ("seeds", "variants", "warm_start", "replay_share", "parallel")
+"""Settings that only choose or place arms. The worker's job has their defaults: a worker whose job is the same does not
+train again."""
 
 
-def train_arm(
-    store: Store, key: str, method: Method, seed: int, base: BaseModelRef, step0: AdapterRef | None, rows: FileRef,
-    validation: FileRef, train: TrainSpec, precision: str, force: bool, watch: Watch, name: str, slot: Slot | None,
-) -> TrainReport:  # fmt: skip
+def train_arm(store: Store, key: str, inputs: TrainInputs, launch: Launch, slot: Slot | None = None) -> TrainReport:
     """Run the worker in a folder named by the stage's key, so that the same work finds its own checkpoints.
 
-    watch: is told of every step; name: what people call it; slot: its place beside other arms, if it has a place.
+    slot: the arm's place, where several train at the same time.
     """
     store.check_room()
-    out = store.files / "training" / f"{method}-{key[-16:]}"
-    spec: dict[str, Any] = train.model_dump(exclude=_NOT_THE_WORKERS) | {
-        "method": method,
-        "seed": seed,
-        "learning_rate": train.learning_rates.get(method, train.learning_rate),
-        "base": str(checked_base(store, base)),
-        "base_name": without_place(base.name),
-        "step0": str(checked_adapter(store, step0)) if step0 else None,
-        "train": str(store.path(rows)),
-        "validation": str(store.path(validation)),
-        "precision": precision,
-    }
-    if slot:
-        spec |= {"threads": slot.threads, "threads_reason": slot.why}
-    gpu = slot.gpu if slot else None
-    report = run_worker("tasks.training.workers.train_adapter", spec, out, Launch(f"train {name}", force, watch, gpu))
+    out = store.files / "training" / f"{inputs.method}-{key[-16:]}"
+    report = run_worker(
+        "tasks.training.workers.train_adapter",
+        job_of(store, inputs, slot),
+        out,
+        replace(launch, gpu=slot.gpu) if slot else launch,
+    )
     for checkpoint in out.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)  # the arm is complete: its optimiser state is of no more use
-    loss = [LossPoint(**point) for point in report.pop("loss")]
     return TrainReport(
         **report,
-        name=method,
-        arm=method,
-        seed=seed,
+        name=inputs.method,
+        arm=inputs.method,
+        seed=inputs.seed,
         adapter=adapter_ref(store, out / "adapter"),
-        step0_sha256=step0.sha256 if step0 else None,
-        side_by_side=slot.beside if slot else 1,
-        useful_tokens_per_s=report["train_tokens"] / report["train_seconds"],
-        loss=loss,
+        step0_sha256=inputs.step0.sha256 if inputs.step0 else None,
+        side_by_side=slot.side_by_side if slot else 1,
+    )
+
+
+def job_of(store: Store, inputs: TrainInputs, slot: Slot | None) -> TrainJob:
+    """Raises StoreError if the base or the step-0 adapter is not what it was."""
+    train = inputs.settings
+    own = {name: TrainSpec.model_fields[name].get_default(call_default_factory=True) for name in _PLACES_ARMS}
+    own |= {"learning_rate": train.learning_rates.get(inputs.method, train.learning_rate), "learning_rates": {}}
+    own |= {"methods": [inputs.method]} | ({"threads": slot.threads} if slot else {})
+    return TrainJob(
+        method=inputs.method,
+        seed=inputs.seed,
+        base=checked_base(store, inputs.base),
+        base_name=without_place(inputs.base.name),
+        step0=checked_adapter(store, inputs.step0) if inputs.step0 else None,
+        train=store.path(inputs.rows),
+        validation=store.path(inputs.validation),
+        precision=inputs.precision,
+        threads_reason=slot.why if slot else None,
+        settings=train.model_copy(update=own),
     )

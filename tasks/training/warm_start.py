@@ -1,4 +1,4 @@
-"""Where an arm starts that is to go on from the champion, and which rows it then sees; or why it starts from scratch."""
+"""Where a warm-started arm begins: at the champion's adapter, and on which rows; or why it starts from scratch."""
 
 import hashlib
 import json
@@ -10,20 +10,20 @@ from typing import Any, Final, NamedTuple
 
 from data_contracts.data_reports import FileRef
 from data_contracts.errors import ConfigError, Problem, StoreError
-from data_contracts.reports import AdapterRef, BaseModelRef, Origin, Start
+from data_contracts.reports import AdapterRef, Origin, Start
 from data_contracts.run_spec import StoreSpec
+from data_contracts.stage_inputs import StartInputs
 from data_contracts.train_spec import LORA_ARMS
 from tasks.data.curation.dataset_files import ids_of, publish_ids, read_ids
-from tasks.models.base import ADAPTER_FILE, adapter_ref
+from tasks.models.base import adapter_ref
+from tasks.models.core.adapter_files import CONFIG, WEIGHTS
 from tasks.release import registry
 from tasks.release.registry import Registered
 from tasks.runtime.store import Store, content_key, digest
 
-CONFIG_FILE = "adapter_config.json"
 
-
-class Form(NamedTuple):
-    """An adapter as PEFT's configuration and the names of its tensors tell it."""
+class AdapterShape(NamedTuple):
+    """An adapter as PEFT's configuration and the names of its tensors describe it."""
 
     config: Mapping[str, Any]
     tensors: Collection[str]
@@ -34,8 +34,8 @@ class Form(NamedTuple):
         return {name.partition(".lora_")[0].removeprefix("base_model.model.") for name in self.tensors}
 
 
-class Chosen(NamedTuple):
-    """Row ids of a warm start."""
+class ChosenRows(NamedTuple):
+    """Row ids of a warm start: new to the version, known to it, and the known ones that are replayed."""
 
     new: list[str]
     old: list[str]
@@ -43,7 +43,8 @@ class Chosen(NamedTuple):
 
 
 def origin_of(store: StoreSpec, name: str, train: Path) -> tuple[Origin, list[str]]:
-    """The newest version in the champion's line that some training row is new to, and the versions that were passed over.
+    """The newest version in the champion's line that some training row is new to, and the versions that were passed
+    over.
 
     So the same command over the same rows starts where it started before, also when what it made is champion by now. No
     version is named if there is no champion, or all of its line has seen every row, or a version's rows are not known.
@@ -64,12 +65,12 @@ def origin_of(store: StoreSpec, name: str, train: Path) -> tuple[Origin, list[st
         try:
             found = registry.resolve(store, f"models:/{name}/{found.started_from}")
         except ConfigError:
-            gone = f"version {found.started_from}, from which it went on, is no longer registered"
+            gone = f"version {found.started_from}, which it started from, is no longer registered"
             return Origin(note=f"nothing is new to {found.label}, and {gone}"), passed
 
 
 def _unknown(found: Registered) -> str | None:
-    """Why nobody knows which rows a version was trained on; None if it is known."""
+    """Why it is not known which rows a version was trained on; None if it is."""
     if found.trained is None:
         return f"{found.label} has no tag {registry.TRAINED_TAG}: it was registered before its training rows were kept"
     if not Path(found.trained.path).exists():
@@ -93,7 +94,7 @@ def _checked(file: Path, sha256: str, label: str) -> Path:
 
 
 def origin_at(found: Registered) -> Origin:
-    """A version as what a warm start goes on from."""
+    """A version as what a warm start begins with."""
     return Origin(
         note=found.label,
         version=found.version,
@@ -104,7 +105,7 @@ def origin_at(found: Registered) -> Origin:
     )
 
 
-def scratch(store: Store, train: FileRef, why: str) -> Start:
+def start_from_scratch(store: Store, train: FileRef, why: str) -> Start:
     """A fresh start on all training rows."""
     count = len(ids_of(store.path(train)))
     return Start(
@@ -112,53 +113,28 @@ def scratch(store: Store, train: FileRef, why: str) -> Start:
     )
 
 
-def choose_start(
-    store: Store, origin: Origin, base: BaseModelRef, step0: AdapterRef, train: FileRef, held_out: list[FileRef],
-    replay_share: float,
-) -> Start:  # fmt: skip
-    """Go on from a version's adapter, on the rows that are new to it and a share of the others; or start from scratch.
+def choose_start(store: Store, inputs: StartInputs, replay_share: float) -> Start:
+    """Resume from a version's adapter, on the rows that are new to it and a share of the others; or start from scratch.
 
-    step0: the arm's fresh adapter, whose form the version's must have. Raises StoreError if a file of the version is not
-    the one that was registered.
+    The version's adapter must have the shape of `inputs.step0`, the arm's fresh one. Raises StoreError if a file of the
+    version is not the one that was registered.
     """
+    origin, train = inputs.origin, inputs.train
     assert origin.trained and origin.adapter  # of a version
-    if origin.base_digest != base.digest:
-        return scratch(store, train, f"{origin.note} stands on another base")
+    if origin.base_digest != inputs.base.digest:
+        return start_from_scratch(store, train, f"{origin.note} has a different base model")
     if origin.method not in LORA_ARMS:
-        return scratch(store, train, f"{origin.note} was trained with {origin.method}, and this arm has LoRA layers")
-    folder, fresh = Path(origin.adapter.folder), store.path(step0.folder)
-    weights = _checked(folder / ADAPTER_FILE, origin.adapter.sha256, origin.note)
-    if unlike := differences(_form(folder), _form(fresh)):
-        return scratch(store, train, f"{origin.note} has another adapter: {'; '.join(unlike)}")
+        why = f"{origin.note} was trained with {origin.method}, and this arm has LoRA layers"
+        return start_from_scratch(store, train, why)
+    folder, fresh = Path(origin.adapter.folder), store.path(inputs.step0.folder)
+    weights = _checked(folder / WEIGHTS, origin.adapter.sha256, origin.note)
+    if unlike := differences(_shape(folder), _shape(fresh)):
+        return start_from_scratch(store, train, f"{origin.note} has another adapter: {'; '.join(unlike)}")
     known = set(read_ids(_checked(Path(origin.trained.path), origin.trained.sha256, origin.note)))
-    if leaked := sum(row in known for file in held_out for row in ids_of(store.path(file))):
-        return scratch(store, train, f"{origin.note} was trained on {leaked:,} rows that are held out here")
-    return _publish(store, origin, weights, fresh, train, known, replay_share)
-
-
-def _form(adapter: Path) -> Form:
-    from safetensors import safe_open
-
-    with safe_open(adapter / ADAPTER_FILE, "numpy") as file:
-        return Form(json.loads((adapter / CONFIG_FILE).read_text()), list(file.keys()))
-
-
-def _publish(
-    store: Store, origin: Origin, weights: Path, fresh: Path, train: FileRef, known: set[str], replay_share: float
-) -> Start:
-    """Keep the start in the store: the version's weights under the arm's own configuration, and the chosen rows."""
-    lines = store.path(train).read_text(encoding="utf-8").splitlines(keepends=True)
-    row_ids = ids_of(store.path(train))
-    chosen = choose(row_ids, known, replay_share)
-    taken = {*chosen.new, *chosen.replayed}
-    key = content_key(digest(weights), digest(fresh), train.sha256, *sorted(taken))[:32]
-    with store.publish("starts", key) as folder:
-        (folder / "adapter").mkdir()
-        shutil.copyfile(fresh / CONFIG_FILE, folder / "adapter" / CONFIG_FILE)
-        shutil.copyfile(weights, folder / "adapter" / ADAPTER_FILE)
-        text = "".join(line for row, line in zip(row_ids, lines, strict=True) if row in taken)
-        (folder / "train.jsonl").write_text(text, encoding="utf-8")
-    made = store.files / "starts" / key
+    if leaked := sum(row in known for file in inputs.held_out for row in ids_of(store.path(file))):
+        return start_from_scratch(store, train, f"{origin.note} was trained on {leaked:,} rows that are held out here")
+    chosen = choose_rows(ids_of(store.path(train)), known, replay_share)
+    made = _publish(store, train, _Adapter(weights, fresh / CONFIG), chosen)
     return Start(
         version=origin.version,
         note=origin.note,
@@ -171,6 +147,35 @@ def _publish(
     )
 
 
+def _shape(adapter_folder: Path) -> AdapterShape:
+    from safetensors import safe_open
+
+    with safe_open(adapter_folder / WEIGHTS, "numpy") as file:
+        return AdapterShape(json.loads((adapter_folder / CONFIG).read_text()), list(file.keys()))
+
+
+class _Adapter(NamedTuple):
+    """What a start is made of: the version's weights under the arm's own configuration."""
+
+    weights: Path
+    config: Path
+
+
+def _publish(store: Store, train: FileRef, adapter: _Adapter, chosen: ChosenRows) -> Path:
+    """The folder in the store that keeps a start: its adapter and the chosen rows."""
+    lines = store.path(train).read_text(encoding="utf-8").splitlines(keepends=True)
+    taken = {*chosen.new, *chosen.replayed}
+    key = content_key(digest(adapter.weights), digest(adapter.config.parent), train.sha256, *sorted(taken))[:32]
+    with store.publish("starts", key) as folder:
+        (folder / "adapter").mkdir()
+        shutil.copyfile(adapter.config, folder / "adapter" / CONFIG)
+        shutil.copyfile(adapter.weights, folder / "adapter" / WEIGHTS)
+        rows = zip(ids_of(store.path(train)), lines, strict=True)
+        text = "".join(line for row, line in rows if row in taken)
+        (folder / "train.jsonl").write_text(text, encoding="utf-8")
+    return store.files / "starts" / key
+
+
 _SALT: Final = "tunegate-replay-v1:"
 _ALIKE: Final = {
     "peft_type": "kind",
@@ -179,11 +184,12 @@ _ALIKE: Final = {
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",
 }
-"""What two adapters must share, as PEFT calls it and as people do. Dropout may differ: it is no part of what was learnt."""
+"""What two adapters must share, by PEFT's name and by ours. Dropout may differ: it is no part of what was learnt."""
 
 
-def choose(row_ids: Sequence[str], known: Collection[str], share: float) -> Chosen:
-    """Every row that is not known, and so many known ones that they make `share` of all; all of them if they are too few.
+def choose_rows(row_ids: Sequence[str], known: Collection[str], share: float) -> ChosenRows:
+    """Every row that is not known, and so many known ones that they make `share` of all; all of them if they are too
+    few.
 
     Replayed are those whose ids have the lowest hash: the same ones each time, whatever else comes. In the given order.
     """
@@ -191,15 +197,15 @@ def choose(row_ids: Sequence[str], known: Collection[str], share: float) -> Chos
     old = [row for row in row_ids if row in known]
     wanted = len(old) if share == 1.0 else math.floor(len(new) * share / (1.0 - share) + 0.5)
     lowest = set(sorted(old, key=_hash)[:wanted])
-    return Chosen(new, old, [row for row in old if row in lowest])
+    return ChosenRows(new, old, [row for row in old if row in lowest])
 
 
 def _hash(row_id: str) -> str:
     return hashlib.sha256(f"{_SALT}{row_id}".encode()).hexdigest()
 
 
-def differences(theirs: Form, ours: Form) -> list[str]:
-    """In what an adapter is of another form than a fresh one of an arm; none if it fits."""
+def differences(theirs: AdapterShape, ours: AdapterShape) -> list[str]:
+    """In what an adapter has another shape than a fresh one of an arm; none if it fits."""
     pairs = {name: (theirs.config.get(key), ours.config.get(key)) for key, name in _ALIKE.items()}
     found = [f"{name} {there} there and {here} here" for name, (there, here) in pairs.items() if there != here]
     if layers := theirs.layers ^ ours.layers:

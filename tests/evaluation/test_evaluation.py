@@ -19,7 +19,7 @@ from tasks.evaluation.core.items import shared, slices
 from tasks.evaluation.core.text_scores import exact_match, repetition, rouge_l
 from tasks.evaluation.evaluate import evaluate_targets, serve_alone
 from tasks.models.workers.chat_template import Chat, load_chat
-from tasks.models.workers.generation import write, write_all
+from tasks.models.workers.generation import write_all, write_batch
 from tasks.models.workers.loading import load_base
 from tasks.runtime.store import Store, digest
 from tasks.runtime.workers.device import Device
@@ -121,14 +121,14 @@ def attached(base: Path, adapter: Path | None, method: str = "lora"):
 def test_answers_written_together_are_those_written_alone(tiny_base, adapters, method, adapter):
     model, chat = attached(tiny_base, adapters.get(adapter), method), load_chat(tiny_base)
     together = {place: w for batch in write_all(model, chat, PROMPTS, 24) for place, w in batch.items()}
-    alone = [write(model, chat, [chat.encode(prompt)], 24)[0] for prompt in PROMPTS]
+    alone = [write_batch(model, chat, [chat.encode(prompt)], 24)[0] for prompt in PROMPTS]
     assert [together[place].text for place in range(len(PROMPTS))] == [answer.text for answer in alone]
     assert len({answer.text for answer in alone}) > 3
 
 
 def test_an_answer_is_stopped_only_by_a_stop_token_of_its_own(tiny_base):
     model, chat = attached(tiny_base, None), load_chat(tiny_base)
-    endless = write(model, chat, [chat.encode(prompt) for prompt in PROMPTS], 24)
+    endless = write_batch(model, chat, [chat.encode(prompt) for prompt in PROMPTS], 24)
     assert not any(answer.stopped for answer in endless)
     ids = torch.tensor([chat.encode(PROMPTS[0])])
     written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
@@ -136,10 +136,10 @@ def test_an_answer_is_stopped_only_by_a_stop_token_of_its_own(tiny_base):
     (stop,) = chat.tokenizer.convert_ids_to_tokens([tokens[-1]])
     ending = Chat(chat.tokenizer, (stop,))
     first = tokens.index(tokens[-1])
-    (answer,) = write(model, ending, [ids[0].tolist()], 24)
+    (answer,) = write_batch(model, ending, [ids[0].tolist()], 24)
     assert answer.stopped
     assert answer.text == chat.read(tokens[:first])
-    (cut,) = write(model, ending, [ids[0].tolist()], max(1, first))
+    (cut,) = write_batch(model, ending, [ids[0].tolist()], max(1, first))
     assert cut.stopped == (first == 0)
 
 
@@ -157,7 +157,7 @@ def test_only_requests_that_name_no_end_are_written_by_us(tiny_base):
     first, second, third = lm.generate_until(requests)
     plain = HFLM(pretrained=model, tokenizer=chat.tokenizer, batch_size=1, max_length=512)
     assert second == plain.generate_until([requests[1]], disable_tqdm=True)[0]
-    assert [first.text, third.text] == [write(model, chat, [chat.encode(PROMPTS[i])], 8)[0].text for i in (0, 2)]
+    assert [first.text, third.text] == [write_batch(model, chat, [chat.encode(PROMPTS[i])], 8)[0].text for i in (0, 2)]
 
 
 def test_only_questions_with_a_short_answer_and_room_for_another_are_asked(tiny_base, tmp_path):

@@ -12,18 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_contracts.jobs.models import PrepareBaseJob
 from data_contracts.reports import AdapterRef, BaseModelRef, EvalTarget
 from data_contracts.run_spec import EvaluateSpec, GateSpec
 from data_contracts.verdict import Comparison, GateReport
 from tasks.evaluation.compare import compare_models
 from tasks.evaluation.core.gates import judge
 from tasks.evaluation.evaluate import evaluate_targets
-from tasks.models.workers.init_adapter import init_adapter
+from tasks.models.workers.init_adapter import make_step0
 from tasks.models.workers.prepare_base import prepare
 from tasks.runtime.store import Store, digest
 from tasks.training.workers.train_adapter import train
-from tests.conftest import LORA, toy_rows, write_rows
-from tests.support.faults import SETTINGS as TRAINING
+from tests.conftest import step0_job, toy_rows, write_rows
+from tests.support.faults import job_on
 
 pytestmark = pytest.mark.slow
 SHORT = {"learning_rate": 3e-2, "dropout": 0.0, "batch_tokens": 512, "epochs": 10, "max_steps": 30, "warmup_ratio": 0.1}
@@ -48,16 +49,13 @@ def sha256_of(adapter: Path) -> str:
 
 
 def trained(base: Path, out: Path, seed: int, steps: int) -> Path:
-    settings = {"base": str(base), "seed": seed, "rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear"}
-    init_adapter(settings | LORA, out / "step0")
-    files = {
-        "train": str(write_rows(out / "train.jsonl", toy_rows(200))),
-        "validation": str(write_rows(out / "validation.jsonl", [])),
-    }
+    make_step0(step0_job(base, seed=seed), out / "step0")
+    job = job_on(base, out, seed=seed, **SHORT | {"max_steps": steps})
+    write_rows(job.train, toy_rows(200))
+    write_rows(job.validation, [])
     (out / "train").mkdir()
-    own = {"method": "lora", "base": str(base), "step0": str(out / "step0" / "adapter"), "seed": seed}
     with warnings.catch_warnings(action="ignore"):  # as in a worker of its own
-        train(TRAINING | SHORT | own | files | {"max_steps": steps}, out / "train")
+        train(job, out / "train")
     return out / "train" / "adapter"
 
 
@@ -65,7 +63,7 @@ def trained(base: Path, out: Path, seed: int, steps: int) -> Path:
 def adapters(tmp_path_factory) -> dict[str, Path]:
     torch.set_num_threads(1)
     place = tmp_path_factory.mktemp("planted")
-    base = Path(prepare({"base": "builtin:tiny-llama", "revision": None}, place / "base")["path"])
+    base = Path(prepare(PrepareBaseJob(base="builtin:tiny-llama", revision=None), place / "base")["path"])
     champion = trained(base, place / "champion", seed=1, steps=30)
     other_base = place / "other_base"
     shutil.copytree(base, other_base)

@@ -1,9 +1,10 @@
-"""An adapter is loaded only if it can be nothing else than an adapter: every fault has its test, and the rest is fuzzed.
+"""An adapter is loaded only if it can be nothing else than an adapter: every fault has its test, and the rest is
+fuzzed.
 
     TUNEGATE_FUZZ_CASES=20000 pytest tests/models/test_adapter_scan.py      a long run
 
-The adapter has the files that PEFT 0.21.2 writes for tiny-llama's layers; what PEFT writes of every method is scanned in
-tests/training/test_methods.py, whose models are loaded through the scan. No torch here.
+The adapter has the files that PEFT 0.21.2 writes for tiny-llama's layers; what PEFT writes of every method is scanned
+in tests/training/test_methods.py, whose models are loaded through the scan. No torch here.
 """
 
 import json
@@ -115,7 +116,7 @@ def test_so_are_dora_half_precision_an_adapted_head_and_a_prefix(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"peft_type": "ADALORA"}, "peft_type is ADALORA, not LORA or PREFIX_TUNING"),
         ({"peft_type": ["LORA"]}, "peft_type is a JSON list of 1"),
@@ -145,15 +146,15 @@ def test_so_are_dora_half_precision_an_adapted_head_and_a_prefix(tmp_path):
         ({"\x1b[31mred\u202e": 1}, "\\x1b[31mred\\u202e is 1"),
     ],
 )
-def test_a_setting_that_would_run_or_change_something_else_is_refused(adapter, change, told):
+def test_a_setting_that_would_run_or_change_something_else_is_refused(adapter, change, message):
     (adapter / CONFIG).write_text(json.dumps(LORA | change))
     (fault,) = scan_adapter(adapter, LAYERS)
-    assert told in fault and fault.startswith(f"{CONFIG}: ")
+    assert message in fault and fault.startswith(f"{CONFIG}: ")
 
 
 def test_every_fault_of_a_configuration_is_told_at_once():
-    told = list(config_faults({"peft_type": "LORA", "r": 0, "auto_mapping": 1}))
-    assert [fault.partition(" ")[0] for fault in told] == ["lora_alpha", "target_modules", "r", "auto_mapping"]
+    faults = list(config_faults({"peft_type": "LORA", "r": 0, "auto_mapping": 1}))
+    assert [fault.partition(" ")[0] for fault in faults] == ["lora_alpha", "target_modules", "r", "auto_mapping"]
     assert list(config_faults([1])) == ["is a JSON list, not an object"]
 
 
@@ -190,7 +191,7 @@ Q = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (rename(f"{Q}.lora_A.weight", f"{Q}.lora_C.weight"), f"{Q}.lora_C.weight is no part of a LoRA adapter"),
         (rename("base_model.model.", "other."), f"other.{Q}.lora_A.weight is no part of a LoRA adapter"),
@@ -214,13 +215,13 @@ Q = "model.layers.0.self_attn.q_proj"
         ),
     ],
 )
-def test_a_tensor_that_does_not_belong_there_is_refused_without_the_base_too(tmp_path, change, told):
+def test_a_tensor_that_does_not_belong_there_is_refused_without_the_base_too(tmp_path, change, message):
     folder = write(tmp_path / "adapter", weights=changed(lora_weights(), change))
-    assert any(told in fault for fault in scan_adapter(folder)), scan_adapter(folder)
+    assert any(message in fault for fault in scan_adapter(folder)), scan_adapter(folder)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (
             lambda w: [w.pop(name) for name in list(w) if f"{Q}." in name],
@@ -235,14 +236,14 @@ def test_a_tensor_that_does_not_belong_there_is_refused_without_the_base_too(tmp
         ),
     ],
 )
-def test_what_fits_itself_but_not_the_base_is_refused_where_the_base_is_known(tmp_path, change, told):
+def test_what_fits_itself_but_not_the_base_is_refused_where_the_base_is_known(tmp_path, change, message):
     folder = write(tmp_path / "adapter", weights=changed(lora_weights(), change))
     assert scan_adapter(folder) == []
-    assert any(told in fault for fault in scan_adapter(folder, LAYERS)), scan_adapter(folder, LAYERS)
+    assert any(message in fault for fault in scan_adapter(folder, LAYERS)), scan_adapter(folder, LAYERS)
 
 
 @pytest.mark.parametrize(
-    ("weights", "told"),
+    ("weights", "message"),
     [
         ({"prompt_embeddings": np.ones((8, 255), np.float32)}, "prompt_embeddings is [8, 255], not [8, 256]"),
         ({"prompt_embeddings": np.ones((9, 256), np.float32)}, "prompt_embeddings is [9, 256], not [8, 256]"),
@@ -250,9 +251,9 @@ def test_what_fits_itself_but_not_the_base_is_refused_where_the_base_is_known(tm
         ({}, "prompt_embeddings is missing"),
     ],
 )
-def test_a_prefix_is_one_tensor_of_its_configurations_size(tmp_path, weights, told):
+def test_a_prefix_is_one_tensor_of_its_configurations_size(tmp_path, weights, message):
     faults = scan_adapter(write(tmp_path / "prefix", PREFIX, weights))
-    assert f"{WEIGHTS}: {told}" in faults
+    assert f"{WEIGHTS}: {message}" in faults
 
 
 def test_an_embeddings_own_weights_have_the_size_of_the_embedding(tmp_path):
@@ -293,8 +294,8 @@ def unpack(raw: bytes) -> tuple[dict, bytes]:
 
 
 def pack(header: Any, body: bytes = b"") -> bytes:
-    told = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(told)) + told + body
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + body
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -375,8 +376,8 @@ def test_a_huge_file_is_refused_by_its_header_and_never_read(adapter):
 
 def test_faults_are_counted_beyond_the_first_twelve(tmp_path):
     weights = {f"x{number}": np.ones(1, np.float32) for number in range(500)}
-    told = scan_adapter(write(tmp_path / "adapter", weights=weights))
-    assert len(told) == 13 and told[-1] == "and 489 faults more"
+    faults = scan_adapter(write(tmp_path / "adapter", weights=weights))
+    assert len(faults) == 13 and faults[-1] == "and 489 faults more"
 
 
 # --- all weights --------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""The fast way gives the losses and gradients of the plain Hugging Face forward. Run: pytest tests/models/test_exact.py"""
+"""The fast way gives the losses and gradients of the plain Hugging Face forward. Run: pytest
+tests/models/test_exact.py"""
 
 from functools import partial
 
@@ -8,12 +9,12 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tasks.models.core.packing import Scored, pack
+from tasks.models.core.packing import ScoredSequence, pack
 from tasks.models.workers.fused_layers import fuse_lora, fuse_mlp, fuse_norms
 from tasks.models.workers.head_loss import HeadLoss
 from tasks.models.workers.lora_init import take_off_start
 from tasks.models.workers.scoring import Scoring, choose_way, scored_logits, scored_losses, to_tensors
-from tasks.models.workers.tree_attention import NAME, CpuAttention, by_sdpa
+from tasks.models.workers.tree_attention import ATTENTION, CpuAttention, by_sdpa
 from tests.models.test_packing import attention_mask_TT
 
 SMALL = {
@@ -32,11 +33,11 @@ SWIGLU = {"llama", "mistral", "qwen2", "qwen3", "granite", "olmo2"}  # their fee
 def tiny(kind: str, **changes):
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **SMALL | changes)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
     return model.requires_grad_(False).eval()
 
 
-def some_sequences() -> list[Scored]:
+def some_sequences() -> list[ScoredSequence]:
     """A common beginning, one question with two answers, and an answer that begins like another."""
     draw = torch.Generator().manual_seed(1)
 
@@ -44,9 +45,9 @@ def some_sequences() -> list[Scored]:
         return torch.randint(3, 300, (count,), generator=draw).tolist()
 
     start = tokens(7)
-    rows = [Scored([*start, *tokens(3 + i), *tokens(4 + 2 * i)], 10 + i) for i in range(5)]
-    rows.append(Scored([*rows[0].ids[: rows[0].start], 5, 6, 7], rows[0].start))
-    rows.append(Scored([*rows[1].ids[: rows[1].start + 2], 9], rows[1].start))
+    rows = [ScoredSequence([*start, *tokens(3 + i), *tokens(4 + 2 * i)], 10 + i) for i in range(5)]
+    rows.append(ScoredSequence([*rows[0].ids[: rows[0].start], 5, 6, 7], rows[0].start))
+    rows.append(ScoredSequence([*rows[1].ids[: rows[1].start + 2], 9], rows[1].start))
     return rows
 
 
@@ -86,7 +87,9 @@ def test_losses_and_gradients_equal_the_padded_forward(kind, fused):
 
 @pytest.mark.parametrize("attend", [CpuAttention.apply, partial(by_sdpa, dropout=0.0)], ids=["node", "sdpa"])
 def test_attention_by_segments_is_that_of_a_row_with_the_trees_mask(attend):
-    packed = pack([Scored([*range(1, 41), *range(i, i + n)], 40) for i, n in ((100, 300), (500, 150), (700, 9))])
+    packed = pack(
+        [ScoredSequence([*range(1, 41), *range(i, i + n)], 40) for i, n in ((100, 300), (500, 150), (700, 9))]
+    )
     tokens = len(packed.input_ids_T)
     torch.manual_seed(0)
     own = [torch.randn(1, heads, tokens, 16, requires_grad=True) for heads in (6, 2, 2)]

@@ -19,6 +19,7 @@ import mlflow
 import pytest
 
 from data_contracts.errors import ConfigError, StoreError
+from data_contracts.jobs.models import PrepareBaseJob
 from data_contracts.lineage import EVIDENCE, LINEAGE_FILE, LINEAGE_TAG
 from data_contracts.reports import AdapterRef, EvalTarget
 from tasks.evaluation import evaluate
@@ -93,7 +94,7 @@ def version(whole, tmp_path) -> Version:
     return Version(tmp_path / "model", dict(whole.tags))
 
 
-def test_a_whole_version_passes_wherever_it_lies(version, registered):
+def test_a_whole_version_passes_in_whatever_folder(version, registered):
     version.verify()
     assert registered.adapter_sha256 == digest(version.artifacts / "adapter" / WEIGHTS)
 
@@ -120,7 +121,7 @@ def cut(name: str) -> Callable[[Path], None]:
 
 
 def link(name: str) -> Callable[[Path], None]:
-    """The same content, but whoever owns the other file can change it."""
+    """The same content, but the owner of the other file can change it."""
 
     def change(folder: Path) -> None:
         (folder / name).rename(folder.parent / "elsewhere")
@@ -147,7 +148,7 @@ LINEAGE = f"artifacts/{EVIDENCE}/{LINEAGE_FILE}"
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (flip(ADAPTER), f"adapter/{WEIGHTS} of grows version 1 is not the file that was registered"),
         (cut(ADAPTER), f"adapter/{WEIGHTS} of grows version 1 is not the file"),
@@ -176,9 +177,9 @@ LINEAGE = f"artifacts/{EVIDENCE}/{LINEAGE_FILE}"
         (lambda folder: (folder / "MLmodel").write_text("[" * 10**6), "ValueError: more than 16,384 bytes"),
     ],
 )  # fmt: skip
-def test_whatever_is_changed_in_a_version_it_is_refused_with_the_file_and_the_next_act(version, change, told):
+def test_whatever_is_changed_in_a_version_it_is_refused_with_the_file_and_the_next_act(version, change, message):
     change(version.folder)
-    with pytest.raises(StoreError, match=told) as refused:
+    with pytest.raises(StoreError, match=message) as refused:
         version.verify()
     assert refused.value.exit_code == 4
     assert all("roll back to a whole version" in problem.act for problem in refused.value.problems)
@@ -195,7 +196,7 @@ def test_everything_that_was_changed_is_told_at_once(version):
 
 
 def test_a_lineage_that_fits_other_files_does_not_fit_its_tag(version):
-    """Whoever can write the artifacts but not the registry cannot vouch for them."""
+    """Anyone who can write the artifacts but not the registry cannot change what the registry expects."""
     flip(ADAPTER)(version.folder)
     lineage = json.loads((version.folder / LINEAGE).read_bytes())
     lineage["files"][f"adapter/{WEIGHTS}"] = digest(version.folder / ADAPTER)
@@ -218,14 +219,12 @@ def test_another_base_in_its_tags_than_in_its_files_is_refused(version):
         version.verify()
 
 
-def test_a_version_from_before_lineage_is_known_by_its_adapter_which_is_told_once(version, capsys):
+def test_a_version_from_before_lineage_is_known_by_its_adapter_which_is_logged_once(version, capsys):
     version.tags.pop(LINEAGE_TAG)
     label = "old version 7"
     for _ in range(2):
         verify_version(version.folder, version.tags, label)
-    assert (
-        capsys.readouterr().err.count(f"{label} was registered without a lineage: only its adapter is vouched for") == 1
-    )
+    assert capsys.readouterr().err.count(f"{label} was registered without a lineage: only its adapter is checked") == 1
     flip(ADAPTER)(version.folder)
     with pytest.raises(StoreError, match=f"{WEIGHTS} of grows version 1 is not the file"):
         version.verify()
@@ -368,7 +367,7 @@ INDEX = {"weight_map": {"lm_head.weight": "../../outside.safetensors"}}
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "it holds no .safetensors weights"),
         (cut("model.safetensors"), "model.safetensors: is no whole safetensors file"),
@@ -378,12 +377,12 @@ INDEX = {"weight_map": {"lm_head.weight": "../../outside.safetensors"}}
         (in_config(model_type="mine", auto_map={"AutoConfig": "mine.Config"}), "needs code of its own"),
     ],
 )  # fmt: skip
-def test_a_base_that_would_not_load_as_it_is_meant_is_refused_before_it_is_loaded(base, tmp_path, change, told):
+def test_a_base_that_would_not_load_as_it_is_meant_is_refused_before_it_is_loaded(base, tmp_path, change, message):
     from tasks.models.workers.prepare_base import prepare
 
     change(base)
-    with pytest.raises(ConfigError, match=re.escape(told)) as refused:
-        prepare({"base": str(base), "revision": None}, tmp_path / "out")
+    with pytest.raises(ConfigError, match=re.escape(message)) as refused:
+        prepare(PrepareBaseJob(base=str(base), revision=None), tmp_path / "out")
     assert refused.value.exit_code == 2
 
 
@@ -395,7 +394,7 @@ def test_code_that_comes_with_a_base_is_not_run(base, tmp_path):
     (base / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": ["own.Tokenizer", None]}
     in_config(auto_map=own)(base)
-    found = prepare({"base": str(base), "revision": None}, tmp_path / "out")
+    found = prepare(PrepareBaseJob(base=str(base), revision=None), tmp_path / "out")
     load_base(Path(found["path"]), "lora", CPU)
     load_base(Path(found["path"]), "qlora", CPU)
     assert not (tmp_path / "ran").exists()
@@ -408,7 +407,7 @@ def test_a_base_whose_name_is_no_hub_id_is_no_path_either(tmp_path, name):
     from tasks.models.workers.prepare_base import prepare
 
     with pytest.raises(ConfigError):
-        prepare({"base": name, "revision": None}, tmp_path)
+        prepare(PrepareBaseJob(base=name, revision=None), tmp_path)
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------

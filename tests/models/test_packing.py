@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.models.core.packing import Scored, group_for_packing, pack, plan_batches
+from tasks.models.core.packing import ScoredSequence, group_for_packing, pack, plan_batches
 
 sequences = st.lists(
     st.lists(st.integers(0, 3), min_size=2, max_size=8).flatmap(
-        lambda ids: st.integers(1, len(ids) - 1).map(lambda start: Scored(ids, start))
+        lambda ids: st.integers(1, len(ids) - 1).map(lambda start: ScoredSequence(ids, start))
     ),
     min_size=1,
     max_size=6,
@@ -56,12 +56,12 @@ def test_each_scored_token_sees_exactly_its_own_sequence(rows):
 
 
 def test_a_shared_prefix_is_stored_once():
-    rows = [Scored([1, 2, 3, 4, 5, 6], 4), Scored([1, 2, 3, 7, 8, 9], 4)]
+    rows = [ScoredSequence([1, 2, 3, 4, 5, 6], 4), ScoredSequence([1, 2, 3, 7, 8, 9], 4)]
     assert len(pack(rows).input_ids_T) == 3 + 2 + 2  # the last token of each is only a target
 
 
 def test_a_sequence_without_context_or_target_is_refused():
-    for row in (Scored([1, 2], 0), Scored([1, 2], 2)):
+    for row in (ScoredSequence([1, 2], 0), ScoredSequence([1, 2], 2)):
         with pytest.raises(ValueError, match="cannot score"):
             pack([row])
 

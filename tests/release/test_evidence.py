@@ -23,6 +23,7 @@ from data_contracts.errors import ConfigError, DataError, StoreError
 from data_contracts.lineage import LINEAGE_TAG, Lineage, Reproduction, result_of
 from data_contracts.reports import BaseModelRef, ModelVersion, RecordedRun, TrainReport
 from data_contracts.run_spec import RunSpec
+from data_contracts.stage_inputs import TrainInputs
 from data_contracts.train_spec import arms_of
 from flows.reproduce import recorded_spec, reproduce_flow
 from tasks.data.curation import row_ledger as ledger
@@ -36,6 +37,7 @@ from tasks.release import registry
 from tasks.release.lineage import Made
 from tasks.release.register import register_version
 from tasks.runtime.mlflow_client import connect, open_experiment
+from tasks.runtime.processes import Launch
 from tasks.runtime.store import Store, digest, without_place
 from tasks.training.train import train_arm
 from tests.data.test_curate import facts
@@ -85,8 +87,11 @@ class Place:
     def trained(self) -> TrainReport:
         (own,) = arms_of(self.spec.train)
         step0 = init_adapter(self.store, self.base, start_settings("lora", 17, own.settings, "fp32"))
-        inputs = ("lora", 17, self.base, step0, self.data.train, self.data.validation, own.settings, "fp32")
-        return train_arm(self.store, "train-" + "0" * 16, *inputs, False, lambda event: None, "lora", None)
+        inputs = TrainInputs(
+            method="lora", seed=17, base=self.base, step0=step0, rows=self.data.train, validation=self.data.validation,
+            settings=own.settings, precision="fp32",
+        )  # fmt: skip
+        return train_arm(self.store, "train-" + "0" * 16, inputs, Launch("train lora"))
 
     def everything(self) -> Made:
         import mlflow
@@ -121,7 +126,7 @@ class Place:
 def workers_here() -> Iterator[None]:
     functions = {
         "train_adapter": "train", "evaluate_models": "evaluate_models", "compare_adapters": "compare",
-        "init_adapter": "init_adapter", "prepare_base": "prepare",
+        "init_adapter": "make_step0", "prepare_base": "prepare",
     }  # fmt: skip
 
     def here(module: str, spec: dict, out: Path, *_: Any, **__: Any) -> Any:

@@ -474,7 +474,7 @@ def answered(registry) -> SampleAnswer:
     from peft import PeftModel
 
     from tasks.models.workers.chat_template import load_chat
-    from tasks.models.workers.generation import likeliest, next_log_probabilities, write
+    from tasks.models.workers.generation import likeliest, next_log_probabilities, write_batch
     from tasks.models.workers.loading import load_base
     from tasks.runtime.workers.device import choose_device
 
@@ -482,7 +482,7 @@ def answered(registry) -> SampleAnswer:
     model = PeftModel.from_pretrained(base, str(registry.place.path(registry.adapter(1).folder))).eval()
     prompt = chat.prompt([{"role": "user", "content": QUESTION}])
     nats_V = next_log_probabilities(model, chat.encode(prompt), chat.stop_ids[0])
-    (written,) = write(model, chat, [chat.encode(prompt)], 8)
+    (written,) = write_batch(model, chat, [chat.encode(prompt)], 8)
     return SampleAnswer(
         question=QUESTION, reference="8", answer=written.text, prompt=prompt, next_tokens=likeliest(nats_V)
     )

@@ -94,7 +94,8 @@ def test_other_docstrings_comments_annotations_and_help_texts_change_no_key(copy
 
 
 def _reword(file: Path) -> int:
-    """Change every docstring, those of settings too, and every annotation of a return value; add a comment. How many texts."""
+    """Change every docstring, those of settings too, and every annotation of a return value; add a comment. How many
+    texts."""
     source = file.read_text()
     lines, count = source.splitlines(), 0
     for node in ast.walk(ast.parse(source)):

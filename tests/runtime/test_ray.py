@@ -11,6 +11,7 @@ import pytest
 from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
 from data_contracts.errors import TransientError, WorkerError
 from data_contracts.failures import may_pass
+from data_contracts.jobs.training import TrainJob
 from data_contracts.train_spec import TrainSpec
 from tasks.data.curation.curate import Curation, curate_rows
 from tasks.data.ingestion.ingest import ingest_sources
@@ -18,7 +19,7 @@ from tasks.data.validation.validate import Checks, validate
 from tasks.runtime.processes import run_worker
 from tasks.runtime.store import Store
 from tasks.training.slots import slots_of
-from tests.support.faults import adapter, run_together, training_spec
+from tests.support.faults import adapter, run_together, training_job
 from tests.training.test_parallel import Place
 
 ray = pytest.importorskip("ray", reason="tunegate[ray] is not installed")
@@ -52,11 +53,11 @@ def test_two_ray_workers_give_the_same_data_set_as_the_local_engine(tmp_path, cl
 
 
 @pytest.fixture
-def on_ray(tiny_base, tmp_path, monkeypatch) -> dict:
+def on_ray(tiny_base, tmp_path, monkeypatch) -> TrainJob:
     """An arm of two workers on a Ray cluster of its own."""
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    return training_spec(tiny_base, tmp_path) | {"workers": 2, "engine": "ray"}
+    return training_job(tiny_base, tmp_path, workers=2, engine="ray")
 
 
 @pytest.mark.slow
@@ -83,14 +84,14 @@ def test_two_arms_at_a_time_on_a_cluster_are_what_they_are_alone(tiny_base, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "error", "told"),
+    ("fault", "error", "message"),
     [
         ("break_down", WorkerError, "rank 1: RuntimeError: shapes do not fit"),
-        ("die", TransientError, "Ray ended it: .*goes on from its last checkpoint"),
+        ("die", TransientError, "Ray ended it: .*resumes from its last checkpoint"),
     ],
 )
-def test_a_rank_that_raises_is_not_tried_again_and_one_that_dies_is(on_ray, tmp_path, monkeypatch, fault, error, told):
+def test_a_rank_that_raises_is_not_retried_and_one_that_dies_is(on_ray, tmp_path, monkeypatch, fault, error, message):
     monkeypatch.setenv("TUNEGATE_FAULT", f"1:4:{fault}")
-    with pytest.raises(error, match=f"(?s){told}") as ended:
+    with pytest.raises(error, match=f"(?s){message}") as ended:
         run_worker("tests.support.faulty_rank", on_ray, tmp_path / "ray")
     assert may_pass(ended.value) == (error is TransientError)

@@ -98,7 +98,7 @@ def evaluated(base: Path, version: dict[str, Any] | None, most_tokens: int, syst
     from peft import PeftModel
 
     from tasks.models.workers.chat_template import load_chat
-    from tasks.models.workers.generation import write
+    from tasks.models.workers.generation import write_batch
     from tasks.models.workers.loading import load_base
     from tests.training.test_workers import CPU
 
@@ -107,7 +107,7 @@ def evaluated(base: Path, version: dict[str, Any] | None, most_tokens: int, syst
     if version:
         model = PeftModel.from_pretrained(model, version["adapter"]).eval()
     prompt = chat.prompt([{"role": "system", "content": system}, QUESTION])
-    return write(model, chat, [chat.encode(prompt)], most_tokens)[0].text
+    return write_batch(model, chat, [chat.encode(prompt)], most_tokens)[0].text
 
 
 class Served:

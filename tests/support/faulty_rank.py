@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from data_contracts.jobs.training import TrainJob
 from tasks.runtime.workers.harness import main
 from tasks.training.workers.train_adapter import train
 from tests.support.faults import STEP, before_call
@@ -30,14 +31,14 @@ def no_memory() -> None:
 FAULTS = {"die": die, "stop_all": stop_all, "break_down": break_down, "no_memory": no_memory}
 
 
-def faulty(spec: dict, out: Path) -> dict:
+def faulty(job: TrainJob, out: Path) -> dict:
     rank, step, fault = os.environ["TUNEGATE_FAULT"].split(":")
     if rank == os.environ["RANK"]:
         before_call(*STEP, int(step), FAULTS[fault])
-    return train(spec, out)
+    return train(job, out)
 
 
-WORK = faulty
+WORK, JOB = faulty, TrainJob
 
 if __name__ == "__main__":
-    record(main)(WORK)
+    record(main)(WORK, JOB)

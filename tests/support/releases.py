@@ -59,14 +59,13 @@ class Registry:
         import torch
         from safetensors.torch import load_file, save_file
 
-        from tasks.models.workers.init_adapter import init_adapter
-        from tests.conftest import LORA
+        from tasks.models.workers.init_adapter import make_step0
+        from tests.conftest import step0_job
 
         folder = self.place.files / "adapters" / str(seed)
         if not folder.exists():
             folder.mkdir(parents=True)
-            settings = LORA | {"rank": 2, "alpha": 4, "dropout": 0.0, "target_modules": "all-linear", "seed": seed}
-            init_adapter({"base": str(self.base), "threads": 1, "precision": "fp32", **settings}, folder)
+            make_step0(step0_job(self.base, rank=2, alpha=4, seed=seed), folder)
             (file,) = folder.rglob("adapter_model.safetensors")
             draw = torch.Generator().manual_seed(seed)
             weights = {name: torch.randn(w.shape, generator=draw) * 0.1 for name, w in load_file(file).items()}

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from data_contracts.jobs import Job
 from tasks.runtime.workers import harness
 
 
@@ -13,11 +14,11 @@ def full(*_: object) -> NoReturn:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def work(spec: dict, out: Path) -> dict:
+def work(job: Job, out: Path) -> dict:
     sys.stderr.write = full
     harness.write_atomically = full
     return {}
 
 
 if __name__ == "__main__":
-    harness.main(work)
+    harness.main(work, Job)

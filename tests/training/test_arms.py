@@ -1,4 +1,5 @@
-"""Seeds and variants: which trainings a spec asks for, and that a name changes none. Run: pytest tests/training/test_arms.py"""
+"""Seeds and variants: which trainings a spec asks for, and that a name changes none. Run: pytest
+tests/training/test_arms.py"""
 
 from types import SimpleNamespace
 

@@ -23,7 +23,7 @@ from transformers import (
 
 import data_contracts
 from data_contracts.errors import ConfigError
-from tasks.training.core.architecture import decoder, from_json
+from tasks.training.core.architecture import Architecture, decoder
 from tasks.training.core.fitting import USABLE, card, changes, needed, usable_bytes
 from tasks.training.core.memory_settings import Settings, Stack
 from tasks.training.workers.describe_base import architecture_of
@@ -50,7 +50,7 @@ def test_a_shape_that_comes_with_the_package_is_the_models_own(name):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of(name, SHAPES[name]))
     arch = architecture_of(model)
-    assert arch == decoder(SHAPES[name]) == from_json(json.loads(json.dumps(dataclasses.asdict(arch))))
+    assert arch == decoder(SHAPES[name]) == Architecture.from_report(json.loads(json.dumps(dataclasses.asdict(arch))))
     assert arch.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -1,7 +1,9 @@
-"""The training worker on a CUDA device: LoRA and NF4 learn there, in bf16 where it has it, with the memory that was planned.
+"""The training worker on a CUDA device: LoRA and NF4 learn there, in bf16 where it has it, with the memory that was
+planned.
 
-Run: REQUIRE_GPU=1 pytest -m gpu tests/training/test_gpu.py. Without a CUDA device it is skipped; with REQUIRE_GPU=1 that is a failure.
-Two GPUs, NCCL and FSDP-QLoRA are not covered: tests/training/test_devices.py runs the same code on CPUs over gloo.
+Run: REQUIRE_GPU=1 pytest -m gpu tests/training/test_gpu.py. Without a CUDA device it is skipped; with REQUIRE_GPU=1
+that is a failure. Two GPUs, NCCL and FSDP-QLoRA are not covered: tests/training/test_devices.py runs the same code on
+CPUs over gloo.
 """
 
 import os
@@ -11,8 +13,8 @@ import pytest
 import torch
 
 from tasks.runtime.processes import run_worker
-from tests.conftest import LORA, toy_rows, write_rows
-from tests.training.test_workers import SETTINGS
+from tests.conftest import step0_job, toy_rows, write_rows
+from tests.support.faults import job_on
 
 pytestmark = pytest.mark.gpu
 
@@ -28,12 +30,11 @@ def _needs_cuda():
 
 
 def train(base: Path, folder: Path, method: str) -> dict:
-    step0 = {"base": str(base), "seed": 5, "rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear"}
-    run_worker("tasks.models.workers.init_adapter", step0 | LORA, folder / "step0")
-    spec = SETTINGS | {"method": method, "base": str(base), "step0": str(folder / "step0" / "adapter"), "dropout": 0.0}
-    spec |= {"precision": "auto", "train": str(write_rows(folder / "train", toy_rows(80)))}
-    spec |= {"validation": str(write_rows(folder / "validation", toy_rows(6, first=200)))}
-    return run_worker("tasks.training.workers.train_adapter", spec, folder / "out")
+    run_worker("tasks.models.workers.init_adapter", step0_job(base), folder / "step0")
+    job = job_on(base, folder, method=method, dropout=0.0, max_steps=None, precision="auto")
+    write_rows(job.train, toy_rows(80))
+    write_rows(job.validation, toy_rows(6, first=200))
+    return run_worker("tasks.training.workers.train_adapter", job, folder / "out")
 
 
 @pytest.fixture(scope="module", params=["lora", "qlora"])
@@ -67,5 +68,5 @@ def test_weights_adapters_and_states_take_the_planned_device_memory(report):
     assert sum(found.values()) == report["peak_train_bytes"], "the parts do not add up to the peak"
     for part in ("weights", "adapters", "optimiser"):
         assert found[part] == pytest.approx(planned[part], rel=0.02), f"{part} differ from the plan"
-    assert found["process"] < 2**20, "tensors lay on the device before the base was loaded"
+    assert found["process"] < 2**20, "there were tensors on the device before the base was loaded"
     assert found["rest"] > 0, "activations and logits cannot take less than nothing"

@@ -1,4 +1,4 @@
-"""A killed training goes on and ends with the bit-identical adapter, wherever it was killed.
+"""A killed training resumes and ends with the bit-identical adapter, wherever it was killed.
 
 Run: pytest tests/training/test_kill.py; TUNEGATE_KILLS=20 adds so many kills at random moments.
 """
@@ -12,28 +12,29 @@ from shutil import copytree
 import pytest
 import torch
 
+from data_contracts.jobs.training import TrainJob
 from data_contracts.run_spec import EvaluateSpec
 from tasks.runtime.store import digest
 from tasks.runtime.workers.harness import say
-from tests.support.faults import STEP, TRAINER, adapter, before_call, kill, report, run, told, training_spec
+from tests.support.faults import STEP, TRAINER, adapter, before_call, changed, events, kill, report, run, training_job
 
 
 @pytest.fixture(scope="module")
-def spec(tiny_base, tmp_path_factory) -> dict:
-    return training_spec(tiny_base, tmp_path_factory.mktemp("kill"))
+def job(tiny_base, tmp_path_factory) -> TrainJob:
+    return training_job(tiny_base, tmp_path_factory.mktemp("kill"))
 
 
 @pytest.fixture(scope="module")
-def whole(spec, tmp_path_factory) -> Path:
+def whole(job, tmp_path_factory) -> Path:
     """An arm trained without a break."""
     out = tmp_path_factory.mktemp("whole")
-    assert run("train_adapter", spec, out) == 0
+    assert run("train_adapter", job, out) == 0
     assert report(out)["steps"] == 10
     return out
 
 
-def test_two_undisturbed_runs_end_with_the_same_bytes(spec, whole, tmp_path):
-    assert run("train_adapter", spec, tmp_path) == 0
+def test_two_undisturbed_runs_end_with_the_same_bytes(job, whole, tmp_path):
+    assert run("train_adapter", job, tmp_path) == 0
     assert adapter(tmp_path) == adapter(whole)
     assert [point["loss_nats"] for point in report(tmp_path)["loss"]] == [
         point["loss_nats"] for point in report(whole)["loss"]
@@ -45,30 +46,30 @@ def test_two_undisturbed_qlora_runs_from_the_raw_base_on_end_with_the_same_bytes
     found = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        spec = training_spec(tiny_base, tmp_path / name) | {"method": "qlora"}
-        assert spec["dropout"] > 0
-        assert run("train_adapter", spec, tmp_path / name / "out") == 0
-        found.append((digest(Path(spec["step0"])), adapter(tmp_path / name / "out")))
+        job = training_job(tiny_base, tmp_path / name, method="qlora")
+        assert job.settings.dropout > 0
+        assert run("train_adapter", job, tmp_path / name / "out") == 0
+        found.append((digest(job.step0), adapter(tmp_path / name / "out")))
     assert found[0] == found[1]
 
 
 # --- killed -------------------------------------------------------------------------------------------------
 
 KILLED = -9
-# where it is killed: the function about to be called, for which time, and the step it goes on from
+# where it is killed: the function about to be called, for which time, and the step it resumes from
 PLACES = {
     "in a step": (*STEP, 8, 6),
     "before the first checkpoint": (*STEP, 2, 0),
     "as a checkpoint's files are written": ("torch", "save", 7, 3),
     "as the files are there, but not the manifest": ("tasks.training.workers.checkpoints", "_seal", 2, 3),
-    "as old checkpoints are let go": ("tasks.training.workers.checkpoints", "_let_go_of_old_ones", 3, 9),
+    "as old checkpoints are deleted": ("tasks.training.workers.checkpoints", "_delete_old_ones", 3, 9),
     "in the validation after training": (*STEP, 11, 10),
-    "as the adapter is saved": ("tasks.training.workers.train_adapter", "save", 1, 10),
+    "as the adapter is saved": ("tasks.training.workers.train_adapter", "save_trained", 1, 10),
 }
 
 
-def ends_as_if_never_killed(spec: dict, out: Path, whole: Path, from_step: int) -> None:
-    assert run("train_adapter", spec, out) == 0
+def ends_as_if_never_killed(job: TrainJob, out: Path, whole: Path, from_step: int) -> None:
+    assert run("train_adapter", job, out) == 0
     assert adapter(out) == adapter(whole)
     resumed, expected = report(out), report(whole)
     assert resumed["resumed_from_step"] == from_step
@@ -79,23 +80,23 @@ def ends_as_if_never_killed(spec: dict, out: Path, whole: Path, from_step: int) 
 
 
 @pytest.mark.parametrize(("owner", "name", "number", "from_step"), PLACES.values(), ids=PLACES)
-def test_wherever_it_is_killed_the_adapter_is_the_same(spec, whole, tmp_path, owner, name, number, from_step):
-    assert run("train_adapter", spec, tmp_path, partial(before_call, owner, name, number, kill)) == KILLED
+def test_wherever_it_is_killed_the_adapter_is_the_same(job, whole, tmp_path, owner, name, number, from_step):
+    assert run("train_adapter", job, tmp_path, partial(before_call, owner, name, number, kill)) == KILLED
     assert not (tmp_path / "report.json").exists()
-    ends_as_if_never_killed(spec, tmp_path, whole, from_step)
+    ends_as_if_never_killed(job, tmp_path, whole, from_step)
 
 
-def test_killed_again_and_again_it_still_ends_with_the_same_adapter(spec, whole, tmp_path):
+def test_killed_again_and_again_it_still_ends_with_the_same_adapter(job, whole, tmp_path):
     for step in (5, 3, 4):  # of each start
-        assert run("train_adapter", spec, tmp_path, partial(before_call, *STEP, step, kill)) == KILLED
-    ends_as_if_never_killed(spec, tmp_path, whole, from_step=6)
+        assert run("train_adapter", job, tmp_path, partial(before_call, *STEP, step, kill)) == KILLED
+    ends_as_if_never_killed(job, tmp_path, whole, from_step=6)
 
 
 @pytest.fixture(scope="module")
-def killed(spec, tmp_path_factory) -> Path:
+def killed(job, tmp_path_factory) -> Path:
     """An arm killed in step 8: it has checkpoints 3 and 6."""
     out = tmp_path_factory.mktemp("killed")
-    assert run("train_adapter", spec, out, partial(before_call, *STEP, 8, kill)) == KILLED
+    assert run("train_adapter", job, out, partial(before_call, *STEP, 8, kill)) == KILLED
     return out
 
 
@@ -113,7 +114,7 @@ def flip(file: Path) -> None:
 
 
 def link(file: Path) -> None:
-    """The same bytes, but behind a link to elsewhere: whoever owns that place could change them."""
+    """The same bytes, but behind a link to elsewhere: its owner could change them."""
     elsewhere = file.rename(file.parent.parent.parent / f"{file.parent.parent.name}-elsewhere")
     file.symlink_to(elsewhere)
 
@@ -135,11 +136,11 @@ def add(file: Path) -> None:
         (add, "adapter_model.safetensors", "does not belong"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(spec, whole, killed, tmp_path, damage, file, said):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(job, whole, killed, tmp_path, damage, file, said):
     out = copytree(killed, tmp_path / "out")
     damage(out / "checkpoint-6" / file)
-    ends_as_if_never_killed(spec, out, whole, from_step=3)
-    (note,) = [note["text"] for note in told(out, "note") if "skipped" in note["text"]]
+    ends_as_if_never_killed(job, out, whole, from_step=3)
+    (note,) = [note["text"] for note in events(out, "note") if "skipped" in note["text"]]
     assert note.startswith("checkpoint-6 is skipped: ")
     assert said in note
 
@@ -148,10 +149,10 @@ def test_two_checkpoints_are_kept(whole):
     assert sorted(folder.name for folder in whole.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-9"]
 
 
-def test_a_resume_unpickles_no_object(spec, killed, tmp_path):
+def test_a_resume_unpickles_no_object(job, killed, tmp_path):
     out = copytree(killed, tmp_path / "out")
-    assert run("train_adapter", spec, out, list_loads) == 0
-    loads = told(out, "load")
+    assert run("train_adapter", job, out, list_loads) == 0
+    loads = events(out, "load")
     assert {Path(load["file"]).name for load in loads} >= {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
     assert all(load["weights_only"] and Path(load["file"]).parent == out / "checkpoint-6" for load in loads)
 
@@ -159,20 +160,20 @@ def test_a_resume_unpickles_no_object(spec, killed, tmp_path):
 def list_loads() -> None:
     load = torch.load
 
-    def told_load(file, *args, **kwargs):
+    def reported_load(file, *args, **kwargs):
         say("load", file=str(file), weights_only=kwargs.get("weights_only", False))
         return load(file, *args, **kwargs)
 
-    torch.load = told_load
+    torch.load = reported_load
 
 
 # --- the best validation, and an early end ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def stopping(spec) -> dict:
+def stopping(job) -> TrainJob:
     """Step 5 has the lowest validation loss of steps 1 to 7; after 6 and 7 without a lower one, training stops."""
-    return spec | {"learning_rate": 3e-2, "validation_steps": 1, "early_stopping_patience": 2}
+    return changed(job, learning_rate=3e-2, validation_steps=1, early_stopping_patience=2)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +212,7 @@ def test_a_killed_run_keeps_its_best_and_its_patience(stopping, stopped, tmp_pat
 
 
 def test_a_run_killed_after_its_early_end_trains_no_further(stopping, stopped, tmp_path):
-    saving = partial(before_call, "tasks.training.workers.train_adapter", "save", 1, kill)
+    saving = partial(before_call, "tasks.training.workers.train_adapter", "save_trained", 1, kill)
     assert run("train_adapter", stopping, tmp_path, saving) == KILLED
     ends_as_if_never_killed(stopping, tmp_path, stopped, from_step=7)
 
@@ -233,13 +234,13 @@ def test_a_store_can_be_moved_between_a_kill_and_the_next_run(stopping, stopped,
 # --- evaluation, and at random ------------------------------------------------------------------------------
 
 
-def test_a_killed_evaluation_scores_only_what_is_missing(spec, whole, tmp_path):
+def test_a_killed_evaluation_scores_only_what_is_missing(job, whole, tmp_path):
     targets = [
         {"name": "base", "method": "lora", "adapter": None, "quantisation": None, "merged": False},
         {"name": "lora", "method": "lora", "adapter": str(whole / "adapter"), "quantisation": None, "merged": False},
     ]
     settings = EvaluateSpec(tasks=["domain_nll"], sample_questions=1, sample_tokens=4).model_dump()
-    place = {"base": spec["base"], "test": spec["validation"], "max_tokens": 256, "precision": "fp32", "threads": 1}
+    place = {"base": str(job.base), "test": str(job.validation), "max_tokens": 256, "precision": "fp32", "threads": 1}
     asked = settings | place | {"targets": targets}
     assert run("evaluate_models", asked, tmp_path / "whole") == 0
     scoring = partial(before_call, "tasks.evaluation.workers.evaluate_models", "read_samples", 2, kill)

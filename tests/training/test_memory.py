@@ -27,7 +27,7 @@ from transformers import (
 
 import data_contracts
 from data_contracts.train_spec import TrainSpec
-from tasks.models.core.packing import Scored, pack
+from tasks.models.core.packing import ScoredSequence, pack
 from tasks.models.workers.fused_layers import fuse_lora, fuse_mlp, fuse_norms
 from tasks.models.workers.head_loss import HeadLoss
 from tasks.models.workers.loading import load_base
@@ -37,9 +37,10 @@ from tasks.runtime.workers.device import Device
 from tasks.training.core.activations import block_bytes, logit_bytes
 from tasks.training.core.architecture import Architecture, decoder
 from tasks.training.core.memory import constant_bytes, predict
-from tasks.training.core.memory_settings import NAMES, Settings, Stack, on_cpu, settings_of, state_bytes
+from tasks.training.core.memory_settings import OPTIMISERS, Settings, Stack, StepShape, on_cpu, settings_of, state_bytes
 from tasks.training.workers.describe_base import architecture_of
 from tasks.training.workers.planned_memory import planned_memory
+from tests.support.faults import job_on
 
 CPU = Device("cpu", "fp32", "test", 1, "test")
 SHAPES = json.loads((Path(data_contracts.__file__).parent / "architectures.json").read_text())
@@ -48,7 +49,7 @@ SMALL = {
     "num_key_value_heads": 2, "vocab_size": 1000,
 }  # fmt: skip
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "gemma": GemmaConfig, "qwen2": Qwen2Config}
-SETTINGS = TrainSpec(rank=8).model_dump()
+SETTINGS = TrainSpec(rank=8)
 PRECISIONS = ["fp32", pytest.param("bf16", marks=pytest.mark.slow)]  # without AVX512 bf16 takes eight times as long
 
 
@@ -57,8 +58,12 @@ def small_config(name: str):
     return CONFIGS[name](**SMALL, **head_dim, use_cache=False)
 
 
-def settings(method: str, length: int = 64, **settings) -> Settings:
-    return settings_of(SETTINGS | settings, method, 4, length)
+def settings(method: str, **changes) -> Settings:
+    return settings_of(with_changes(changes), method, 4, StepShape(64))
+
+
+def with_changes(changes: dict) -> TrainSpec:
+    return TrainSpec.model_validate(SETTINGS.model_dump() | changes)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -73,7 +78,7 @@ def base(request, tmp_path_factory) -> Path:
 
 
 def tensor_bytes(model: torch.nn.Module) -> tuple[int, int]:
-    """(weights, quantisation constants) as they lie in memory."""
+    """(weights, quantisation constants) as they are in memory."""
     weights, constants = {}, {}
     for parameter in model.parameters():
         weights[parameter.data_ptr()] = parameter.numel() * parameter.element_size()
@@ -109,7 +114,9 @@ def test_constants_of_one_tensor_are_those_of_bitsandbytes(shape, double_quant):
     )
     kept = [state.absmax, state.code]
     kept += [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
-    assert constant_bytes(shape[0] * shape[1], double_quant) == sum(t.numel() * t.element_size() for t in kept)
+    assert constant_bytes(shape[0] * shape[1], double_quant=double_quant) == sum(
+        t.numel() * t.element_size() for t in kept
+    )
     assert packed.numel() == -(-shape[0] * shape[1] // 2)
 
 
@@ -138,7 +145,7 @@ def test_adapters_have_the_planned_parameters(base, targets):
     assert planned.adapters == sum(p.numel() * p.element_size() for p in trained) > 0
 
 
-OPTIMISERS = {
+CLASSES = {
     "adamw_torch": torch.optim.AdamW,
     "adamw_8bit": bnb.optim.AdamW8bit,
     "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
@@ -149,11 +156,11 @@ OPTIMISERS = {
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", CLASSES)
 def test_optimiser_states_take_the_planned_bytes(name):
     shapes = [(8, 2048), (2048, 8), (8, 100), (512, 512)]
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    optimiser = OPTIMISERS[name](params)
+    optimiser = CLASSES[name](params)
     for parameter in params:
         parameter.grad = torch.randn_like(parameter)
     optimiser.step()
@@ -170,7 +177,7 @@ def test_only_large_states_of_paged_optimisers_may_leave_the_card():
     assert state_bytes("paged_adamw_32bit", [(8, 1000)], 4)[1] == 0
     assert state_bytes("paged_adamw_32bit", [(512, 512)], 4)[1] == 2 * 4 * 512 * 512
     assert state_bytes("adamw_8bit", [(512, 512)], 4)[1] == 0
-    assert all(state_bytes(name, [(8, 64)], 4)[0] >= 0 for name in NAMES)
+    assert all(state_bytes(name, [(8, 64)], 4)[0] >= 0 for name in OPTIMISERS)
 
 
 # --- activations --------------------------------------------------------------------------------------------
@@ -228,13 +235,10 @@ def live_peak(model, batch: dict, device: Device) -> int:
     return counter.peak
 
 
-def packed_settings(rows: list[Scored], method: str, device: Device, **settings) -> Settings:
+def packed_settings(rows: list[ScoredSequence], method: str, device: Device, **changes) -> Settings:
     packed = pack(rows)
-    asked = settings_of(
-        SETTINGS | settings, method, device.dtype.itemsize, len(packed.input_ids_T),
-        scored=len(packed.targets_N), segments=packed.tree.seen,
-    )  # fmt: skip
-    return on_cpu(asked)
+    shape = StepShape(len(packed.input_ids_T), scored=len(packed.targets_N), segments=packed.tree.seen)
+    return on_cpu(settings_of(with_changes(changes), method, device.dtype.itemsize, shape))
 
 
 def planned_peak(arch: Architecture, asked: Settings) -> int:
@@ -242,8 +246,8 @@ def planned_peak(arch: Architecture, asked: Settings) -> int:
     return parts.activations + parts.logits + parts.gradients
 
 
-APART = [Scored(list(range(i, i + 400)), 250) for i in (0, 500)]
-SHARED = [Scored([7] * 40 + list(range(i, i + n)), n) for i, n in ((0, 200), (300, 333), (700, 120))]
+APART = [ScoredSequence(list(range(i, i + 400)), 250) for i in (0, 500)]
+SHARED = [ScoredSequence([7] * 40 + list(range(i, i + n)), n) for i, n in ((0, 200), (300, 333), (700, 120))]
 
 
 @pytest.mark.parametrize("rows", [APART, SHARED], ids=["apart", "shared"])
@@ -300,8 +304,8 @@ def test_a_step_of_prefix_tuning_peaks_within_6_percent_of_the_plan(base, precis
     arch = architecture_of(model)
     model = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16))
     fuse_norms(model)
-    rows = [Scored(list(range(i, i + 200)), 100) for i in (0, 100, 200, 300)]
-    asked = settings_of(SETTINGS, "prefix", device.dtype.itemsize, 199, len(rows), scored=400)
+    rows = [ScoredSequence(list(range(i, i + 200)), 100) for i in (0, 100, 200, 300)]
+    asked = settings_of(SETTINGS, "prefix", device.dtype.itemsize, StepShape(199, len(rows), 400))
     assert sum(a * b for a, b in asked.trainable(arch)) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     measured = live_peak(model, to_tensors(rows, "padded"), device)
     assert planned_peak(arch, asked) == pytest.approx(measured, rel=0.06)
@@ -314,10 +318,10 @@ def test_a_padded_step_of_a_base_with_softcaps_peaks_within_12_percent_of_the_pl
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     device = dataclasses.replace(CPU, precision=precision)
     model, arch = adapted_model(tmp_path, "lora", checkpointing, device)
-    rows = [Scored(list(range(i, i + 200)), 100) for i in (0, 100, 200, 300)]
+    rows = [ScoredSequence(list(range(i, i + 200)), 100) for i in (0, 100, 200, 300)]
     assert choose_way(model, rows[:1], 64).way == "padded"
-    settings = SETTINGS | {"activation_checkpointing": checkpointing}
-    asked = settings_of(settings, "lora", device.dtype.itemsize, 199, len(rows), scored=400, way="padded")
+    train = with_changes({"activation_checkpointing": checkpointing})
+    asked = settings_of(train, "lora", device.dtype.itemsize, StepShape(199, len(rows), 400, way="padded"))
     measured = live_peak(model, to_tensors(rows, "padded"), device)
     assert planned_peak(arch, asked) == pytest.approx(measured, rel=0.12)
 
@@ -362,13 +366,13 @@ def test_scores_of_every_pair_of_tokens_are_what_eager_attention_costs():
 
 # --- predicted, in a run ------------------------------------------------------------------------------------
 
-ROWS = [Scored([7] * 5 + list(range(i, i + n)), 10) for i, n in ((0, 20), (50, 300), (400, 30), (500, 310))]
+ROWS = [ScoredSequence([7] * 5 + list(range(i, i + n)), 10) for i, n in ((0, 20), (50, 300), (400, 30), (500, 310))]
 
 
 def test_the_largest_step_of_a_plan_is_the_one_predicted(base):
-    spec = SETTINGS | {"base": str(base), "method": "lora"}
+    job = job_on(base, base, rank=8, dropout=0.0)
     small, large, whole = (
-        planned_memory(spec, ROWS, plan, CPU, "packed") for plan in ([[0], [2]], [[1, 3]], [[0], [1, 3], [2]])
+        planned_memory(job, ROWS, plan, CPU, "packed") for plan in ([[0], [2]], [[1, 3]], [[0], [1, 3], [2]])
     )
     assert sum(small.values()) < sum(large.values())
     assert large == whole
@@ -390,6 +394,6 @@ def test_the_largest_step_of_a_plan_is_the_one_predicted(base):
 ])  # fmt: skip
 def test_what_cannot_be_planned_is_noted_and_stops_nothing(tmp_path, capsys, config, settings, why):
     config.save_pretrained(tmp_path)
-    spec = SETTINGS | {"base": str(tmp_path), "method": "lora"} | settings
-    assert planned_memory(spec, ROWS, [[0]], CPU, "packed") is None
+    job = job_on(tmp_path, tmp_path, **settings)
+    assert planned_memory(job, ROWS, [[0]], CPU, "packed") is None
     assert json.loads(capsys.readouterr().out) == {"event": "note", "text": f"memory of training is not planned: {why}"}

@@ -8,14 +8,17 @@ import torch
 from safetensors.torch import load_file
 
 from data_contracts.errors import ConfigError
+from data_contracts.jobs.models import InitAdapterJob
+from data_contracts.jobs.training import TrainJob
+from data_contracts.reports import Quantisation
 from data_contracts.train_spec import TrainSpec
 from flows.config.load import load_spec
 from tasks.models.base import start_settings
-from tasks.models.core.packing import Scored
+from tasks.models.core.packing import ScoredSequence
 from tasks.models.workers.chat_template import load_chat
-from tasks.models.workers.forms import attach, form_of, load
+from tasks.models.workers.forms import attach_adapter, form_of, load_form
 from tasks.models.workers.fused_layers import fuse_lora
-from tasks.models.workers.init_adapter import init_adapter
+from tasks.models.workers.init_adapter import make_step0
 from tasks.models.workers.loading import QLORA, dequantised, load_base
 from tasks.models.workers.lora_init import adapted
 from tasks.models.workers.scoring import scored_losses, to_tensors
@@ -27,7 +30,7 @@ from tasks.training.workers import trainer as packed_trainer
 from tasks.training.workers.neftune import add_noise, lengths_of
 from tests.conftest import toy_rows, write_rows
 
-# As in a worker, where harness.py silences what libraries say about their own future.
+# As in a worker, where harness.py silences the deprecation warnings of libraries.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 CPU = Device("cpu", "fp32", "test", 1, "test")
@@ -68,31 +71,31 @@ FIRST = (
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> dict[str, str]:
+def files(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("rows")
     return {
-        "train": str(write_rows(folder / "train.jsonl", toy_rows(40))),
-        "validation": str(write_rows(folder / "validation.jsonl", toy_rows(6, first=200))),
+        "train": write_rows(folder / "train.jsonl", toy_rows(40)),
+        "validation": write_rows(folder / "validation.jsonl", toy_rows(6, first=200)),
     }
 
 
-def spec_of(base: Path, files: dict[str, str], method: str, changes: dict, out: Path) -> dict:
-    """The training worker's spec, with the step-0 adapter made as the pipeline makes it."""
+def job_of(base: Path, files: dict[str, Path], method: str, changes: dict, out: Path) -> TrainJob:
+    """The training worker's job, with the step-0 adapter made as the pipeline makes it."""
     train = TrainSpec(methods=[method], **SHORT | changes)
     start = start_settings(method, 5, train, "fp32")
     if start:
-        init_adapter(start | {"base": str(base)}, out / "step0")
-    step0 = str(out / "step0" / "adapter") if start else None
-    own = {"method": method, "base": str(base), "base_name": "tiny", "precision": "fp32", "step0": step0, "seed": 5}
-    return train.model_dump() | own | files
+        make_step0(InitAdapterJob(base=base, settings=start), out / "step0")
+    return TrainJob(
+        method=method, seed=5, base=base, base_name="tiny", step0=out / "step0" / "adapter" if start else None,
+        precision="fp32", threads_reason=None, settings=train, **files,
+    )  # fmt: skip
 
 
-def loaded(base: Path, spec: dict, adapter: Path, report: dict):
+def loaded(base: Path, job: TrainJob, adapter: Path, report: dict):
     """What the evaluation scores: the saved result in a model of its own."""
-    own = spec["method"] == "full"
-    quantisation = report["quantisation"] or {}
-    model = load_base(adapter if own else base, spec["method"], CPU, quantisation)
-    return attach(model, {"method": spec["method"], "adapter": str(adapter), "merged": False})
+    quantisation = Quantisation(**report["quantisation"]) if report["quantisation"] else QLORA
+    model = load_base(adapter if job.is_full else base, job.method, CPU, quantisation)
+    return attach_adapter(model, {"method": job.method, "adapter": str(adapter), "merged": False})
 
 
 def losses_of(model, base: Path, way: str = "padded") -> torch.Tensor:
@@ -105,17 +108,17 @@ def losses_of(model, base: Path, way: str = "padded") -> torch.Tensor:
 @pytest.mark.parametrize("variant", [v if v in FIRST else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS])
 def test_a_method_learns_and_reloads_as_the_model_that_was_trained(tiny_base, files, tmp_path, monkeypatch, variant):
     method, changes = VARIANTS[variant]
-    spec = spec_of(tiny_base, files, method, changes, tmp_path)
+    job = job_of(tiny_base, files, method, changes, tmp_path)
     trained = []
-    save = train_adapter.save
-    monkeypatch.setattr(train_adapter, "save", lambda model, *rest: (trained.append(model), save(model, *rest)))
-    report = train_adapter.train(spec, tmp_path)
+    save = train_adapter.save_trained
+    monkeypatch.setattr(train_adapter, "save_trained", lambda model, *rest: (trained.append(model), save(model, *rest)))
+    report = train_adapter.train(job, tmp_path)
     assert report["trainable_parameters"] == sum(p.numel() for p in trained[0].parameters() if p.requires_grad) > 0
     first, last = report["loss"][0]["loss_nats"], report["loss"][-1]["loss_nats"]
     assert last < first - 0.05
     way = report["scoring"]
     assert way == ("padded" if method == "prefix" else "packed")
-    found = losses_of(loaded(tiny_base, spec, tmp_path / "adapter", report), tiny_base, way)
+    found = losses_of(loaded(tiny_base, job, tmp_path / "adapter", report), tiny_base, way)
     expected = losses_of(trained[0], tiny_base, way)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     base = losses_of(load_base(tiny_base, "lora", CPU), tiny_base)
@@ -129,8 +132,8 @@ def test_a_method_learns_and_reloads_as_the_model_that_was_trained(tiny_base, fi
 @pytest.mark.parametrize("variant", FIRST)
 def test_memory_is_counted_part_by_part_as_it_was_planned(tiny_base, files, tmp_path, variant):
     method, changes = VARIANTS[variant]
-    spec = spec_of(tiny_base, files, method, {**changes, "max_steps": 1}, tmp_path)
-    report = train_adapter.train(spec, tmp_path)
+    job = job_of(tiny_base, files, method, {**changes, "max_steps": 1}, tmp_path)
+    report = train_adapter.train(job, tmp_path)
     found, planned = report["measured_memory"], report["planned_memory"]
     assert sum(found.values()) == report["peak_train_bytes"]
     assert sum(planned.values()) == report["predicted_train_bytes"]
@@ -145,10 +148,10 @@ def test_memory_is_counted_part_by_part_as_it_was_planned(tiny_base, files, tmp_
 # --- starts -------------------------------------------------------------------------------------------------
 
 
-def step0_of(base: Path, method: str, changes: dict, out: Path) -> tuple[dict, torch.nn.Module]:
-    """A training worker's spec, and its model before the first step."""
-    spec = spec_of(base, {}, method, changes, out)
-    return spec, train_adapter.trainable(spec, CPU)
+def step0_of(base: Path, method: str, changes: dict, out: Path) -> tuple[TrainJob, torch.nn.Module]:
+    """A training worker's job, and its model before the first step."""
+    job = job_of(base, dict.fromkeys(("train", "validation"), out / "none.jsonl"), method, changes, out)
+    return job, train_adapter.trainable(job, CPU)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
@@ -183,7 +186,7 @@ def test_lora_and_qlora_share_a_start_but_for_loftq():
 
     assert start("full") is None
     assert start("lora", init="pissa") == start("qlora", init="pissa")
-    assert start("lora", init="loftq")["init"] == "default"
+    assert start("lora", init="loftq").init == "default"
     assert start("qlora", init="loftq") != start("qlora", init="loftq", quant_type="fp4")
     assert start("prefix", rank=4) == start("prefix", rank=8) != start("prefix", prefix_tokens=3)
 
@@ -199,10 +202,10 @@ RESUMED = {
 
 @pytest.mark.parametrize("variant", [v if v == "dora" else pytest.param(v, marks=pytest.mark.slow) for v in RESUMED])
 def test_an_interrupted_run_ends_with_the_bit_identical_result(tiny_base, files, tmp_path, monkeypatch, variant):
-    spec = spec_of(tiny_base, files, *RESUMED[variant], tmp_path)
+    job = job_of(tiny_base, files, *RESUMED[variant], tmp_path)
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
-    train_adapter.train(spec, tmp_path / "whole")
+    train_adapter.train(job, tmp_path / "whole")
     losses, calls = packed_trainer.scored_losses, iter(range(1000))
 
     def interrupted(model, batch):
@@ -212,17 +215,17 @@ def test_an_interrupted_run_ends_with_the_bit_identical_result(tiny_base, files,
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(packed_trainer, "scored_losses", interrupted)
-        train_adapter.train(spec, tmp_path / "cut")
+        train_adapter.train(job, tmp_path / "cut")
     torch.manual_seed(99)
-    assert train_adapter.train(spec, tmp_path / "cut")["resumed_from_step"] in (3, 4)
+    assert train_adapter.train(job, tmp_path / "cut")["resumed_from_step"] in (3, 4)
     assert digest(tmp_path / "cut" / "adapter") == digest(tmp_path / "whole" / "adapter")
 
 
 @pytest.mark.parametrize(("method", "file"), [("full", "model"), ("prefix", "adapter_model")])
 def test_the_weights_of_the_lowest_validation_are_kept(tiny_base, files, tmp_path, monkeypatch, method, file):
-    told = iter([1.0, 2.0, 3.0, 3.0])
-    monkeypatch.setattr(packed_trainer, "mean_loss", lambda *_: next(told))
-    report = train_adapter.train(spec_of(tiny_base, files, method, {"validation_steps": 2}, tmp_path), tmp_path)
+    losses = iter([1.0, 2.0, 3.0, 3.0])
+    monkeypatch.setattr(packed_trainer, "mean_loss", lambda *_: next(losses))
+    report = train_adapter.train(job_of(tiny_base, files, method, {"validation_steps": 2}, tmp_path), tmp_path)
     assert (report["best_step"], report["steps"]) == (2, 6)
     kept, best, last = (
         load_file(tmp_path / folder / f"{file}.safetensors") for folder in ("adapter", "checkpoint-2", "checkpoint-6")
@@ -234,7 +237,7 @@ def test_the_weights_of_the_lowest_validation_are_kept(tiny_base, files, tmp_pat
 def test_loraplus_gives_b_its_own_rate_over_the_whole_schedule(tiny_base, files, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(torch.optim.AdamW, "step", _noting_rates(torch.optim.AdamW.step, seen))
-    train_adapter.train(spec_of(tiny_base, files, "lora", {"lora_plus_ratio": 8.0}, tmp_path), tmp_path)
+    train_adapter.train(job_of(tiny_base, files, "lora", {"lora_plus_ratio": 8.0}, tmp_path), tmp_path)
     assert len(seen) == 6
     assert all(rates == {"lora_A": pytest.approx(own), "lora_B": pytest.approx(8 * own)} for own, rates in seen)
 
@@ -250,10 +253,10 @@ def _noting_rates(step, seen):
 
 
 @pytest.mark.parametrize("way", ["packed", "padded"])
-def test_noise_goes_by_a_sequences_own_length_and_only_in_training(tiny_base, way):
+def test_noise_depends_on_a_sequences_own_length_and_only_in_training(tiny_base, way):
     chat, model = load_chat(tiny_base), load_base(tiny_base, "lora", CPU)
     rows = [chat.scored(row["messages"]) for row in toy_rows(3)]
-    rows.append(Scored([9] * 150, 100))
+    rows.append(ScoredSequence([9] * 150, 100))
     batch, seen = to_tensors(rows, way), []
     clean = losses_of(model, tiny_base)
     plain = model.get_input_embeddings()(batch["input_ids"])
@@ -295,7 +298,7 @@ def test_settings_that_cannot_work_together_are_refused_with_the_reason(settings
         TrainSpec(**settings)
 
 
-def test_all_refusals_are_told_at_once():
+def test_all_refusals_are_reported_at_once():
     asked = ["train.methods=[prefix]", "train.use_dora=true", "train.activation_checkpointing=true"]
     with pytest.raises(ConfigError) as refused:
         load_spec("smoke", asked)
@@ -314,10 +317,10 @@ def test_a_base_is_quantised_as_asked_where_it_is_trained_scored_and_served(
     asked = {"quant_type": quant_type, "double_quant": double_quant}
     from tasks.release.workers.served_model import ServedModel  # MLflow warns of type hints as it is imported
 
-    spec, model = step0_of(tiny_base, "qlora", asked, tmp_path)
-    assert quantised_as(model) == asked == train_adapter.quantisation_of(spec)
+    job, model = step0_of(tiny_base, "qlora", asked, tmp_path)
+    assert quantised_as(model) == asked == train_adapter.quantisation_of(job).model_dump()
     target = {"name": "x", "method": "qlora", "adapter": None, "quantisation": asked, "merged": False}
-    assert quantised_as(load(form_of(target), tiny_base, CPU)) == asked
+    assert quantised_as(load_form(form_of(target), tiny_base, CPU)) == asked
     served = ServedModel()
     served.meta = {"precision": "fp32", "quantisation": asked}
     form = served._form()["quantization_config"]
@@ -332,7 +335,7 @@ def quantised_as(model) -> dict:
 
 
 def test_a_version_says_how_its_base_was_quantised_and_an_old_one_as_it_was():
-    told = {"tunegate.method": "qlora", "tunegate.quantisation": '{"quant_type":"fp4","double_quant":false}'}
-    assert _quantisation(told).model_dump() == {"quant_type": "fp4", "double_quant": False}
-    assert _quantisation({"tunegate.method": "qlora"}).model_dump() == QLORA
+    tags = {"tunegate.method": "qlora", "tunegate.quantisation": '{"quant_type":"fp4","double_quant":false}'}
+    assert _quantisation(tags).model_dump() == {"quant_type": "fp4", "double_quant": False}
+    assert _quantisation({"tunegate.method": "qlora"}) == QLORA
     assert _quantisation({"tunegate.method": "full"}) is None

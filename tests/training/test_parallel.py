@@ -1,4 +1,5 @@
-"""Arms that train at the same time are the arms that train alone, in places of their own. Run: pytest tests/training/test_parallel.py
+"""Arms that train at the same time are the arms that train alone, in places of their own. Run: pytest
+tests/training/test_parallel.py
 
 Prefect's engine, the workers and the tiny base are real. Not tried: several GPUs, for want of them.
 """
@@ -19,7 +20,7 @@ from tasks.pipeline.policies import stage_key
 from tasks.runtime.processes import Display
 from tasks.runtime.store import Store, digest
 from tasks.training.slots import on_cluster, share_out, slots_of, visible_gpus
-from tests.conftest import LORA, toy_rows, write_rows
+from tests.conftest import step0_job, toy_rows, write_rows
 from tests.evaluation.test_verdict import SETTINGS, trained
 from tests.flows.test_pages import dataset
 
@@ -35,7 +36,7 @@ SHORT = {
 
 def test_free_cores_are_divided_evenly_with_the_reason():
     slots = share_out(TrainSpec(parallel=3), [], free=8, cores=16)
-    assert [(slot.gpu, slot.threads, slot.beside) for slot in slots] == [(None, 2, 3)] * 3
+    assert [(slot.gpu, slot.threads, slot.side_by_side) for slot in slots] == [(None, 2, 3)] * 3
     assert slots[0].why == "the share of each of 3 arms in 8 free cores"
     assert share_out(TrainSpec(parallel=2), [], free=1, cores=2)[0].threads == 1
     assert share_out(TrainSpec(parallel=2, threads=4), [], free=1, cores=8)[1].why == "set by train.threads"
@@ -48,17 +49,17 @@ def test_each_arm_gets_a_gpu_of_its_own_by_the_name_it_has():
 
 
 @pytest.mark.parametrize(
-    ("settings", "gpus", "told"),
+    ("settings", "gpus", "shown"),
     [
         ({"parallel": 3}, ["0", "1"], "limit: 2 visible GPUs\n    next: set it to 2"),
         ({"parallel": 5}, [], "limit: 4 cores\n    next: lower train.threads, or set train.parallel to 4"),
         ({"parallel": 2, "threads": 3}, [], "train.parallel to 1"),
     ],
 )
-def test_more_arms_at_a_time_than_there_are_places_are_refused(settings, gpus, told):
+def test_more_arms_at_a_time_than_there_are_places_are_refused(settings, gpus, shown):
     with pytest.raises(ConfigError) as refused:
         share_out(TrainSpec(**settings), gpus, free=4, cores=4)
-    assert told in str(refused.value)
+    assert shown in str(refused.value)
 
 
 def test_one_arm_at_a_time_asks_for_no_place_and_two_ask_this_machine(monkeypatch):
@@ -84,11 +85,11 @@ def test_ray_needs_one_cluster_for_all_arms_and_gives_each_what_it_asks_for():
     with pytest.raises(ConfigError, match="RAY_ADDRESS"):
         on_cluster(TrainSpec(parallel=2, engine="ray"), None)
     asked = on_cluster(TrainSpec(parallel=2, workers=2, engine="ray", threads=4), "10.0.0.1:6379")
-    assert [(slot.gpu, slot.threads, slot.beside) for slot in asked] == [(None, 4, 2)] * 2
+    assert [(slot.gpu, slot.threads, slot.side_by_side) for slot in asked] == [(None, 4, 2)] * 2
 
 
 def test_how_many_train_at_a_time_is_no_part_of_what_is_trained():
-    slot = Slot(gpu="1", threads=1, why="", beside=2)
+    slot = Slot(gpu="1", threads=1, why="", side_by_side=2)
     keys = {stage_key("train", {"settings": TrainSpec(parallel=n), "slot": slot if n > 1 else None}) for n in (1, 2)}
     assert len(keys) == 1
 
@@ -101,7 +102,7 @@ def test_equal_trainings_are_not_started_at_the_same_time():
     assert groups(["a", "b", "a"], 3) == [[0, 1], [2]]
 
 
-# --- what is said -------------------------------------------------------------------------------------------
+# --- what is shown ------------------------------------------------------------------------------------------
 
 
 def test_lines_of_several_workers_say_whose_they_are(capsys):
@@ -119,8 +120,8 @@ def test_lines_of_several_workers_say_whose_they_are(capsys):
 def test_a_speed_is_said_to_be_one_of_arms_side_by_side_and_only_like_is_compared():
     lora, qlora = (trained(name).model_copy(update={"side_by_side": 2}) for name in ("lora", "qlora"))
     costs = measure_costs([lora, qlora], SETTINGS)
-    told = {claim.claim: claim.note for claim in claims(None, costs, [lora, qlora])}
-    assert told["runs 20 to 30 % slower"].endswith("more time a token, up to 2 arms training side by side")
+    notes = {claim.claim: claim.note for claim in claims(None, costs, [lora, qlora])}
+    assert notes["runs 20 to 30 % slower"].endswith("more time a token, up to 2 arms training side by side")
     assert measure_costs([trained("lora"), qlora], SETTINGS).speed_ratio is None
 
 
@@ -136,15 +137,14 @@ class Place:
     """A store with rows, a base and the arms' shared step-0 adapter."""
 
     def __init__(self, root: Path, base: Path) -> None:
-        from tasks.models.workers.init_adapter import init_adapter
+        from tasks.models.workers.init_adapter import make_step0
 
         self.store = Store(root)
         (self.store.files / "bases").mkdir(parents=True)
         (self.store.files / "bases" / "tiny").symlink_to(base)
         write_rows(self.store.files / "train.jsonl", toy_rows(80))
         write_rows(self.store.files / "validation.jsonl", toy_rows(4, first=200))
-        init_adapter({**LORA, "base": str(base), "seed": 5, "rank": 4, "alpha": 8, "dropout": 0.0,
-                      "target_modules": "all-linear"}, self.store.files / "step0")  # fmt: skip
+        make_step0(step0_job(base), self.store.files / "step0")
         self.step0 = adapter_ref(self.store, self.store.files / "step0" / "adapter")
         self.base = BaseModelRef(
             name="tiny", digest=digest(base), path="bases/tiny", note="", revision=None, stops=[], chat_template=None
@@ -189,13 +189,13 @@ def place(tiny_base, tmp_path, prefect) -> Place:
 def test_two_arms_overlap_in_time_and_are_what_they_are_alone(tiny_base, tmp_path, prefect):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    beside = Place(tmp_path / "a", tiny_base).train(TWO)
+    together = Place(tmp_path / "a", tiny_base).train(TWO)
     alone = Place(tmp_path / "b", tiny_base).train([])
-    assert max(start for start, _ in beside.times) < min(end for _, end in beside.times)
+    assert max(start for start, _ in together.times) < min(end for _, end in together.times)
     assert alone.times[0][1] < alone.times[1][0]
-    assert [arm.name for arm in beside.arms] == [arm.name for arm in alone.arms] == ["lora", "qlora"]
-    assert [arm.adapter.sha256 for arm in beside.arms] == [arm.adapter.sha256 for arm in alone.arms]
-    assert [(arm.side_by_side, arm.threads) for arm in (*beside.arms, *alone.arms)] == [(2, 1)] * 2 + [(1, 1)] * 2
+    assert [arm.name for arm in together.arms] == [arm.name for arm in alone.arms] == ["lora", "qlora"]
+    assert [arm.adapter.sha256 for arm in together.arms] == [arm.adapter.sha256 for arm in alone.arms]
+    assert [(arm.side_by_side, arm.threads) for arm in (*together.arms, *alone.arms)] == [(2, 1)] * 2 + [(1, 1)] * 2
 
 
 @pytest.mark.slow
@@ -206,7 +206,7 @@ def test_an_arm_that_fails_lets_the_other_finish(place):
 
 
 @pytest.mark.slow
-def test_what_is_wrong_with_every_arm_is_told_at_once(place):
+def test_what_is_wrong_with_every_arm_is_reported_at_once(place):
     with pytest.raises(DataError) as failed:
         place.train(TWO, max_tokens=16)
     assert [problem.limit for problem in failed.value.problems] == ["16 tokens", "16 tokens"]

@@ -49,14 +49,14 @@ def test_peaks_held_out_while_the_formulas_were_written_are_met_too(published):
     assert max(errors) <= 0.25
 
 
-def test_the_page_tells_how_far_off_published_peaks_are(published, capfd):
+def test_the_page_shows_how_far_off_published_peaks_are(published, capfd):
     counted = [row for row in published if row.group != "outside"]
     median = statistics.median(PLANNER["errors"](counted, "planned"))
     worst = max(row.published / row.planned for row in counted)
     assert main(["plan", "llama-2-7b", "--method", "lora"]) == 0
-    told = capfd.readouterr().out
+    page = capfd.readouterr().out
     assert (
-        f"{median:.0%} off such plans at the median; the worst is {worst:.2f} times its plan".replace("%", " %") in told
+        f"{median:.0%} off such plans at the median; the worst is {worst:.2f} times its plan".replace("%", " %") in page
     )
 
 
@@ -79,7 +79,7 @@ def test_a_72b_base_is_planned_not_to_fit_48_gb(published):
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def test_the_page_tells_parts_cards_and_what_a_smaller_card_needs(capfd):
+def test_the_page_shows_parts_cards_and_what_a_smaller_card_needs(capfd):
     assert main(["plan", "llama-2-70b", "--method", "qlora", "--length", "512", "--batch", "1", "--gpu", "48GB"]) == 1
     out = " ".join(capfd.readouterr().out.split())
     assert "llama-2-70b: 68.98 billion parameters" in out
@@ -134,7 +134,7 @@ def test_a_folder_is_planned_from_its_configuration_alone(capfd, tiny_base, tmp_
         (["--set", "train.optimizer=sophia"], "sophia: its states are not known here", ""),
     ],
 )
-def test_bad_input_is_told_with_the_next_act(capfd, args, what, act):
+def test_bad_input_is_reported_with_the_next_act(capfd, args, what, act):
     code, found = planned(capfd, *args)
     assert code == found["exit_code"] == 2
     (problem,) = found["error"]["problems"]

@@ -2,16 +2,16 @@
 
 import pytest
 
-from tasks.models.core.packing import Scored
+from tasks.models.core.packing import ScoredSequence
 from tasks.training.workers.training_rows import fit
 
 
-def row(prompt: int, answer: int) -> Scored:
+def row(prompt: int, answer: int) -> ScoredSequence:
     """Prompt tokens count up from 0, answer tokens from 1,000; the last is the stop token."""
-    return Scored([*range(prompt), *range(1000, 1000 + answer)], prompt)
+    return ScoredSequence([*range(prompt), *range(1000, 1000 + answer)], prompt)
 
 
-def scored_tokens(sequences: list[Scored]) -> list[int]:
+def scored_tokens(sequences: list[ScoredSequence]) -> list[int]:
     return [token for sequence in sequences for token in sequence.ids[sequence.start :]]
 
 
@@ -26,17 +26,17 @@ def test_a_row_that_is_left_out_leaves_nothing():
 
 def test_a_long_prompt_loses_its_middle_and_the_answer_stays_whole():
     (found,) = fit(row(100, 5), 25, "truncate")
-    assert found == Scored([*range(10), *range(90, 100), *range(1000, 1005)], 20)
+    assert found == ScoredSequence([*range(10), *range(90, 100), *range(1000, 1005)], 20)
 
 
 def test_a_long_answer_loses_its_end_and_its_stop_token():
     (found,) = fit(row(4, 100), 20, "truncate")
-    assert found == Scored([*range(4), *range(1000, 1016)], 4)
+    assert found == ScoredSequence([*range(4), *range(1000, 1016)], 4)
 
 
 def test_a_long_prompt_and_a_long_answer_share_the_limit():
     (found,) = fit(row(100, 100), 20, "truncate")
-    assert found == Scored([*range(5), *range(95, 100), *range(1000, 1010)], 10)
+    assert found == ScoredSequence([*range(5), *range(95, 100), *range(1000, 1010)], 10)
 
 
 @pytest.mark.parametrize("prompt", [1, 7, 50])

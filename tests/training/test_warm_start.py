@@ -1,7 +1,7 @@
-"""A warm start goes on from the champion on new rows and old ones, and never sees what is held out.
+"""A warm start begins with the champion, on new rows and old ones, and never sees what is held out.
 
-The registry, the ledger, the split, the training worker's own code and a tiny base are real; workers run in this process.
-The whole chain with a warm start, killed and forced: `pytest -m slow tests/training/test_warm_start.py`.
+The registry, the ledger, the split, the training worker's own code and a tiny base are real; workers run in this
+process. The whole chain with a warm start, killed and forced: `pytest -m slow tests/training/test_warm_start.py`.
 """
 
 import json
@@ -15,9 +15,11 @@ import pytest
 
 from data_contracts.data_reports import DatasetManifest, FileRef
 from data_contracts.errors import ConfigError, GateError, StoreError
+from data_contracts.jobs import Job
 from data_contracts.lineage import LINEAGE_TAG
 from data_contracts.reports import AdapterRef, BaseModelRef, Origin, RecordedRun, Start, TrainReport
 from data_contracts.run_spec import ModelSpec, RunSpec, StoreSpec
+from data_contracts.stage_inputs import StartInputs, TrainInputs
 from data_contracts.train_spec import TrainSpec, arms_of
 from data_contracts.verdict import GateReport
 from tasks.data.curation.dataset_files import ids_of, publish_ids, read_ids
@@ -31,9 +33,17 @@ from tasks.release.register import register_version
 from tasks.reproduction.dataset import Rows
 from tasks.reproduction.reproduce import begin_again, train_again
 from tasks.runtime.mlflow_client import connect, open_experiment
+from tasks.runtime.processes import Launch
 from tasks.runtime.store import Store, digest
 from tasks.training import train
-from tasks.training.warm_start import Form, choose, choose_start, differences, origin_of, scratch
+from tasks.training.warm_start import (
+    AdapterShape,
+    choose_rows,
+    choose_start,
+    differences,
+    origin_of,
+    start_from_scratch,
+)
 from tests.data.test_curate import facts
 from tests.data.test_curate import run as curate_rows
 from tests.flows.test_pages import planted, scores
@@ -52,25 +62,25 @@ IDS = [f"{i:064x}" for i in range(100)]
 
 def test_all_new_rows_are_taken_and_old_ones_make_the_share_asked_for():
     for share, replayed in ((0.0, 0), (0.2, 5), (0.5, 20), (0.8, 80), (0.9, 80), (1.0, 80)):
-        chosen = choose(IDS, set(IDS[:80]), share)
+        chosen = choose_rows(IDS, set(IDS[:80]), share)
         assert (chosen.new, chosen.old, len(chosen.replayed)) == (IDS[80:], IDS[:80], replayed)
         assert len(set(chosen.replayed)) == replayed and set(chosen.replayed) <= set(IDS[:80])
 
 
 def test_replayed_are_the_same_rows_whatever_else_comes():
-    few, more = (choose(IDS[:last], set(IDS[:70]), 0.3).replayed for last in (90, 100))
+    few, more = (choose_rows(IDS[:last], set(IDS[:70]), 0.3).replayed for last in (90, 100))
     assert set(few) < set(more) and more == sorted(more) and more[:3] != IDS[:3]
-    shuffled = choose(IDS[::-1], set(IDS[:70]), 0.3).replayed
+    shuffled = choose_rows(IDS[::-1], set(IDS[:70]), 0.3).replayed
     assert shuffled == more[::-1]
 
 
 def test_adapters_fit_if_they_have_one_form_whatever_their_dropout_and_their_words_for_layers():
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["all-linear"], "use_dora": False}
-    ours = Form(config, ["base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"])
-    theirs = Form(config | {"target_modules": ["q"], "lora_dropout": 0.1}, ours.tensors[::-1])
+    ours = AdapterShape(config, ["base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"])
+    theirs = AdapterShape(config | {"target_modules": ["q"], "lora_dropout": 0.1}, ours.tensors[::-1])
     assert differences(theirs, ours) == []
-    told = differences(Form(config | {"r": 8, "use_dora": True}, ["base_model.model.v.lora_A.weight"]), ours)
-    assert told == [
+    found = differences(AdapterShape(config | {"r": 8, "use_dora": True}, ["base_model.model.v.lora_A.weight"]), ours)
+    assert found == [
         "rank 8 there and 4 here",
         "use_dora True there and False here",
         "1 adapted layers there and 1 here, not the same (such as q)",
@@ -93,7 +103,7 @@ def test_settings_of_a_warm_start_that_cannot_work_are_refused(settings, why):
         TrainSpec(**settings)
 
 
-def test_a_variant_may_start_otherwise_than_the_arm_beside_it():
+def test_a_variant_may_start_otherwise_than_the_other_arms():
     fresh = {"name": "fresh", "method": "qlora", "settings": {"warm_start": "never"}}
     arms = arms_of(TrainSpec(warm_start="champion", replay_share=0.2, variants=[fresh]))
     assert {arm.name: (arm.settings.warm_start, arm.settings.replay_share) for arm in arms} == {
@@ -161,9 +171,16 @@ class Place:
     def start(self, data: DatasetManifest, share: float = 0.5, base: BaseModelRef | None = None, **settings) -> Start:
         origin = self.origin(data)
         if origin.version is None:
-            return scratch(self.store, data.train, origin.note)
-        held_out = [data.validation, data.test]
-        return choose_start(self.store, origin, base or self.base, self.fresh(**settings), data.train, held_out, share)
+            return start_from_scratch(self.store, data.train, origin.note)
+        return choose_start(self.store, self.inputs(data, origin=origin, base=base or self.base, **settings), share)
+
+    def inputs(
+        self, data: DatasetManifest, origin: Origin, base: BaseModelRef | None = None, **settings
+    ) -> StartInputs:
+        return StartInputs(
+            origin=origin, base=base or self.base, step0=self.fresh(**settings), train=data.train,
+            held_out=[data.validation, data.test],
+        )  # fmt: skip
 
     def generation(self, rows: int) -> Generation:
         """Split, start, train, register, promote."""
@@ -171,10 +188,11 @@ class Place:
         start = self.start(data)
         settings = arms_of(self.spec().train)[0].settings
         key = f"train-{digest(self.store.path(start.rows))}"
-        arm = train.train_arm(
-            self.store, key, "lora", 17, self.base, start.adapter or self.fresh(), start.rows, data.validation,
-            settings, "fp32", False, lambda event: None, "lora", None,
-        ).model_copy(update={"start": start})  # fmt: skip
+        inputs = TrainInputs(
+            method="lora", seed=17, base=self.base, step0=start.adapter or self.fresh(), rows=start.rows,
+            validation=data.validation, settings=settings, precision="fp32",
+        )  # fmt: skip
+        arm = train.train_arm(self.store, key, inputs, Launch("train lora")).model_copy(update={"start": start})
         return Generation(data, start, arm, self.register(data, arm))
 
     def register(self, data: DatasetManifest, arm: TrainReport, judged: str | None = None) -> str:
@@ -214,17 +232,17 @@ def workers_here() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tasks.runtime.partitions.free_cores", lambda: 1)  # two parts are no work for two processes
         patch.setattr(
-            "tasks.training.train.run_worker", lambda module, spec, out, *_: _here(train_adapter.train, spec, out)
+            "tasks.training.train.run_worker", lambda module, job, out, *_: _here(train_adapter.train, job, out)
         )
         patch.setattr(
-            "tasks.models.base.run_worker", lambda module, spec, out, *_: _here(step0_worker.init_adapter, spec, out)
+            "tasks.models.base.run_worker", lambda module, job, out, *_: _here(step0_worker.make_step0, job, out)
         )
         yield
 
 
-def _here(work, spec: dict, out: Path) -> dict:
+def _here(work, job: Job, out: Path) -> dict:
     out.mkdir(parents=True, exist_ok=True)
-    return work(spec, out)
+    return work(job, out)
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +255,7 @@ def rows_of(place: Place, file) -> set[str]:
     return set(ids_of(place.store.path(file)))
 
 
-def test_each_generation_goes_on_from_the_champion_before(generations):
+def test_each_generation_starts_from_the_champion_before(generations):
     first, second, third = generations
     assert [found.start.version for found in generations] == [None, "1", "2"]
     assert first.start.note == "grows has no champion yet"
@@ -349,26 +367,26 @@ def more(place, generations) -> DatasetManifest:
         ({"use_dora": True}, "use_dora False there and True here"),
     ],
 )
-def test_an_adapter_of_another_form_is_not_gone_on_from(place, more, settings, why):
+def test_an_adapter_of_another_shape_is_no_start(place, more, settings, why):
     start = place.start(more, **settings)
     assert why in start.note
     assert (start.version, start.rows, start.replayed_rows) == (None, more.train, 0)
 
 
-def test_another_base_or_method_is_not_gone_on_from(place, more):
+def test_another_base_or_method_is_no_start(place, more):
     other = place.base.model_copy(update={"digest": "d"})
-    assert place.start(more, base=other).note == "grows version 3 stands on another base"
+    assert place.start(more, base=other).note == "grows version 3 has a different base model"
     full = place.origin(more).model_copy(update={"method": "full"})
-    start = choose_start(place.store, full, place.base, place.fresh(), more.train, [more.test], 0.5)
+    start = choose_start(place.store, place.inputs(more, full), 0.5)
     assert start.note == "grows version 3 was trained with full, and this arm has LoRA layers"
 
 
-def test_a_champion_that_learned_what_is_held_out_here_is_not_gone_on_from(place, more):
+def test_a_champion_that_learned_what_is_held_out_here_is_no_start(place, more):
     learned = {*rows_of(place, generations_rows(place, more)), *sorted(rows_of(place, more.test))[:3]}
     origin = place.origin(more)
     ids = publish_ids(place.store, learned)
-    told = origin.model_copy(update={"trained": ids.model_copy(update={"path": str(place.store.path(ids))})})
-    start = choose_start(place.store, told, place.base, place.fresh(), more.train, [more.validation, more.test], 0.5)
+    origin = origin.model_copy(update={"trained": ids.model_copy(update={"path": str(place.store.path(ids))})})
+    start = choose_start(place.store, place.inputs(more, origin), 0.5)
     assert start.note == "grows version 3 was trained on 3 rows that are held out here"
 
 
@@ -445,10 +463,10 @@ def without_tag(place: Place, tag: str) -> Iterator[None]:
         client.set_model_version_tag(NAME, "3", tag, kept)
 
 
-def test_an_ancestor_that_is_no_longer_registered_is_told(place, generations, monkeypatch):
+def test_an_ancestor_that_is_no_longer_registered_is_named(place, generations, monkeypatch):
     def gone(store, uri, option="--model"):
         raise ConfigError
 
     monkeypatch.setattr(registry, "resolve", gone)
-    told = place.start(generations[2].data).note
-    assert told == "nothing is new to grows version 3, and version 2, from which it went on, is no longer registered"
+    note = place.start(generations[2].data).note
+    assert note == "nothing is new to grows version 3, and version 2, which it started from, is no longer registered"

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from data_contracts.errors import ConfigError, DataError
+from data_contracts.jobs.models import PrepareBaseJob
+from data_contracts.jobs.training import TrainJob
 from data_contracts.run_spec import EvaluateSpec
-from data_contracts.train_spec import TrainSpec
 from tasks.evaluation.evaluate import task_files
-from tasks.models.core.packing import Scored
+from tasks.models.core.packing import ScoredSequence
 from tasks.models.workers.chat_template import load_chat
 from tasks.models.workers.fused_layers import fuse_lora
 from tasks.models.workers.loading import load_base, weights_bytes
@@ -23,49 +24,31 @@ from tasks.models.workers.scoring import choose_way, scored_losses, to_tensors
 from tasks.runtime.processes import run_worker
 from tasks.runtime.workers.device import Device
 from tasks.training.workers.training_rows import check_batch, encode_rows
-from tests.conftest import LORA, toy_rows, write_rows
+from tests.conftest import step0_job, toy_rows, write_rows
+from tests.support.faults import changed, job_on
 
 CPU = Device("cpu", "fp32", "test", 1, "test")
-SETTINGS = TrainSpec().model_dump() | {
-    "base_name": "tiny", "precision": "fp32", "threads": 1, "max_tokens": 256, "too_long": "leave_out",
-    "batch_tokens": 256, "epochs": 2, "seed": 5, "max_steps": None, "learning_rate": 1e-2, "warmup_ratio": 0.1, "weight_decay": 0.0,
-    "max_grad_norm": 1.0, "optimizer": "adamw_torch", "activation_checkpointing": False, "checkpoint_steps": 3,
-    "rank": 4, "target_modules": "all-linear", "dropout": 0.1, "validation_steps": None, 
-    "early_stopping_patience": None, "max_loss_rise_nats": None,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def step0(tiny_base, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("step0")
-    spec = {
-        "base": str(tiny_base),
-        "seed": 5,
-        "rank": 4,
-        "alpha": 8,
-        "dropout": 0.1,
-        "target_modules": "all-linear",
-    } | LORA
-    run_worker("tasks.models.workers.init_adapter", spec, out)
+    run_worker("tasks.models.workers.init_adapter", step0_job(tiny_base, dropout=0.1), out)
     return out / "adapter"
 
 
 @pytest.fixture(scope="module")
-def spec(tiny_base, step0, tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("rows")
-    return SETTINGS | {
-        "method": "lora",
-        "base": str(tiny_base),
-        "step0": str(step0),
-        "train": str(write_rows(folder / "train.jsonl", toy_rows(80))),
-        "validation": str(write_rows(folder / "validation.jsonl", toy_rows(6, first=200))),
-    }
+def job(tiny_base, step0, tmp_path_factory) -> TrainJob:
+    job = job_on(tiny_base, tmp_path_factory.mktemp("rows"), step0=step0, max_steps=None)
+    write_rows(job.train, toy_rows(80))
+    write_rows(job.validation, toy_rows(6, first=200))
+    return job
 
 
 # --- exactness ----------------------------------------------------------------------------------------------
 
 
-def padded_reference(model, rows: list[Scored]) -> torch.Tensor:
+def padded_reference(model, rows: list[ScoredSequence]) -> torch.Tensor:
     """Each row alone through the plain Hugging Face forward: no packing, all logits."""
     losses = []
     for row in rows:
@@ -145,7 +128,7 @@ def test_an_answer_ends_with_its_stop_token(tiny_base):
     check_batch(chat, [row])
     assert row.ids[-1] in chat.stop_ids
     with pytest.raises(DataError, match="without a stop token"):
-        check_batch(chat, [Scored(row.ids[:-1], row.start)])
+        check_batch(chat, [ScoredSequence(row.ids[:-1], row.start)])
 
 
 def test_a_template_that_ends_no_answer_is_refused(tiny_base):
@@ -172,8 +155,8 @@ def test_a_row_that_is_too_long_is_cut_as_asked_and_listed(tiny_base, tmp_path, 
     rows[1]["messages"][1]["content"] = "long " * 100
     file = write_rows(tmp_path / "rows", rows)
     kept, row_ids = encode_rows(load_chat(tiny_base), file, 200, policy, tmp_path / "long")
-    (told,) = (json.loads(line) for line in (tmp_path / "long").read_text().splitlines())
-    assert (told["line"], told["policy"], told["sequences"]) == (2, policy, sequences)
+    (listed,) = (json.loads(line) for line in (tmp_path / "long").read_text().splitlines())
+    assert (listed["line"], listed["policy"], listed["sequences"]) == (2, policy, sequences)
     assert len(kept) == 2 + sequences
     assert row_ids.count(rows[1]["row_id"]) == sequences
     assert max(len(row.ids) for row in kept) <= 200
@@ -223,31 +206,31 @@ def test_a_changed_task_file_is_another_task(colours):
 
 
 @pytest.fixture(scope="module")
-def whole(spec, tmp_path_factory) -> Path:
+def whole(job, tmp_path_factory) -> Path:
     """An arm trained without a break."""
     out = tmp_path_factory.mktemp("whole")
-    assert run_worker("tasks.training.workers.train_adapter", spec, out)["resumed_from_step"] == 0
+    assert run_worker("tasks.training.workers.train_adapter", job, out)["resumed_from_step"] == 0
     return out
 
 
-def test_a_worker_that_has_ended_well_is_not_run_again(spec, whole):
+def test_a_worker_that_has_ended_well_is_not_run_again(job, whole):
     started = time.time_ns()
-    run_worker("tasks.training.workers.train_adapter", spec, whole)
+    run_worker("tasks.training.workers.train_adapter", job, whole)
     assert (whole / "report.json").stat().st_mtime_ns < started
 
 
-def test_a_wrong_input_comes_back_as_the_error_it_is(spec, tmp_path):
+def test_a_wrong_input_comes_back_as_the_error_it_is(job, tmp_path):
     with pytest.raises(DataError, match="no row is short enough"):
-        run_worker("tasks.training.workers.train_adapter", spec | {"max_tokens": 16}, tmp_path)
+        run_worker("tasks.training.workers.train_adapter", changed(job, max_tokens=16), tmp_path)
 
 
 def test_a_base_that_is_nowhere_says_what_to_do(tmp_path):
     with pytest.raises(ConfigError, match="go online once"):
-        prepare({"base": "nobody/nothing", "revision": None}, tmp_path)
+        prepare(PrepareBaseJob(base="nobody/nothing", revision=None), tmp_path)
     with pytest.raises(ConfigError, match="no such folder"):
-        prepare({"base": "./nowhere", "revision": None}, tmp_path)
+        prepare(PrepareBaseJob(base="./nowhere", revision=None), tmp_path)
     with pytest.raises(ConfigError, match="no such built-in base"):
-        prepare({"base": "builtin:nothing", "revision": None}, tmp_path)
+        prepare(PrepareBaseJob(base="builtin:nothing", revision=None), tmp_path)
 
 
 def test_pickled_weights_are_refused(tiny_base, tmp_path):
@@ -256,4 +239,4 @@ def test_pickled_weights_are_refused(tiny_base, tmp_path):
     (folder / "config.json").write_text((tiny_base / "config.json").read_text())
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(ConfigError, match="pickled ones are refused"):
-        prepare({"base": str(folder), "revision": None}, tmp_path / "out")
+        prepare(PrepareBaseJob(base=str(folder), revision=None), tmp_path / "out")

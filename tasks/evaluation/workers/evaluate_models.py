@@ -25,10 +25,19 @@ from data_contracts.run_spec import DOMAIN_TASKS
 from tasks.evaluation.workers.domain_tasks import Item, build_items, facts
 from tasks.evaluation.workers.lm_eval_tasks import all_tasks
 from tasks.evaluation.workers.packed_lm import PackedLM
+from tasks.models.core.packing import Way
 from tasks.models.workers.chat_template import Chat, load_chat
-from tasks.models.workers.forms import Form, Target, attach, detach, form_of, load, told
-from tasks.models.workers.generation import Written, likeliest, next_log_probabilities, write
-from tasks.models.workers.scoring import COMPARED, Way, choose_way
+from tasks.models.workers.forms import (
+    ModelForm,
+    Target,
+    attach_adapter,
+    detach_adapter,
+    form_of,
+    load_form,
+    loading_note,
+)
+from tasks.models.workers.generation import Written, likeliest, next_log_probabilities, write_batch
+from tasks.models.workers.scoring import COMPARED, choose_way
 from tasks.runtime.core.files import write_atomically
 from tasks.runtime.workers.device import Device, choose_device, peak_bytes
 from tasks.runtime.workers.harness import main, say
@@ -71,10 +80,10 @@ def finished(folder: Path, scored_in: str) -> dict[str, Any] | None:
     return found if found.get("scored_in") == scored_in else None
 
 
-def score_form(form: Form, targets: list[Target], exam: Exam, device: Device, out: Path) -> dict[str, Any]:
+def score_form(form: ModelForm, targets: list[Target], exam: Exam, device: Device, out: Path) -> dict[str, Any]:
     """Results of the targets that stand on one form of the base."""
-    say("note", text=told(form, device))
-    model = load(form, Path(exam.spec["base"]), device)
+    say("note", text=loading_note(form, device))
+    model = load_form(form, Path(exam.spec["base"]), device)
     way = fastest_way(model, exam)
     return {target["name"]: score(target, model, way, exam, out / target["name"]) for target in targets}
 
@@ -89,14 +98,14 @@ def fastest_way(model: Any, exam: Exam) -> Way:
 def score(target: Target, model: Any, way: Way, exam: Exam, folder: Path) -> dict[str, Any]:
     """Attach the target's adapter, run every task, answer the sample questions, take the adapter off again."""
     started = time.monotonic()
-    tuned = attach(model, target)
+    tuned = attach_adapter(model, target)
     if target["method"] == "prefix":  # it cannot be packed, see choose_way
         way = "padded"
     scores, samples = run_tasks(tuned, way, target["name"], exam)
     asked = pick_samples(exam.items, exam.spec["sample_questions"])
     answers = [answer(tuned, exam.chat, item, exam.spec["sample_tokens"]) for item in asked]
     samples_next = [next_tokens(tuned, exam.chat, item) for item in asked]
-    detach(tuned, target)
+    detach_adapter(tuned, target)
     folder.mkdir(parents=True, exist_ok=True)
     write_lines(folder / "samples.jsonl", samples)
     write_lines(folder / "facts.jsonl", facts(exam.items))
@@ -169,7 +178,7 @@ def pick_samples(items: list[Item], count: int) -> list[Item]:
 
 def answer(model: Any, chat: Chat, item: Item, most_tokens: int) -> tuple[str, Written]:
     """The true answer to an item's question, and the model's."""
-    (written,) = write(model, chat, [chat.encode(item["prompt"])], most_tokens)
+    (written,) = write_batch(model, chat, [chat.encode(item["prompt"])], most_tokens)
     return chat.read(chat.encode(item["completion"])), written
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from tasks.models.core.packing import Scored, group_for_packing
+from tasks.models.core.packing import ScoredSequence, Way, group_for_packing
 from tasks.models.workers.chat_template import Chat
 from tasks.models.workers.generation import Written, write_all
-from tasks.models.workers.scoring import Way, scored_logits, to_device, to_tensors
+from tasks.models.workers.scoring import scored_logits, to_device, to_tensors
 from tasks.runtime.workers.harness import say
 
 _ROWS = 64  # of logits at a time: log-probabilities of all at once would double the memory
@@ -79,12 +79,12 @@ class PackedLM(HFLM):
             say("progress", what=f"scoring {self.name}", done=len(answers), of=len(unique))
         return [answers[key] for key in keys]
 
-    def _fit(self, context: Sequence[int], continuation: Sequence[int]) -> Scored:
+    def _fit(self, context: Sequence[int], continuation: Sequence[int]) -> ScoredSequence:
         ids = [*context, *continuation][-(self.max_length + 1) :]
-        return Scored(ids, max(1, len(ids) - len(continuation)))
+        return ScoredSequence(ids, max(1, len(ids) - len(continuation)))
 
     @torch.inference_mode()
-    def _score(self, sequences: list[Scored]) -> list[tuple[float, bool]]:
+    def _score(self, sequences: list[ScoredSequence]) -> list[tuple[float, bool]]:
         batch = to_device(to_tensors(sequences), self.device)
         logits, labels = scored_logits(self.model, batch), batch["labels"]
         parts = [_chosen(*part) for part in zip(logits.split(_ROWS), labels.split(_ROWS), strict=True)]

@@ -18,7 +18,7 @@ from tasks.export.workers.merged_forms import live_model
 from tasks.models.core.adapter_files import CONFIG, WEIGHTS
 from tasks.models.workers.chat_template import load_chat
 from tasks.models.workers.loading import load_base
-from tasks.models.workers.tree_attention import NAME
+from tasks.models.workers.tree_attention import ATTENTION
 from tasks.runtime.workers.device import Device, choose_device
 from tasks.runtime.workers.harness import main, say
 
@@ -41,7 +41,7 @@ def load_export(spec: dict[str, Any], device: Device) -> Any:
     if spec["format"] == "merged":
         return load_base(folder, "lora", device)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=spec["file"], dtype=torch.float32, attn_implementation=NAME, trust_remote_code=False
+        folder, gguf_file=spec["file"], dtype=torch.float32, attn_implementation=ATTENTION, trust_remote_code=False
     )
     return model.eval().to(device.device)
 

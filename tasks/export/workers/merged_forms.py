@@ -9,10 +9,11 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
 from data_contracts.exports import BYTES_OF_A_WEIGHT, Dtype, FormMeasured, MergeBase
+from data_contracts.reports import Quantisation
 from tasks.export.core.merging import Rounding, rounding
 from tasks.export.workers.distances import Exam, measure
 from tasks.models.workers.chat_template import Chat
-from tasks.models.workers.forms import attach, form_of, load, merge
+from tasks.models.workers.forms import attach_adapter, form_of, load_form, merge
 from tasks.models.workers.loading import load_base
 from tasks.runtime.workers.device import Device
 
@@ -24,7 +25,7 @@ _SHARD = "2GB"
 def live_model(spec: dict[str, Any], device: Device, adapter: str) -> Any:
     """As it was trained and evaluated: the adapter on its base, in 4 bits if that was quantised; or its own weights."""
     target = {**spec, "adapter": adapter, "merged": False}
-    return attach(load(form_of(target), Path(spec["base"]), device), target)
+    return attach_adapter(load_form(form_of(target), Path(spec["base"]), device), target)
 
 
 def merged_model(spec: dict[str, Any], base: MergeBase, device: Device, sums: dict[Dtype, Rounding]) -> Any:
@@ -40,7 +41,7 @@ def merged_model(spec: dict[str, Any], base: MergeBase, device: Device, sums: di
     if base == "full":
         model: Any = load_base(Path(spec["base"]), "lora", device)
     else:
-        model = load_base(Path(spec["base"]), "qlora", device, spec["quantisation"])
+        model = load_base(Path(spec["base"]), "qlora", device, Quantisation(**spec["quantisation"]))
         model = model.dequantize(dtype=torch.float32)
     return merge(model, spec["adapter"], watch)
 

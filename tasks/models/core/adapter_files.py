@@ -1,4 +1,4 @@
-"""Adapters and weights on the disk, looked at before a library reads them: names, links, headers, numbers.
+"""Adapters and weights on the disk, checked before a library reads them: names, links, headers, numbers.
 
 Nothing here is read before its size is known to be what its header says, and no header before it is known to be short.
 """
@@ -21,7 +21,7 @@ INDEX: Final = "model.safetensors.index.json"
 _MOST_JSON_BYTES: Final = 32 * 1024**2
 _MOST_HEADER_BYTES: Final = 32 * 1024**2
 _MOST_FAULTS: Final = 12
-_CHUNK: Final = 1 << 22  # numbers looked at together
+_CHUNK: Final = 1 << 22  # numbers checked together
 # Of all floats an exponent of ones says infinity or NaN.
 _EXPONENTS: Final = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
 
@@ -29,14 +29,14 @@ _EXPONENTS: Final = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16":
 def scan_adapter(folder: Path, layers: Layers | None = None) -> list[str]:
     """Everything that is wrong with a LoRA or prefix adapter, `file: fault`; nothing: it may be loaded.
 
-    layers: of the base it shall stand on, if that is at hand.
+    layers: of its base, if that is at hand.
     """
     allowed = (CONFIG, WEIGHTS, "README.md")
     faults = [*_folder_faults(folder, lambda name: name in allowed), *_missing(folder, CONFIG, WEIGHTS)]
     if faults:
         return _few(faults)
     try:
-        config = read_json(folder / CONFIG)
+        config = read_bounded_json(folder / CONFIG)
         faults += [f"{CONFIG}: {fault}" for fault in config_faults(config)]
         header = read_header(folder / WEIGHTS)
     except ValueError as error:
@@ -58,21 +58,22 @@ def scan_weights(folder: Path) -> list[str]:
 
 
 def weight_faults(folder: Path, dtypes: tuple[str, ...] = ()) -> list[str]:
-    """What is wrong with a folder's safetensors files and their index, whatever else lies there. dtypes: none means any."""
+    """What is wrong with a folder's safetensors files and their index, whatever other files are there. dtypes: none
+    means any."""
     faults: list[str] = []
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         faults.append("it holds no .safetensors weights")
     if (folder / INDEX).exists():
-        faults += _told(INDEX, lambda: index_faults(read_json(folder / INDEX), [file.name for file in files]))
+        faults += _named(INDEX, lambda: index_faults(read_bounded_json(folder / INDEX), [file.name for file in files]))
     for file in files:
-        faults += _told(file.name, partial(_other_types, file, dtypes))
+        faults += _named(file.name, partial(_other_types, file, dtypes))
     return _few(faults)
 
 
-def _told(name: str, look: Callable[[], Iterator[str]]) -> list[str]:
+def _named(name: str, check: Callable[[], Iterator[str]]) -> list[str]:
     try:
-        return [f"{name}: {fault}" for fault in look()]
+        return [f"{name}: {fault}" for fault in check()]
     except ValueError as error:
         return [str(error)]
 
@@ -97,7 +98,7 @@ def _missing(folder: Path, *names: str) -> list[str]:
     return [f"{name} is missing" for name in names if not (folder / name).exists()]
 
 
-def read_json(file: Path) -> Any:
+def read_bounded_json(file: Path) -> Any:
     """Raises ValueError, with the file's name, for what is no JSON."""
     if (size := file.stat().st_size) > _MOST_JSON_BYTES:
         raise ValueError(f"{file.name}: {size:,} bytes, more than {_MOST_JSON_BYTES:,}")
@@ -111,8 +112,8 @@ def read_header(file: Path) -> Header:
     """Every tensor's type and shape. Raises ValueError, with the file's name, for what is no whole safetensors file."""
     length, size = _header_bytes(file), file.stat().st_size
     if length > min(size - 8, _MOST_HEADER_BYTES):
-        told = f"its header would have {length:,} bytes, the file has {size:,}" if size >= 8 else f"{size} bytes"
-        raise ValueError(f"{file.name}: is no whole safetensors file: {told}")
+        found = f"its header would have {length:,} bytes, the file has {size:,}" if size >= 8 else f"{size} bytes"
+        raise ValueError(f"{file.name}: is no whole safetensors file: {found}")
     try:
         with safe_open(file, framework="numpy") as stored:
             slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 it is no mapping
@@ -127,7 +128,7 @@ def _header_bytes(file: Path) -> int:
 
 
 def _not_finite(file: Path, header: Header) -> list[str]:
-    """The tensors with a number that is none. safetensors has no bf16 without torch: bits are looked at."""
+    """The tensors with a number that is none. safetensors has no bf16 without torch, so the bits are checked."""
     start = 8 + (length := _header_bytes(file))
     with file.open("rb") as stored:
         stored.seek(8)

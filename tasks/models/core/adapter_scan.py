@@ -1,7 +1,7 @@
-"""What an adapter may be, by its configuration and the header of its weights: judged before anything of it is loaded.
+"""What an adapter may be, by its configuration and the header of its weights: checked before anything of it is loaded.
 
-PEFT draws what is missing at random, ignores what it does not know, and acts on settings that import modules or change the
-base: all of that is refused here. Pure: what lies on the disk is read by adapter_files.py.
+PEFT draws what is missing at random, ignores what it does not know, and acts on settings that import modules or change
+the base: all of that is refused here. Pure: files are read by adapter_files.py.
 """
 
 import math
@@ -10,13 +10,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 LORA: Final = "LORA"
-PREFIX: Final = "PREFIX_TUNING"
+PREFIX_TUNING: Final = "PREFIX_TUNING"
 FLOATS: Final = ("F32", "BF16", "F16")
 MOST_TENSORS: Final = 100_000
 _MOST_WIDTH: Final = 2**24  # of a prefix
 _MOST_CHARS: Final = 512
 _PREFIX_TENSOR: Final = "prompt_embeddings"
-_EMBEDDINGS: Final = ("embed_tokens", "lm_head")  # PEFT saves their own weights beside an adapter on one of them
+_EMBEDDINGS: Final = ("embed_tokens", "lm_head")  # PEFT saves their own weights next to an adapter on one of them
 _EMBEDDED: Final = ("lora_embedding_A", "lora_embedding_B")
 _OWN_WEIGHTS: Final = ("weight", "base_layer.weight")
 _NAME: Final = re.compile(
@@ -35,23 +35,25 @@ Layers = Mapping[str, tuple[int, int]]
 """The base's layers that may get an adapter: inputs and outputs by name."""
 
 
-class Rule(NamedTuple):
+class SettingRule(NamedTuple):
     """What a setting must be: a test, and the same in words."""
 
     holds: Callable[[Any], bool]
     words: str
 
 
-def _one_of(*values: Any) -> Rule:
-    return Rule(lambda value: value in values and type(value) in map(type, values), " or ".join(map(repr, values)))
+def _one_of(*values: Any) -> SettingRule:
+    return SettingRule(
+        lambda value: value in values and type(value) in map(type, values), " or ".join(map(repr, values))
+    )
 
 
-def _count(most: int) -> Rule:
-    return Rule(lambda value: type(value) is int and 1 <= value <= most, f"a whole number from 1 to {most:,}")
+def _count(most: int) -> SettingRule:
+    return SettingRule(lambda value: type(value) is int and 1 <= value <= most, f"a whole number from 1 to {most:,}")
 
 
-def _or_null(rule: Rule) -> Rule:
-    return Rule(lambda value: value is None or rule.holds(value), f"{rule.words}, or null")
+def _or_null(rule: SettingRule) -> SettingRule:
+    return SettingRule(lambda value: value is None or rule.holds(value), f"{rule.words}, or null")
 
 
 def _number(value: Any) -> bool:
@@ -63,25 +65,25 @@ def _is_names(value: Any) -> bool:
     return isinstance(listed, list) and all(isinstance(name, str) and 0 < len(name) <= _MOST_CHARS for name in listed)
 
 
-_FLAG: Final = Rule(lambda value: type(value) is bool, "true or false")
-_TEXT: Final = Rule(
+_FLAG: Final = SettingRule(lambda value: type(value) is bool, "true or false")
+_TEXT: Final = SettingRule(
     lambda value: value is None or (isinstance(value, str) and len(value) <= _MOST_CHARS), "a short text or null"
 )
 _COMMON: Final = {
     "peft_type": _TEXT,
     "task_type": _one_of("CAUSAL_LM"),
-    "base_model_name_or_path": _TEXT,  # told to people: what is loaded is the base of the run or the version
+    "base_model_name_or_path": _TEXT,  # shown to people: what is loaded is the base of the run or the version
     "revision": _TEXT,
     "peft_version": _TEXT,
     "inference_mode": _FLAG,
 }
-_SETTINGS: Final[dict[str, dict[str, Rule]]] = {
+_SETTINGS: Final[dict[str, dict[str, SettingRule]]] = {
     LORA: _COMMON
     | {
         "r": _count(2**16),
-        "lora_alpha": Rule(lambda value: _number(value) and value > 0, "a finite number above 0"),
-        "lora_dropout": Rule(lambda value: _number(value) and 0 <= value < 1, "a number from 0 to below 1"),
-        "target_modules": Rule(_is_names, "names of layers"),
+        "lora_alpha": SettingRule(lambda value: _number(value) and value > 0, "a finite number above 0"),
+        "lora_dropout": SettingRule(lambda value: _number(value) and 0 <= value < 1, "a number from 0 to below 1"),
+        "target_modules": SettingRule(_is_names, "names of layers"),
         "use_rslora": _FLAG,
         "use_dora": _FLAG,
         "fan_in_fan_out": _FLAG,
@@ -90,7 +92,7 @@ _SETTINGS: Final[dict[str, dict[str, Rule]]] = {
         "megatron_core": _one_of("megatron.core"),  # imported as soon as there is a megatron_config
         "qalora_group_size": _count(_MOST_WIDTH),
     },
-    PREFIX: _COMMON
+    PREFIX_TUNING: _COMMON
     | {name: _count(_MOST_WIDTH) for name in ("num_virtual_tokens", "num_layers", "token_dim")}
     | {
         name: _or_null(_count(_MOST_WIDTH))
@@ -99,12 +101,13 @@ _SETTINGS: Final[dict[str, dict[str, Rule]]] = {
 }
 _NEEDED: Final = {
     LORA: ("r", "lora_alpha", "target_modules"),
-    PREFIX: ("num_virtual_tokens", "num_layers", "token_dim"),
+    PREFIX_TUNING: ("num_virtual_tokens", "num_layers", "token_dim"),
 }
 
 
 def config_faults(config: Any) -> Iterator[str]:
-    """What is wrong with adapter_config.json. A setting that is not listed above must be off: null, false, none or empty."""
+    """What is wrong with adapter_config.json. A setting that is not listed above must be off: null, false, none or
+    empty."""
     if not isinstance(config, dict):
         yield f"is a JSON {type(config).__name__}, not an object"
         return
@@ -135,7 +138,7 @@ def tensor_faults(config: Mapping[str, Any], header: Header, layers: Layers | No
     for name, tensor in header.items():
         if tensor.dtype not in FLOATS:
             yield f"{_shown(name)} is of type {_shown(tensor.dtype)}, not {', '.join(FLOATS)}"
-    if config["peft_type"] == PREFIX:
+    if config["peft_type"] == PREFIX_TUNING:
         yield from _prefix_faults(config, header)
     else:
         yield from _lora_faults(config, header, layers)
@@ -190,7 +193,7 @@ def _layer_faults(
 
 
 def _sides(down: tuple[int, ...], up: tuple[int, ...]) -> tuple[int, int]:
-    """Inputs and outputs as the tensors themselves tell them."""
+    """Inputs and outputs as the tensors themselves have them."""
     return (down[-1] if down else 0), (up[0] if up else 0)
 
 
@@ -209,8 +212,8 @@ def index_faults(index: Any, files: Collection[str]) -> Iterator[str]:
     if not isinstance(named, dict) or not named:
         yield "names no files: it has no weight_map"
         return
-    told = [name if isinstance(name, str) else repr(name) for name in named.values()]
-    for name in sorted(set(told) - set(files)):
+    listed = [name if isinstance(name, str) else repr(name) for name in named.values()]
+    for name in sorted(set(listed) - set(files)):
         yield f"names {_shown(name)}, which is no file of its folder"
 
 
@@ -219,7 +222,7 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value of a file that nobody vouches for: printable and short."""
+    """A value of an untrusted file: printable and short."""
     if isinstance(value, dict | list):
         return f"a JSON {type(value).__name__} of {len(value):,}"
     text = value if isinstance(value, str) else repr(value)

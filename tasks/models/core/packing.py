@@ -7,16 +7,18 @@ Shape suffixes: T tokens in the packed row, K positions whose logits are needed,
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ids = Sequence[int]
+Way = Literal["packed", "padded"]
+"""How a batch is laid out: as one prefix tree, or a row for each sequence with padding."""
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredSequence:
     """A sequence of token ids of which those from `start` on are scored, each given all before it; 1 <= start < len."""
 
     ids: Ids
@@ -70,7 +72,7 @@ def shared_length(a: Ids, b: Ids) -> int:
     return min(len(a), len(b))
 
 
-def pack(sequences: Sequence[Scored]) -> Pack:
+def pack(sequences: Sequence[ScoredSequence]) -> Pack:
     """Lay sequences out as one prefix tree in depth-first order.
 
     The last token of a sequence is only ever a target, so it takes no place in the row. Raises ValueError on a sequence
@@ -116,7 +118,7 @@ def _tree(starts: list[tuple[int, list[int]]], tokens: int) -> Tree:
 
 
 def _score(
-    sequences: Sequence[Scored], paths: dict[int, list[int]]
+    sequences: Sequence[ScoredSequence], paths: dict[int, list[int]]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """keep_K, logit_index_N, targets_N."""
     nodes = np.concatenate([paths[i][s.start - 1 :] for i, s in enumerate(sequences)])
@@ -127,10 +129,10 @@ def _score(
     return keep, logit_index, targets
 
 
-def group_for_packing(sequences: Sequence[Scored], most_tokens: int) -> Iterator[list[int]]:
+def group_for_packing(sequences: Sequence[ScoredSequence], most_tokens: int) -> Iterator[list[int]]:
     """Yield groups of sequence indices, neighbours in prefix order, each of at most `most_tokens` packed tokens.
 
-    A sequence longer than that stands alone.
+    A sequence longer than that is a group of its own.
     """
     group: list[int] = []
     tokens = 0
@@ -148,7 +150,7 @@ def group_for_packing(sequences: Sequence[Scored], most_tokens: int) -> Iterator
         yield group
 
 
-def shares(sequences: Sequence[Scored], ranks: int) -> list[list[int]]:
+def shares(sequences: Sequence[ScoredSequence], ranks: int) -> list[list[int]]:
     """Divide sequences among ranks: each gets neighbours in prefix order, and as many tokens within half a sequence.
 
     With fewer sequences than ranks, some get none.
@@ -163,10 +165,10 @@ def shares(sequences: Sequence[Scored], ranks: int) -> list[list[int]]:
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int, epochs: int, seed: int) -> list[list[int]]:
-    """Every optimiser step's rows, for all epochs: shuffled anew each epoch, filled up to `batch_tokens`.
+    """Every optimiser step's rows, for all epochs: shuffled again each epoch, filled up to `batch_tokens`.
 
     Deterministic in its arguments, so that every arm sees the same rows in the same order and a resumed run can skip
-    to where it was. A row longer than the budget stands alone.
+    to where it was. A row longer than the budget is a step of its own.
     """
     rng = np.random.default_rng(seed)
     plan: list[list[int]] = []
@@ -185,6 +187,8 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int, epochs: int, seed: i
 
 
 BLOCK_ROWS = BLOCK_COLUMNS = 2048
-"""Scored tokens and words of the vocabulary whose logits tasks/models/workers/head_loss.py has at a time: 16 MiB in fp32."""
+"""ScoredSequence tokens and words of the vocabulary whose logits tasks/models/workers/head_loss.py has at a time: 16
+MiB in fp32."""
 QUERIES, MASK_TOKENS = 128, 1024
-"""Queries that tasks/models/workers/tree_attention.py takes at a time on a CPU, and in which steps their one mask grows."""
+"""Queries that tasks/models/workers/tree_attention.py takes at a time on a CPU, and in which steps their one mask
+grows."""

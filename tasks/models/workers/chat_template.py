@@ -7,9 +7,9 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from data_contracts.errors import ConfigError, Problem
-from tasks.models.core.packing import Scored
+from tasks.models.core.packing import ScoredSequence
 
-# For bases that come without a chat template: plain role headings, each turn closed by the model's end token.
+# For bases that come without a chat template: plain role headings, each message closed by the model's end token.
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ '### ' + m['role'] + '\n' + m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
@@ -50,7 +50,7 @@ class Chat:
         return prompt, completion[: end + len(stop)]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; special tokens stand in the text, none is added."""
+        """Token ids; special tokens are in the text, none is added."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -58,14 +58,14 @@ class Chat:
         """The text of an answer's tokens, without special ones and without white space around it."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
-    def scored(self, messages: list[dict[str, str]]) -> Scored:
+    def scored(self, messages: list[dict[str, str]]) -> ScoredSequence:
         """The row's tokens with its completion to be scored. Prompt and completion are encoded apart, as in serving."""
         return self.sequence(*self.split(messages))
 
-    def sequence(self, prompt: str, completion: str) -> Scored:
+    def sequence(self, prompt: str, completion: str) -> ScoredSequence:
         """Tokens of both, encoded apart."""
         prompt_ids = self.encode(prompt)
-        return Scored(ids=[*prompt_ids, *self.encode(completion)], start=len(prompt_ids))
+        return ScoredSequence(ids=[*prompt_ids, *self.encode(completion)], start=len(prompt_ids))
 
 
 def load_chat(base: Path) -> Chat:

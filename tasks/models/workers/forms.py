@@ -10,15 +10,16 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig
 
+from data_contracts.reports import Quantisation
 from data_contracts.train_spec import LORA_ARMS
-from tasks.models.workers.loading import checked_adapter, checked_weights, load_base
+from tasks.models.workers.loading import load_base, scanned_adapter, scanned_weights
 from tasks.runtime.workers.device import Device
 
 Target = dict[str, Any]
 
 
 @dataclass(frozen=True, order=True)
-class Form:
+class ModelForm:
     """What is loaded for some targets; no two adapters are merged into the same weights.
 
     merged: folder of the adapter; own: folder of tuned weights; quant_type: empty in full precision.
@@ -30,47 +31,52 @@ class Form:
     double_quant: bool = False
 
 
-def form_of(target: Target) -> Form:
+def form_of(target: Target) -> ModelForm:
     if target["adapter"] and target["method"] == "full":
-        return Form(own=target["adapter"])
+        return ModelForm(own=target["adapter"])
     if target["adapter"] and target["merged"]:
-        return Form(merged=target["adapter"])
+        return ModelForm(merged=target["adapter"])
     quantised = target["quantisation"]
-    return Form(quant_type=quantised["quant_type"], double_quant=quantised["double_quant"]) if quantised else Form()
+    return (
+        ModelForm(quant_type=quantised["quant_type"], double_quant=quantised["double_quant"])
+        if quantised
+        else ModelForm()
+    )
 
 
-def told(form: Form, device: Device) -> str:
+def loading_note(form: ModelForm, device: Device) -> str:
     what = "tuned weights" if form.own else "the base with an adapter merged into it" if form.merged else "the base"
     return f"loading {what} ({form.quant_type.upper() or device.precision})"
 
 
-def load(form: Form, base: Path, device: Device) -> Any:
+def load_form(form: ModelForm, base: Path, device: Device) -> Any:
     if form.merged:
         return rounded(merge(load_base(base, "lora", _as_stored(base, device)), form.merged), device)
-    method = "qlora" if form.quant_type else "lora"
-    quantisation = {"quant_type": form.quant_type, "double_quant": form.double_quant}
-    return load_base(Path(checked_weights(form.own)) if form.own else base, method, device, quantisation)
+    folder = Path(scanned_weights(form.own)) if form.own else base
+    if not form.quant_type:
+        return load_base(folder, "lora", device)
+    return load_base(folder, "qlora", device, Quantisation(quant_type=form.quant_type, double_quant=form.double_quant))
 
 
-def attach(model: Any, target: Target) -> Any:
+def attach_adapter(model: Any, target: Target) -> Any:
     """The model with the target's adapter on it; itself where that is part of its weights, or there is none."""
     if not target["adapter"] or target["method"] == "full" or target["merged"]:
         return model
-    return PeftModel.from_pretrained(model, checked_adapter(target["adapter"], model)).eval()
+    return PeftModel.from_pretrained(model, scanned_adapter(target["adapter"], model)).eval()
 
 
-def detach(tuned: Any, target: Target) -> None:
-    """Leave the base as it was before `attach`."""
+def detach_adapter(tuned: Any, target: Target) -> None:
+    """Leave the base as it was before `attach_adapter`."""
     if isinstance(tuned, PeftModel) and target["method"] in LORA_ARMS:
         tuned.unload()  # a prefix is no part of the model
 
 
-def merge(model: Any, adapter: str, watch: Callable[[torch.Tensor, torch.Tensor], None] | None = None) -> Any:
+def merge(model: Any, adapter_folder: str, watch: Callable[[torch.Tensor, torch.Tensor], None] | None = None) -> Any:
     """The model with a LoRA adapter added to its weights: summed in fp32, layer by layer, kept as they are stored.
 
     watch: gets each layer's weights in fp32, before and after.
     """
-    tuned = PeftModel.from_pretrained(model, checked_adapter(adapter, model)).eval()
+    tuned = PeftModel.from_pretrained(model, scanned_adapter(adapter_folder, model)).eval()
     for layer in tuned.modules():
         if isinstance(layer, LoraLayer):
             weight: Any = layer.get_base_layer().weight

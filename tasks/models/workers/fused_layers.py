@@ -6,7 +6,7 @@ one output (addmm), and a 4-bit weight is dequantised once each way. Shapes: N t
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,11 +47,21 @@ def product(
     return y_NO.addmm_(low_NR, b_OR.T, alpha=lora.scale), low_NR
 
 
+class Product(NamedTuple):
+    """What the backward pass needs of one `product`. low_NR: x A'."""
+
+    x_NI: torch.Tensor
+    low_NR: torch.Tensor
+    a_RI: torch.Tensor
+    b_OR: torch.Tensor
+    lora: Lora
+
+
 def product_backward(
-    dy_NO: torch.Tensor, x_NI: torch.Tensor, low_NR: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, lora: Lora,
-    wants_dx: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:  # fmt: skip
+    dy_NO: torch.Tensor, kept: Product, *, wants_dx: bool
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """Gradients of x (if it is wanted), A and B."""
+    x_NI, low_NR, a_RI, b_OR, lora = kept
     dlow_NR = (dy_NO @ b_OR).mul_(lora.scale)
     dx_NI = (dy_NO @ lora.weight(dy_NO.dtype)).addmm_(dlow_NR, a_RI) if wants_dx else None
     return dx_NI, dlow_NR.T @ x_NI, (dy_NO.T @ low_NR).mul_(lora.scale)
@@ -70,7 +80,8 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_NI, low_NR, a_RI, b_OR = ctx.saved_tensors
-        return *product_backward(outer[0], x_NI, low_NR, a_RI, b_OR, ctx.lora, ctx.needs_input_grad[0]), None
+        kept = Product(x_NI, low_NR, a_RI, b_OR, ctx.lora)
+        return *product_backward(outer[0], kept, wants_dx=ctx.needs_input_grad[0]), None
 
 
 def fuse_lora(model: torch.nn.Module) -> int:
@@ -150,14 +161,14 @@ class LoraMlp(torch.autograd.Function):
         x_NI, gate_NM, up_NM, gate_low, up_low, down_low, ga, gb, ua, ub, da, db = ctx.saved_tensors
         gate, up, down = ctx.layers
         silu_NM = F.silu(gate_NM)
-        dinner_NM, dda, ddb = product_backward(dy_NO, silu_NM * up_NM, down_low, da, db, down, True)
+        dinner_NM, dda, ddb = product_backward(dy_NO, Product(silu_NM * up_NM, down_low, da, db, down), wants_dx=True)
         assert dinner_NM is not None
         dup_NM = silu_NM.mul_(dinner_NM)
         dgate_NM = _silu_backward(dinner_NM.mul_(up_NM), gate_NM, grad_input=dinner_NM)
         del silu_NM
         wanted = ctx.needs_input_grad[0]
-        dx_NI, dua, dub = product_backward(dup_NM, x_NI, up_low, ua, ub, up, wanted)
-        more_NI, dga, dgb = product_backward(dgate_NM, x_NI, gate_low, ga, gb, gate, wanted)
+        dx_NI, dua, dub = product_backward(dup_NM, Product(x_NI, up_low, ua, ub, up), wants_dx=wanted)
+        more_NI, dga, dgb = product_backward(dgate_NM, Product(x_NI, gate_low, ga, gb, gate), wants_dx=wanted)
         if dx_NI is not None and more_NI is not None:
             dx_NI.add_(more_NI)
         return dx_NI, None, dga, dgb, dua, dub, dda, ddb
@@ -181,7 +192,7 @@ def _is_gated_mlp(part: Any) -> bool:
 
 
 def _computes_the_same(part: Any) -> bool:
-    """On a few numbers, which is how a class that scales or norms in between is told apart."""
+    """On a few numbers, which is how a class that scales or norms in between is found out."""
     weight = part.gate_proj.lora_A[next(iter(part.gate_proj.lora_A))].weight
     dtype = next(part.gate_proj.get_base_layer().parameters()).dtype
     x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).view(2, -1)

@@ -1,4 +1,4 @@
-"""Answers as a model writes them by itself: greedily, many at a time, up to its own stop token."""
+"""Answers as a model writes them: greedily, many at a time, up to its own stop token."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -30,11 +30,11 @@ def write_all(model: Any, chat: Chat, prompts: Sequence[str], most_tokens: int) 
     while waiting:
         rows = max(1, min(_MOST_ROWS, _MOST_PROMPT_TOKENS // len(ids[waiting[0]])))
         batch, waiting = waiting[:rows], waiting[rows:]
-        yield dict(zip(batch, write(model, chat, [ids[place] for place in batch], most_tokens), strict=True))
+        yield dict(zip(batch, write_batch(model, chat, [ids[place] for place in batch], most_tokens), strict=True))
 
 
 @torch.inference_mode()
-def write(model: Any, chat: Chat, prompts: Sequence[Sequence[int]], most_tokens: int) -> list[Written]:
+def write_batch(model: Any, chat: Chat, prompts: Sequence[Sequence[int]], most_tokens: int) -> list[Written]:
     """The answers to a batch of prompts, which are padded on the left: each as it is written alone."""
     longest = max(map(len, prompts))
     stops = chat.stop_ids
@@ -54,8 +54,8 @@ def write(model: Any, chat: Chat, prompts: Sequence[Sequence[int]], most_tokens:
 
 @torch.inference_mode()
 def next_log_probabilities(model: Any, prompt: Sequence[int], pad: int) -> torch.Tensor:
-    """Log-probability in nats of every token as the one after the prompt. Through `generate`, which every kind of adapter
-    has, and which keeps the logits of one place only."""
+    """Log-probability in nats of every token as the one after the prompt. Through `generate`, which every kind of
+    adapter has, and which keeps the logits of one place only."""
     ids = torch.tensor([list(prompt)], device=model.device)
     found = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=pad,
@@ -74,7 +74,7 @@ def likeliest(nats_V: torch.Tensor, count: int = 20) -> list[tuple[int, float]] 
 
 
 def _until_stop(row: list[int], chat: Chat, ms_per_token: float) -> Written:
-    """A row goes on with padding after its stop token."""
+    """After its stop token a row holds padding."""
     stops = set(chat.stop_ids)
     end = next((place for place, token in enumerate(row) if token in stops), None)
     return Written(chat.read(row[:end]), end is not None, ms_per_token)

@@ -1,9 +1,9 @@
 """Losses of scored tokens from their hidden states, through the vocabulary projection, frozen or trained, in blocks.
 
-The logits of a block live only until its part of the softmax and of the gradient is known: memory does not grow with the
-tokens scored (the idea is Liger's, arXiv 2410.10989) or the vocabulary (the softmax is FlashAttention's, arXiv 2205.14135),
-and a block stays in the processor's cache. Shapes: N scored tokens, C of them at a time, D hidden size, V vocabulary,
-K columns of it at a time.
+The logits of a block live only until its part of the softmax and of the gradient is known: memory does not grow with
+the tokens scored (the idea is Liger's, arXiv 2410.10989) or the vocabulary (the softmax is FlashAttention's, arXiv
+2205.14135), and a block stays in the processor's cache. Shapes: N scored tokens, C of them at a time, D hidden size, V
+vocabulary, K columns of it at a time.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class HeadLoss(torch.autograd.Function):
         gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         losses_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
         for rows in _rows(targets_N):
-            log_sum_C1, mean_CD = _softmax(hidden_ND[rows], weight_VD, gradient_ND is not None)
+            log_sum_C1, mean_CD = _softmax(hidden_ND[rows], weight_VD, wants_mean=gradient_ND is not None)
             target_CD = weight_VD[targets_N[rows]]
             losses_N[rows] = _losses(hidden_ND[rows], target_CD, log_sum_C1)
             if gradient_ND is not None and mean_CD is not None:
@@ -44,7 +44,7 @@ class TrainedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        log_sum_N1 = torch.cat([_softmax(hidden_ND[rows], weight_VD, False)[0] for rows in _rows(targets_N)])
+        log_sum_N1 = torch.cat([_softmax(hidden_ND[rows], weight_VD, wants_mean=False)[0] for rows in _rows(targets_N)])
         losses_N = [_losses(hidden_ND[rows], weight_VD[targets_N[rows]], log_sum_N1[rows]) for rows in _rows(targets_N)]
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, log_sum_N1)
         return torch.cat(losses_N)
@@ -78,7 +78,7 @@ def _losses(hidden_CD: torch.Tensor, target_CD: torch.Tensor, log_sum_C1: torch.
 
 
 def _softmax(
-    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, wants_mean: bool
+    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, *, wants_mean: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Logarithm of the sum of all logits' exponentials [C,1], and the mean of the weights under softmax, in fp32.
 

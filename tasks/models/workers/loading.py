@@ -1,6 +1,6 @@
 """Load a base model in one of its forms: as stored, in fp32 to train all of it, or quantised to 4 bits."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,27 +19,28 @@ from transformers import (
 )
 
 from data_contracts.errors import Problem, StoreError
+from data_contracts.reports import Quantisation
 from tasks.models.core.adapter_files import scan_adapter, scan_weights
 from tasks.models.core.adapter_scan import Layers
-from tasks.models.workers.tree_attention import NAME
+from tasks.models.workers.tree_attention import ATTENTION
 from tasks.runtime.workers.device import Device
 
-QLORA = {"quant_type": "nf4", "double_quant": True}
+QLORA = Quantisation(quant_type="nf4", double_quant=True)
 """As in arXiv 2305.14314: normal floats in blocks of 64, constants quantised again."""
 
 
 def load_base(
-    folder: Path, method: str, device: Device, quantisation: Mapping[str, Any] = QLORA, trains_all: bool = False,
+    folder: Path, method: str, device: Device, quantisation: Quantisation = QLORA, *, trains_all: bool = False,
     storage: torch.dtype = torch.uint8,
 ) -> PreTrainedModel:  # fmt: skip
-    """`qlora` gives the base in 4 bits, by quantisation's quant_type and double_quant; all else as stored, frozen.
+    """`qlora` gives the base in 4 bits, quantised as asked; all else as stored, frozen.
 
-    trains_all: every weight may be trained, in fp32 whatever the arithmetic: at 1e-5 of a weight a step is lost in bf16's
-    8 bits. storage: the number format of the tensors that hold 4-bit weights. Safetensors only; no code from the base is
-    run.
+    trains_all: every weight may be trained, in fp32 whatever the arithmetic: at 1e-5 of a weight a step is lost in
+    bf16's 8 bits. storage: the number format of the tensors that hold 4-bit weights. Safetensors only; no code from the
+    base is run.
     """
     dtype = torch.float32 if trains_all else device.dtype
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": NAME, "device_map": {"": device.device}}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": ATTENTION, "device_map": {"": device.device}}
     is_quantised = method == "qlora"
     model = _quantised(folder, device, options, quantisation, storage) if is_quantised else _stored(folder, options)
     model.config.use_cache = False
@@ -56,16 +57,16 @@ def _stored(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
 
 
 def _quantised(
-    folder: Path, device: Device, options: dict[str, Any], quantisation: Mapping[str, Any], storage: torch.dtype
+    folder: Path, device: Device, options: dict[str, Any], quantisation: Quantisation, storage: torch.dtype
 ) -> PreTrainedModel:
-    """4 bits, one tensor after the other: read through its own mapping of the file, which is let go at once.
+    """4 bits, one tensor after the other: read through its own mapping of the file, which is closed at once.
 
     transformers maps the whole file until the end, and every page that quantisation has read stays in memory.
     """
     bits = BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=quantisation["quant_type"],
-        bnb_4bit_use_double_quant=quantisation["double_quant"],
+        bnb_4bit_quant_type=quantisation.quant_type,
+        bnb_4bit_use_double_quant=quantisation.double_quant,
         bnb_4bit_compute_dtype=device.dtype,
         bnb_4bit_quant_storage=storage,
     )
@@ -113,7 +114,7 @@ def keep_the_weights(model: torch.nn.Module) -> None:
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of tensors; one that stands in several places counts once."""
+    """Bytes of tensors; shared ones count once."""
     return sum({each.data_ptr(): each.numel() * each.element_size() for each in tensors}.values())
 
 
@@ -125,7 +126,7 @@ def weights_bytes(model: torch.nn.Module) -> int:
 
 
 def adapters_bytes(model: torch.nn.Module) -> int:
-    """Bytes of LoRA's layers or a prefix, with the start that some are measured from (lora_starts.py)."""
+    """Bytes of LoRA's layers or a prefix, with the start that some are measured from (lora_init.py)."""
     own = [parameter for name, parameter in model.named_parameters() if _is_adapters(name)]
     return tensor_bytes([*own, *(start for name, start in model.named_buffers() if ".start_" in name)])
 
@@ -135,7 +136,8 @@ def _is_adapters(name: str) -> bool:
 
 
 def dequantised(weight: Any, state: Any = None) -> torch.Tensor:
-    """A layer's weight [O, I] as numbers, if it is quantised; else as it is. state: its constants, if it comes without."""
+    """A layer's weight [O, I] as numbers, if it is quantised; else as it is. state: its constants, if it comes
+    without."""
     state = state or getattr(weight, "quant_state", None)
     numbers: torch.Tensor = weight.data if state is None else dequantize_4bit(weight.data, state)
     return numbers
@@ -150,27 +152,27 @@ def _constants(state: Any) -> list[torch.Tensor]:
     return parts
 
 
-def checked_adapter(folder: str | Path, base: Any) -> str:
+def scanned_adapter(adapter_folder: str | Path, base: Any) -> str:
     """The folder of an adapter that fits this base. Raises StoreError with everything that is wrong with it."""
-    return _checked(folder, scan_adapter(Path(folder), layers_of(base)))
+    return _without_faults(adapter_folder, scan_adapter(Path(adapter_folder), layers_of(base)))
 
 
-def checked_weights(folder: str | Path) -> str:
+def scanned_weights(folder: str | Path) -> str:
     """The folder of a model with all its weights. Raises StoreError."""
-    return _checked(folder, scan_weights(Path(folder)))
+    return _without_faults(folder, scan_weights(Path(folder)))
 
 
-def _checked(folder: str | Path, faults: list[str]) -> str:
+def _without_faults(folder: str | Path, faults: list[str]) -> str:
     if faults:
         act = "restore it from a backup, or train it again with --force"
         raise StoreError(*(Problem(fault, str(folder), "an adapter as training saves it", act) for fault in faults))
     return str(folder)
 
 
-def save_adapter(model: Any, folder: Path, weights: dict[str, Any] | None = None) -> None:
+def save_adapter(model: Any, adapter_folder: Path, weights: dict[str, Any] | None = None) -> None:
     """safetensors and configuration. weights: of the model, if they were put together from several processes."""
     sort_names(model.peft_config["default"])
-    model.save_pretrained(str(folder), state_dict=weights)
+    model.save_pretrained(str(adapter_folder), state_dict=weights)
 
 
 def sort_names(config: Any) -> None:

@@ -1,14 +1,15 @@
-"""Bring a base model into a folder that can be loaded offline: `python -m tasks.models.workers.prepare_base spec.json out/`.
+"""Bring a base model into a folder that can be loaded offline: `python -m tasks.models.workers.prepare_base spec.json
+out/`.
 
-spec: base, revision. report: path, note, licence, revision, stops, chat_template. Built-in bases are made in out/model; folders stay where they are;
-hub ids are downloaded to the hub cache (or found there).
+Built-in bases are made in out/model; folders stay where they are; hub ids are downloaded to the hub cache (or found
+there).
 """
 
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import torch
@@ -33,7 +34,8 @@ from transformers import (
 
 from data_contracts.errors import ConfigError, Problem, TransientError, TunegateError
 from data_contracts.failures import may_pass
-from tasks.models.core.adapter_files import CONFIG, read_json, weight_faults
+from data_contracts.jobs.models import PrepareBaseJob, PreparedBase
+from tasks.models.core.adapter_files import CONFIG, read_bounded_json, weight_faults
 from tasks.models.workers.chat_template import PLAIN_TEMPLATE, load_chat
 from tasks.runtime.workers.harness import main, say
 
@@ -43,27 +45,36 @@ _UNKNOWN = "unknown"
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.tiktoken", "*.model", "*.txt"]
 
 
-def prepare(spec: dict[str, Any], out: Path) -> dict[str, Any]:
-    found = _find(spec, out)
-    chat = load_chat(Path(found["path"]))
+class FoundBase(NamedTuple):
+    """A folder with a base's files, what they are, and which revision of a hub id."""
+
+    path: Path
+    note: str
+    revision: str | None = None
+
+
+def prepare(job: PrepareBaseJob, out: Path) -> dict[str, Any]:
+    found = _find(job, out)
+    chat = load_chat(found.path)
     template = PLAIN_TEMPLATE if chat.tokenizer.chat_template == PLAIN_TEMPLATE else None
-    licence = _LICENCES.get(spec["base"]) or _licence(Path(found["path"]), spec["base"], found["revision"])
-    return {**found, "licence": licence, "stops": list(chat.stops), "chat_template": template}
+    licence = _LICENCES.get(job.base) or _licence(found.path, job.base, found.revision)
+    report = PreparedBase(**found._asdict(), licence=licence, stops=list(chat.stops), chat_template=template)
+    return report.model_dump(mode="json")
 
 
-def _find(spec: dict[str, Any], out: Path) -> dict[str, Any]:
-    base, revision = spec["base"], spec["revision"]
+def _find(job: PrepareBaseJob, out: Path) -> FoundBase:
+    base = job.base
     if base == "builtin:smollm2-135m":
-        return {"path": str(_convert_smollm2(out / "model")), "note": _SMOLLM2_NOTE, "revision": None}
+        return FoundBase(_convert_smollm2(out / "model"), _SMOLLM2_NOTE)
     if base == "builtin:tiny-llama":
-        return {"path": str(_build_tiny_llama(out / "model")), "note": "random weights, for tests", "revision": None}
+        return FoundBase(_build_tiny_llama(out / "model"), "random weights, for tests")
     if base.startswith("builtin:"):
         raise _no_base(base, "no such built-in base", "use builtin:smollm2-135m, a folder or a hub id")
     if Path(base).is_dir():
-        return {"path": str(_check_files(Path(base))), "note": "weights as stored", "revision": None}
+        return FoundBase(_check_files(Path(base)), "weights as stored")
     if base.startswith((".", "/", "~")) or base.count("/") != 1:
         raise _no_base(base, "no such folder", "give an existing folder, or a hub id such as ORG/NAME")
-    return _download(base, revision)
+    return _download(base, job.revision)
 
 
 _SMOLLM2_NOTE = "fp32 weights dequantised from a Q4_1 GGUF: 'full precision' here means these weights"
@@ -120,7 +131,7 @@ def _build_tiny_llama(out: Path) -> Path:
     return out
 
 
-def _download(base: str, revision: str | None) -> dict[str, Any]:
+def _download(base: str, revision: str | None) -> FoundBase:
     say("note", text=f"fetching {base} from the hub, or finding it in the local cache")
     try:
         folder = Path(snapshot_download(base, revision=revision, allow_patterns=_HUB_FILES))
@@ -135,7 +146,7 @@ def _download(base: str, revision: str | None) -> dict[str, Any]:
             "go online once, give a folder, or use model.base=builtin:smollm2-135m",
             TransientError if may_pass(error) else ConfigError,
         ) from error  # fmt: skip
-    return {"path": str(_check_files(folder)), "note": "weights as stored", "revision": folder.name}
+    return FoundBase(_check_files(folder), "weights as stored", folder.name)
 
 
 def _licence(folder: Path, base: str, revision: str | None) -> str:
@@ -151,7 +162,8 @@ def _licence(folder: Path, base: str, revision: str | None) -> str:
 
 
 def _check_files(folder: Path) -> Path:
-    """The folder, made absolute. Raises ConfigError with everything in it that would not load, or not as it is meant."""
+    """The folder, made absolute. Raises ConfigError with everything in it that would not load, or not as it is
+    meant."""
     if not (folder / "config.json").exists():
         raise _no_base(str(folder), "it holds no config.json", "give the folder of a transformers model")
     if not list(folder.glob("*.safetensors")):
@@ -164,7 +176,7 @@ def _check_files(folder: Path) -> Path:
 
 def _config_faults(folder: Path) -> Iterator[str]:
     try:
-        config = read_json(folder / "config.json")
+        config = read_bounded_json(folder / "config.json")
         kind = config.get("model_type")
     except (ValueError, AttributeError) as error:
         yield f"config.json is no configuration: {error}"
@@ -180,4 +192,4 @@ def _no_base(base: str, what: str, act: str, kind: type[TunegateError] = ConfigE
 
 
 if __name__ == "__main__":
-    main(prepare)
+    main(prepare, PrepareBaseJob)

@@ -7,21 +7,20 @@ scored positions only; and `padded`, the plain Hugging Face forward, for models 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from tasks.models.core.packing import Pack, Scored, pack
+from tasks.models.core.packing import Pack, ScoredSequence, Way, pack
 from tasks.models.workers.head_loss import HeadLoss, TrainedHeadLoss
-from tasks.models.workers.tree_attention import NAME
+from tasks.models.workers.tree_attention import ATTENTION
 from tasks.runtime.workers.device import arithmetic
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Settings of a base whose logits are not plainly hidden states times the vocabulary projection."""
 
 Batch = dict[str, Any]
-Way = Literal["packed", "padded"]
 # Root mean square of the differences of tokens' losses, in nats, up to which the two ways are the same arithmetic in another
 # order. A single token says little in 16 bits: with other kernels for another shape it moves by 0.3 (docs/log.md).
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
@@ -37,8 +36,9 @@ class Scoring:
     reason: str
 
 
-def to_tensors(sequences: Sequence[Scored], way: Way = "packed") -> Batch:
-    """A batch of the sequences as `scored_losses` takes it; `labels` [N] are the scored tokens, one sequence after the other."""
+def to_tensors(sequences: Sequence[ScoredSequence], way: Way = "packed") -> Batch:
+    """A batch of the sequences as `scored_losses` takes it; `labels` [N] are the scored tokens, one sequence after the
+    other."""
     return _packed(pack(sequences)) if way == "packed" else _padded(sequences)
 
 
@@ -54,7 +54,7 @@ def _packed(packed: Pack) -> Batch:
     }
 
 
-def _padded(sequences: Sequence[Scored]) -> Batch:
+def _padded(sequences: Sequence[ScoredSequence]) -> Batch:
     """input_ids [B,T], attention_mask [B,T], scored [B,T] (the positions that predict a scored token), labels [N]."""
     longest = max(len(sequence.ids) for sequence in sequences) - 1
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
@@ -96,11 +96,11 @@ def scored_losses(model: Any, batch: Batch) -> torch.Tensor:
     return losses
 
 
-def choose_way(model: Any, sequences: Sequence[Scored], longest: int) -> Scoring:
+def choose_way(model: Any, sequences: Sequence[ScoredSequence], longest: int) -> Scoring:
     """`packed` if the losses of the shortest few sequences are what `padded` computes on this model.
 
-    `longest`: most tokens of a sequence to come. Where the answer is `padded`, the model is left with an attention that it
-    is sure to have.
+    `longest`: most tokens of a sequence to come. Where the answer is `padded`, the model is left with an attention that
+    it is sure to have.
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return Scoring(
@@ -134,9 +134,9 @@ def to_device(batch: Batch, device: Any) -> Batch:
 
 
 def _inputs(model: Any, batch: Batch) -> Batch:
-    if _causal(model).config._attn_implementation != NAME:
+    if _causal(model).config._attn_implementation != ATTENTION:
         raise NotImplementedError("a packed row needs the prefix tree's attention")
-    # A mask of four dimensions is handed on as it is: the attention goes by the tree and needs none.
+    # A mask of four dimensions is passed on as it is: the attention follows the tree and needs none.
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch["input_ids"].device)
     return {
         "input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "attention_mask": no_mask,

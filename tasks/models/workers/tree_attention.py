@@ -1,8 +1,8 @@
 """Attention over a packed prefix tree, segment by segment: no mask of the whole row, no work between sequences.
 
 It is registered with transformers as one more attention implementation, so every architecture that uses its attention
-interface has it. Without a `tree` it is SDPA, as in generation. Shapes: B 1, H heads, G heads of keys and values, T tokens
-of the row, S of a segment and all that it sees, D head size.
+interface has it. Without a `tree` it is SDPA, as in generation. Shapes: B 1, H heads, G heads of keys and values, T
+tokens of the row, S of a segment and all that it sees, D head size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from tasks.models.core.packing import MASK_TOKENS, QUERIES, Tree
 from tasks.runtime.workers.device import arithmetic
 
-NAME = "prefix_tree"
+ATTENTION = "prefix_tree"
 
 
 def tree_attention(
@@ -27,20 +27,23 @@ def tree_attention(
     key_BGTD: torch.Tensor,
     value_BGTD: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    tree: Tree | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """[B,T,H,D]. Raises NotImplementedError for what it does not compute: softcaps, sinks, windows shorter than a path."""
-    if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
+    """[B,T,H,D]. options: those of transformers' attention interface, and `tree`, the shape of a packed row.
+
+    Raises NotImplementedError for what it does not compute: softcaps, sinks, windows shorter than a path.
+    """
+    if options.get("softcap") or options.get("s_aux") is not None:
         raise NotImplementedError("attention with a softcap or sinks")
+    tree: Tree | None = options.pop("tree", None)
     if tree is None:
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query_BHTD, key_BGTD, value_BGTD, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            module, query_BHTD, key_BGTD, value_BGTD, attention_mask, **options
         )
         return found
-    window = kwargs.get("sliding_window")
+    scaling: float | None = options.get("scaling")
+    dropout: float = options.get("dropout", 0.0)
+    window = options.get("sliding_window")
     if window and (longest := max(seen for _, seen in tree.seen)) > window:
         raise NotImplementedError(f"a path of {longest} tokens in a window of {window}")
     if query_BHTD.device.type == "cpu" and not dropout:
@@ -135,7 +138,7 @@ def _segments(tree: Tree) -> Iterator[tuple[range, list[slice]]]:
 
 
 def _blocks(own: range, seen: int) -> Iterator[tuple[slice, int]]:
-    """Of each block of a segment's queries: where it lies in the row, and how many keys its last query sees."""
+    """Of each block of a segment's queries: its slice of the row, and how many keys its last query sees."""
     for start in own[::QUERIES]:
         stop = min(start + QUERIES, own.stop)
         yield slice(start, stop), seen - (own.stop - stop)
@@ -183,5 +186,5 @@ def _joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim=2)
 
 
-AttentionInterface.register(NAME, tree_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(ATTENTION, tree_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -33,7 +33,7 @@ class Device:
 
 
 def choose_device(precision: str = "auto", threads: int | None = None, why: str | None = None) -> Device:
-    """Pick the first CUDA device if there is one, else the CPU; announce why."""
+    """The first CUDA device if there is one, else the CPU; sets torch's threads. why: the reason of `threads`."""
     device, device_reason = _device()
     chosen, reason = _precision(device) if precision == "auto" else (precision, "set by model.precision")
     count, count_reason = (
@@ -79,7 +79,7 @@ def _threads() -> tuple[int, str]:
 
 
 def free_threads() -> tuple[int, str]:
-    """The cores nobody else is using: a second thread on a busy core makes a step 4-20 times slower."""
+    """The cores that no other process is using: a second thread on a busy core makes a step 4-20 times slower."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     percent = psutil.cpu_percent(interval=0.5, percpu=True)
     busy = sum(percent[core] > _BUSY_PERCENT for core in cores if core < len(percent))
@@ -116,7 +116,7 @@ def peak_rss_bytes() -> int:
 
 
 def reset_peak_rss() -> int:
-    """The peak so far; it starts anew (Linux: man 5 proc, clear_refs; elsewhere it stays the process's peak)."""
+    """The peak so far; it starts again (Linux: man 5 proc, clear_refs; elsewhere it stays the process's peak)."""
     peak = peak_rss_bytes()
     clear_refs = Path("/proc/self/clear_refs")
     if clear_refs.exists():

@@ -1,9 +1,10 @@
 """How every worker runs: `python -m tasks.SUBJECT.workers.NAME spec.json out/`.
 
-It reads its spec as the one typed model of that worker (data_contracts/jobs), keeps other workers out of `out/`, says how far it is as JSON lines on stdout, and ends with
-`out/report.json` (complete or absent). What fails with a known cause (ours, or in the table of data_contracts/failures.py)
-ends with its exit code and `out/error.json`. Where several ranks do one worker's work, the first speaks, locks and reports;
-an error is told by whichever has it first.
+It reads its job as the one typed model of that worker (data_contracts/jobs), keeps other workers out of `out/`, reports
+its progress as JSON lines on stdout, and ends with `out/report.json` (complete or absent). What fails with a known
+cause (ours, or in the table of data_contracts/failures.py) ends with its exit code and `out/error.json`. Where several
+ranks do one worker's work, the first one writes the progress, the lock and the report; an error is written by the rank
+that has it first.
 """
 
 import dataclasses
@@ -28,11 +29,11 @@ from tasks.runtime.core.files import exclusive, write_atomically
 _LOCK_SECONDS = 60.0
 
 J = TypeVar("J", bound=Job)
-Work = Callable[[Any, Path], dict[str, Any]]
+_Work = Callable[[J, Path], dict[str, Any]]
 
 
 def say(event: str, **values: object) -> None:
-    """Tell the parent something, as one JSON line. A parent that is gone ends the worker with BrokenPipeError."""
+    """Send the parent an event, as one JSON line. A parent that is gone ends the worker with BrokenPipeError."""
     if not is_first_rank():
         return
     sys.stdout.write(json.dumps({"event": event, **values}) + "\n")
@@ -40,11 +41,11 @@ def say(event: str, **values: object) -> None:
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for its worker: it does all of the work, or is rank 0 of those that share it."""
+    """Whether this process reports for its worker: it does all of the work, or is rank 0 of those that share it."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def main(work: Work, job: type[Job] | None = None) -> None:  # TRANSITION: None goes, Work[J], type[J]
+def main(work: _Work[Any], job: type[Job] | None = None) -> None:  # TRANSITION: work: _Work[J], job: type[J]
     """Run one worker from the command line's two arguments and exit with its code."""
     if len(sys.argv) != 3:
         raise SystemExit("usage: python -m tasks.SUBJECT.workers.NAME spec.json out/")
@@ -52,14 +53,14 @@ def main(work: Work, job: type[Job] | None = None) -> None:  # TRANSITION: None 
     gc.enable()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an end by signal, as SIGTERM is: no traceback of KeyboardInterrupt
     try:
-        run(work, job, Path(sys.argv[1]), Path(sys.argv[2]))
+        run_job(work, job, Path(sys.argv[1]), Path(sys.argv[2]))
     except TunegateError as error:
         _log(f"{error}\n")
         sys.exit(error.exit_code)
 
 
-def run(work: Work, job: type[Job] | None, spec_file: Path, out: Path) -> None:
-    """Do the work of a spec file. An error with a known cause is left in `out` and raised as one of ours."""
+def run_job(work: _Work[Any], job: type[Job] | None, spec_file: Path, out: Path) -> None:  # TRANSITION: as in main
+    """Do the work of a job file. An error with a known cause is left in `out` and raised as one of ours."""
     out.mkdir(parents=True, exist_ok=True)
     if "RANK" not in os.environ:
         (out / "error.json").unlink(missing_ok=True)
@@ -69,7 +70,7 @@ def run(work: Work, job: type[Job] | None, spec_file: Path, out: Path) -> None:
     try:
         with exclusive(out / ".lock", busy, seconds=_LOCK_SECONDS) if is_first_rank() else nullcontext():
             text = spec_file.read_bytes()
-            report = work(job.model_validate_json(text) if job else json.loads(text), out)
+            report = work(job.model_validate_json(text) if job else json.loads(text), out)  # TRANSITION: no else
             if is_first_rank():
                 write_atomically(out / "report.json", json.dumps(report, indent=1))
     except TunegateError as error:
@@ -86,15 +87,15 @@ def run(work: Work, job: type[Job] | None, spec_file: Path, out: Path) -> None:
 
 def write_error(out: Path, error: TunegateError) -> None:
     """Leave the error for the parent. If a rank has left one already, that is the cause and stays."""
-    told = {"error": type(error).__name__, "problems": [dataclasses.asdict(problem) for problem in error.problems]}
+    left = {"error": type(error).__name__, "problems": [dataclasses.asdict(problem) for problem in error.problems]}
     draft = out / f"error.{os.getpid()}"
     try:
-        draft.write_text(json.dumps(told, indent=1))
+        write_atomically(draft, json.dumps(left, indent=1))
         with suppress(FileExistsError):
             os.link(draft, out / "error.json")
         draft.unlink()
     except OSError:  # a full disk has no room for it: the pipe to the parent needs none
-        say("error", **told)
+        say("error", **left)
 
 
 def _log(text: str) -> None:

@@ -1,10 +1,9 @@
-"""Start a worker on several ranks: `python -m tasks.runtime.workers.launch MODULE spec.json out/`; the spec says how many.
+"""Start a training worker on several ranks: `python -m tasks.runtime.workers.launch MODULE spec.json out/`.
 
 torchrun's own agent starts them and ends all if one fails. The ranks meet by a file and talk on the loopback interface:
 torchrun's command would listen on every one. What any rank broke on ends up in `out/error.json`.
 """
 
-import json
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from data_contracts.errors import ConfigError, Problem, TransientError, TunegateError, WorkerError
+from data_contracts.jobs.training import TrainJob
 from tasks.runtime.workers.device import free_threads
 from tasks.runtime.workers.harness import write_error
 from tasks.runtime.workers.ranks import MEETING, loopback
@@ -25,25 +25,25 @@ from tasks.runtime.workers.ranks import MEETING, loopback
 _SECONDS_TO_END = 55  # a step and a checkpoint; the parent waits 60
 
 
-def launch(module: str, spec_file: Path, out: Path) -> int:
-    """Answer with the exit code: 0 if all ranks ended well."""
-    spec = json.loads(spec_file.read_text())
+def launch_ranks(module: str, spec_file: Path, out: Path) -> int:
+    """Exit code: 0 if all ranks ended well."""
+    job = TrainJob.model_validate_json(spec_file.read_bytes())
     (out / "error.json").unlink(missing_ok=True)
-    if 0 < torch.cuda.device_count() < spec["workers"]:
+    if 0 < torch.cuda.device_count() < job.processes:
         limit = f"{torch.cuda.device_count()} GPUs"
         write_error(out, ConfigError(Problem("each worker needs a GPU of its own", "train.workers", limit, "lower it")))
         return ConfigError.exit_code
     with tempfile.TemporaryDirectory(prefix="tunegate-") as folder:
-        os.environ.update(_environment(spec["workers"], spec["threads"], Path(folder)))
+        os.environ.update(_environment(job.processes, job.settings.threads, Path(folder)))
         config = LaunchConfig(
-            run_id=out.name, min_nodes=1, max_nodes=1, nproc_per_node=spec["workers"], max_restarts=0, local_addr="127.0.0.1",
+            run_id=out.name, min_nodes=1, max_nodes=1, nproc_per_node=job.processes, max_restarts=0, local_addr="127.0.0.1",
             rdzv_backend="c10d", rdzv_endpoint=str(Path(folder) / "agent"), rdzv_configs={"store_type": "file"},
             shutdown_timeout=_SECONDS_TO_END,
         )  # fmt: skip
         try:
             elastic_launch(config, sys.executable)("-u", "-m", module, str(spec_file), str(out))
         except ChildFailedError as error:
-            return _failed(error.failures, spec["workers"], out)
+            return _failed(error.failures, job.processes, out)
         except SignalException as error:
             return -int(error.sigval) if not (out / "error.json").exists() else TransientError.exit_code
     return 0
@@ -67,7 +67,7 @@ def _environment(ranks: int, threads: int | None, folder: Path) -> dict[str, str
 
 
 def _failed(failures: dict[int, ProcessFailure], ranks: int, out: Path) -> int:
-    """One error for all ranks: the one that a rank has told, a signal that killed one, or what one broke on first."""
+    """One error for all ranks: the one that a rank has left, a signal that killed one, or what one broke on first."""
     if not (out / "error.json").exists():
         write_error(out, _cause(failures, ranks))
     return TunegateError.exit_code
@@ -79,18 +79,18 @@ def _cause(failures: dict[int, ProcessFailure], ranks: int) -> TunegateError:
     ]
     if killed:
         rank, failure = killed[0]
-        act = "it goes on from its last checkpoint; if memory ran out: lower train.batch_tokens, or free some"
+        act = "it resumes from its last checkpoint; if memory ran out: lower train.batch_tokens, or free some"
         return TransientError(Problem(f"killed by signal {-failure.exitcode}", f"rank {rank} of {ranks}", act=act))
     rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
-    told: Any = failure.message
-    what = told.get("message", told) if isinstance(told, dict) else told
+    message: Any = failure.message
+    what = message.get("message", message) if isinstance(message, dict) else message
     return WorkerError(
         Problem(f"ended with code {failure.exitcode}: {what}", f"rank {rank} of {ranks}", act="read worker.log")
     )
 
 
 if __name__ == "__main__":
-    code = launch(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    code = launch_ranks(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
     if code < 0:  # as a worker that runs alone
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)

@@ -1,11 +1,10 @@
-"""Start a worker's ranks on a Ray cluster: `python -m tasks.runtime.workers.launch_ray MODULE spec.json out/`.
+"""Start a training worker's ranks on a Ray cluster: `python -m tasks.runtime.workers.launch_ray MODULE spec.json out/`.
 
-Ray Train places the ranks and lets them meet. Every machine must see the store and the code under the same path. What
-ranks say comes through Ray's own log to this process's stdout, with a prefix.
+Ray Train places the ranks and lets them meet. Every machine must see the store and the code under the same path. The
+ranks' events come through Ray's own log to this process's stdout, with a prefix.
 """
 
 import importlib
-import json
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.errors import ConfigError, Problem, TransientError, TunegateError, WorkerError
+from data_contracts.jobs.training import TrainJob
 from tasks.runtime.workers.harness import write_error
 from tasks.runtime.workers.ranks import loopback
 
@@ -27,11 +27,11 @@ _SILENT = {
 _ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's name for it: with 0, a cluster that it starts itself is for this machine and listens on loopback alone."""
 _PEER_GONE = re.compile("closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)
-"""What gloo and NCCL say on the ranks that are left."""
+"""Messages of gloo and NCCL on the ranks that are left."""
 
 
-def launch(module: str, spec_file: Path, out: Path) -> int:
-    """Answer with the exit code: 0 if all ranks ended well."""
+def launch_on_ray(module: str, spec_file: Path, out: Path) -> int:
+    """Exit code: 0 if all ranks ended well."""
     (out / "error.json").unlink(missing_ok=True)
     wanted = (
         _SILENT if os.environ.get("RAY_ADDRESS") else _SILENT | {_ONE_MACHINE: "0", "GLOO_SOCKET_IFNAME": loopback()}
@@ -43,12 +43,12 @@ def launch(module: str, spec_file: Path, out: Path) -> int:
     except ImportError as error:
         act = "pip install 'tunegate[ray]'"
         missing = Problem(f"Ray Train is not installed ({error})", "train.engine", "local or ray", act)
-        return _tell(out, ConfigError(missing))
+        return _leave(out, ConfigError(missing))
     shutil.rmtree(out / _STATE, ignore_errors=True)
     try:
         _fit(module, spec_file.resolve(), out.resolve())
     except (TrainingFailedError, RayError, ConnectionError) as error:
-        return _tell(out, _cause(error, module))
+        return _leave(out, _cause(error, module))
     finally:
         shutil.rmtree(out / _STATE, ignore_errors=True)
     return 0
@@ -57,7 +57,7 @@ def launch(module: str, spec_file: Path, out: Path) -> int:
 def _cause(error: Exception, module: str) -> TunegateError:
     """What a rank raised, which it would raise again; TransientError if a rank's process is gone, or the cluster.
 
-    Ray tells of a process that is gone in an error of its own, and its peers may say that they lost it.
+    Ray reports a process that is gone as an error of its own, and its peers may report that they lost it.
     """
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     raised = {rank: failure for rank, failure in failures.items() if not _is_loss(failure)}
@@ -65,7 +65,7 @@ def _cause(error: Exception, module: str) -> TunegateError:
         rank, failure = next(iter(raised.items()))
         what = f"{type(failure).__name__}: {_line(failure)}"
         return WorkerError(Problem(what, f"rank {rank}", act="read worker.log"))
-    act = "it goes on from its last checkpoint"
+    act = "it resumes from its last checkpoint"
     return TransientError(Problem(f"Ray ended it: {_line(error)}", module, act=act))
 
 
@@ -82,15 +82,15 @@ def _fit(module: str, spec_file: Path, out: Path) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    spec = json.loads(spec_file.read_text())
+    job = TrainJob.model_validate_json(spec_file.read_bytes())
     ray.init(include_dashboard=False, log_to_driver=True)
     cluster: Any = ray.cluster_resources  # untyped
-    on_gpus = cluster().get("GPU", 0) >= spec["workers"]
-    resources = {"CPU": spec["threads"] or 1} | ({"GPU": 1} if on_gpus else {})
+    on_gpus = cluster().get("GPU", 0) >= job.processes
+    resources = {"CPU": job.settings.threads or 1} | ({"GPU": 1} if on_gpus else {})
     TorchTrainer(
         _rank,
         train_loop_config={"module": module, "spec": str(spec_file), "out": str(out)},
-        scaling_config=ScalingConfig(num_workers=spec["workers"], use_gpu=on_gpus, resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=job.processes, use_gpu=on_gpus, resources_per_worker=resources),
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpus else "gloo"),
         run_config=RunConfig(name=_STATE, storage_path=str(out), failure_config=FailureConfig(max_failures=0)),
     ).fit()
@@ -98,17 +98,17 @@ def _fit(module: str, spec_file: Path, out: Path) -> None:
 
 def _rank(config: dict[str, Any]) -> None:
     """One rank, in a process of Ray's."""
-    from tasks.runtime.workers.harness import run
+    from tasks.runtime.workers.harness import run_job
 
-    work = importlib.import_module(config["module"])
-    run(work.WORK, getattr(work, "JOB", None), Path(config["spec"]), Path(config["out"]))
+    worker = importlib.import_module(config["module"])
+    run_job(worker.WORK, worker.JOB, Path(config["spec"]), Path(config["out"]))
 
 
-def _tell(out: Path, error: TunegateError) -> int:
+def _leave(out: Path, error: TunegateError) -> int:
     if not (out / "error.json").exists():
         write_error(out, error)
     return error.exit_code
 
 
 if __name__ == "__main__":
-    sys.exit(launch(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])))
+    sys.exit(launch_on_ray(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])))

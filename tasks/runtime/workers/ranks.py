@@ -1,6 +1,6 @@
 """The processes that train one arm together: which of them this is, and what all of them must agree on.
 
-Started alone, a worker is rank 0 of 1 and nothing here talks to anybody. Otherwise torchrun or Ray Train set RANK and
+Started alone, a worker is rank 0 of 1 and nothing here communicates. Otherwise torchrun or Ray Train set RANK and
 WORLD_SIZE (https://docs.pytorch.org/docs/stable/elastic/run.html), and ranks meet by a file: nothing but the loopback
 interface is listened on.
 """
@@ -29,7 +29,7 @@ def ranks() -> int:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Meet the other ranks, and take leave of them at the end, unless somebody else (Ray Train) sees to both."""
+    """Join the process group of all ranks, and leave it at the end, unless Ray Train has done so."""
     if ranks() == 1 or dist.is_initialized():
         yield
         return
@@ -49,7 +49,7 @@ def loopback() -> str:
 
 
 def wait() -> None:
-    """Go on once all ranks are here."""
+    """Continue once all ranks are here."""
     if ranks() > 1:
         dist.barrier()
 
@@ -63,7 +63,7 @@ def largest(values: Iterable[float]) -> list[float]:
     return _reduced(values, dist.ReduceOp.MAX)
 
 
-def first_says(value: int) -> int:
+def from_first(value: int) -> int:
     """The number that rank 0 has."""
     return int(total([value if rank() == 0 else 0])[0])
 

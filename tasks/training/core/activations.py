@@ -1,7 +1,8 @@
 """Activations and logits at the moments that can be the peak of a training step, from what PyTorch's autograd keeps.
 
 A frozen linear layer keeps nothing, an adapter keeps its input, a norm keeps its input in fp32, attention keeps q, k, v
-and its output, a gated feed-forward part keeps three tensors of its inner width, two if it is one node. Bytes everywhere.
+and its output, a gated feed-forward part keeps three tensors of its inner width, two if it is one node. Bytes
+everywhere.
 """
 
 from typing import Literal
@@ -14,7 +15,8 @@ Moment = Literal["loss", "final norm backward", "first block backward", "last bl
 Alive = dict[Moment, tuple[int, int]]
 """(activations, logits) at each moment."""
 NORM_BACKWARD = 2
-"""fp32 tensors of its input's size that an RMSNorm makes while it goes backward (tasks/models/workers/fused_layers.py)."""
+"""fp32 tensors of its input's size that an RMSNorm makes while it goes backward
+(tasks/models/workers/fused_layers.py)."""
 
 
 def alive(arch: Architecture, settings: Settings) -> Alive:
@@ -23,7 +25,8 @@ def alive(arch: Architecture, settings: Settings) -> Alive:
 
 
 def _alive_fused(arch: Architecture, settings: Settings) -> Alive:
-    """Tunegate's step, counted to the tensor: the embedding needs no gradient, and the final norm's input goes first."""
+    """Tunegate's step, counted to the tensor: the embedding needs no gradient, and the final norm's input goes
+    first."""
     size, tokens = settings.compute_bytes, settings.tokens
     block, residual = block_bytes(arch, settings), tokens * arch.hidden * size
     norm_input = tokens * arch.hidden * norm_format(arch, settings)
@@ -142,10 +145,10 @@ def input_bytes(arch: Architecture, settings: Settings) -> int:
 
 
 def gradient_bytes(arch: Architecture, settings: Settings) -> int:
-    """What a feed-forward part makes while it goes backward, beside the gradient that runs along the blocks.
+    """What a feed-forward part makes in the backward pass, in addition to the gradient that runs along the blocks.
 
-    Gated: two of the inner width beside what it keeps; an adapter whose input was cast makes one more. Fused adapters
-    let their input go before that, and a quantised layer's weights are gone by then.
+    Gated: two of the inner width in addition to what it keeps; an adapter whose input was cast makes one more. Fused
+    adapters let their input go before that, and a quantised layer's weights are gone by then.
     """
     inner = settings.tokens * settings.compute_bytes * arch.inner
     whole = dequantised_bytes(arch, settings)
@@ -165,8 +168,8 @@ def dequantised_bytes(arch: Architecture, settings: Settings) -> int:
 
 
 def cast_adapter_bytes(arch: Architecture, settings: Settings) -> int:
-    """16-bit copies of fp32 adapters, or of all weights, of all blocks: autocast keeps them until the forward pass ends,
-    autograd longer."""
+    """16-bit copies of fp32 adapters, or of all weights, of all blocks: autocast keeps them until the forward pass
+    ends, autograd longer."""
     stack = settings.stack
     makes_copies = settings.is_fused or stack.autocast
     kept_bytes = stack.full_bytes if settings.method == "full" else stack.adapter_bytes
@@ -182,11 +185,11 @@ def cast_adapter_bytes(arch: Architecture, settings: Settings) -> int:
 def logit_bytes(arch: Architecture, settings: Settings) -> int:
     """Vocabulary-wide tensors when the loss is taken.
 
-    A block's logits in fp32, and before and after that in a 16-bit compute format; its rows' gradient in fp32 and what is
-    added to it; scored hidden states and their gradient; of a head that is trained its gradient in fp32, and in the compute
-    format before it is added. Cross-entropy keeps the
-    log-probabilities; their gradient and the logits' gradient are made beside
-    them: three tensors. Chunked and compiled: the logits in the compute format, and for an eighth of the tokens their gradient.
+    A block's logits in fp32, and before and after that in a 16-bit compute format; its rows' gradient in fp32 and what
+    is added to it; scored hidden states and their gradient; of a head that is trained its gradient in fp32, and in the
+    compute format before it is added. Cross-entropy keeps the log-probabilities; their gradient and the logits'
+    gradient are made in addition: three tensors. Chunked and compiled: the logits in the compute format, and for an
+    eighth of the tokens their gradient.
     """
     size, loss = settings.compute_bytes, settings.stack.loss
     scored = settings.tokens if settings.scored is None else settings.scored

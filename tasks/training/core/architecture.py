@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 Reads = Literal["attention_in", "attention_out", "mlp_in", "mlp_out"]
 
@@ -27,8 +27,8 @@ class Linear:
 class Architecture:
     """Widths in elements. `norms` counts norms of one block with an input of their own, `qk_norm` those per head.
 
-    `logits_changed`: they are scaled or squashed, so that the loss needs them whole (Granite, Cohere). `softcap`: attention
-    squashes its scores (Gemma 2), so that its rows cannot be packed.
+    `logits_changed`: they are scaled or squashed, so that the loss needs them whole (Granite, Cohere). `softcap`:
+    attention squashes its scores (Gemma 2), so that its rows cannot be packed.
     """
 
     hidden: int
@@ -47,6 +47,11 @@ class Architecture:
     logits_changed: bool = False
     softcap: bool = False
     activation: str = "silu"
+
+    @classmethod
+    def from_report(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict`, as a worker's report carries it."""
+        return cls(**{**fields, "linears": tuple(Linear(**linear) for linear in fields["linears"])})
 
     @cached_property
     def linear_parameters(self) -> int:
@@ -112,9 +117,3 @@ def decoder(shape: Mapping[str, Any]) -> Architecture:
         norm_parameters=norm + (shape["layers"] * 2 * head_dim if qk_norm else 0), head_bias=shape.get("head_bias", False),
         activation=shape.get("activation", "silu"),
     )  # fmt: skip
-
-
-def from_json(found: Mapping[str, Any]) -> Architecture:
-    """The inverse of `dataclasses.asdict`, as a worker's report carries it."""
-    linears = tuple(Linear(**linear) for linear in found["linears"])
-    return Architecture(**{**found, "linears": linears})

@@ -11,7 +11,7 @@ CARDS_GB = (8, 12, 16, 24, 40, 48, 80)
 USABLE = 0.985
 """What CUDA offers of a card's nominal GiB: 23.65 of 24 (RTX 4090), 47.4 of 48 (A6000), 79.1 of 80 (A100)."""
 MARGIN = 0.1
-"""Where less than this share of a card stays free, a plan is tight: half of the published peaks lie 5 % off or more."""
+"""Where less than this share of a card stays free, a plan is tight: half of the published peaks are 5 % off or more."""
 MOST_TOKENS = 2**20
 SHORTEST, SMALLEST_RANK = 256, 8
 

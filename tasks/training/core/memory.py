@@ -14,17 +14,17 @@ from tasks.training.core.memory_settings import FP32, Settings, state_bytes
 NF4_BLOCK, CONSTANTS_BLOCK = 64, 256
 # Code books kept with each quantised tensor: 16 NF4 levels; with double quantisation 256 levels and one offset, fp32.
 NF4_CODE, CONSTANTS_CODE = 16 * FP32, 256 * FP32 + FP32
-Device = Literal["cuda", "cpu"]
-CONTEXT: dict[Device, int] = {"cuda": 500 * 2**20, "cpu": 700_000_000}
-"""Beside all tensors. CUDA: kernels and handles of a process, 300-800 MiB by card and version. CPU: the interpreter and
-its libraries, 0.53 GB resident after import, 0.6-0.8 GB while training (docs/planner.md)."""
+DeviceKind = Literal["cuda", "cpu"]
+CONTEXT: dict[DeviceKind, int] = {"cuda": 500 * 2**20, "cpu": 700_000_000}
+"""In addition to all tensors. CUDA: kernels and handles of a process, 300-800 MiB by card and version. CPU: the
+interpreter and its libraries, 0.53 GB resident after import, 0.6-0.8 GB while training (docs/planner.md)."""
 FRAGMENTATION = 0.08
 """What an allocator holds beyond what is in use, as a share of what comes and goes: it rounds blocks up and cannot
 always use a free one again. The published pair (Answer.AI, 2 x 3090): 9.16 GiB allocated, 10.22 reserved."""
 
 
 @dataclass(frozen=True)
-class Parts:
+class MemoryParts:
     """Bytes of each part at the peak. `paged` of the optimiser may move to host memory when the card is full."""
 
     moment: Moment
@@ -59,11 +59,12 @@ class Parts:
         return self.reserved + self.context
 
 
-def predict(arch: Architecture, settings: Settings, device: Device = "cuda") -> Parts:
+def predict(arch: Architecture, settings: Settings, device: DeviceKind = "cuda") -> MemoryParts:
     """Every part at the peak of one training step.
 
-    The peak can be the loss (all activations, the logits), the final norm or the first block going backward, or the last
-    block (its activations, all gradients). Gradients are freed after each step, unless they are summed over several.
+    The peak can be the loss (all activations, the logits), the final norm or the first block going backward, or the
+    last block (its activations, all gradients). Gradients are freed after each step, unless they are summed over
+    several.
     """
     trainable = settings.trainable(arch)
     count = sum(rows * columns for rows, columns in trainable)
@@ -79,7 +80,7 @@ def predict(arch: Architecture, settings: Settings, device: Device = "cuda") -> 
         for moment, made in alive(arch, settings).items()
     ]
     moment, gradients, activations, logits = max(moments, key=lambda parts: sum(parts[1:]))
-    return Parts(
+    return MemoryParts(
         moment=moment,
         weights=weights,
         constants=constants,
@@ -101,11 +102,11 @@ def base_bytes(arch: Architecture, settings: Settings) -> tuple[int, int]:
         return arch.parameters * settings.weight_bytes, 0
     tensors = [linear.weights for linear in arch.linears for _ in range(arch.layers)]
     packed = sum(ceil(weights / 2) for weights in tensors)
-    constants = sum(constant_bytes(weights, settings.double_quant) for weights in tensors)
+    constants = sum(constant_bytes(weights, double_quant=settings.double_quant) for weights in tensors)
     return packed + arch.other_parameters * other, constants
 
 
-def constant_bytes(weights: int, double_quant: bool) -> int:
+def constant_bytes(weights: int, *, double_quant: bool) -> int:
     """Constants of one NF4 tensor (arXiv 2305.14314, section 3; bitsandbytes QuantState).
 
     Plain: one fp32 absmax for each 64 weights, 0.5 bit a weight. Double: one byte for each 64 and one fp32 for each

@@ -1,22 +1,22 @@
-"""What is trained and with which software: all that memory depends on beside the architecture."""
+"""What is trained and with which software: all that memory depends on next to the architecture."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any, Literal
+from typing import Literal
 
 from data_contracts.errors import Problem
-from data_contracts.train_spec import LORA_ARMS
+from data_contracts.train_spec import LORA_ARMS, Method, TrainSpec
+from tasks.models.core.packing import Way
 from tasks.training.core.architecture import Architecture, Linear
 
-Method = Literal["lora", "qlora", "full", "prefix"]
-Way = Literal["packed", "padded"]
 FP32, FP16 = 4, 2
 
 
 @dataclass(frozen=True)
 class Stack:
-    """How the training software keeps things. The defaults are Tunegate's own packed step (tasks/models/workers/scoring.py)."""
+    """How the training software keeps things. The defaults are Tunegate's own packed step
+    (tasks/models/workers/scoring.py)."""
 
     adapter_bytes: int = FP32
     """PEFT keeps adapters in fp32 (`autocast_adapter_dtype`); torchtune, litgpt and fsdp_qlora in the base's format."""
@@ -25,9 +25,9 @@ class Stack:
     autocast: bool = True
     """Trainer's `bf16=True`: fp32 adapters and their inputs are cast to 16 bit for each product."""
     fused: bool = True
-    """A LoRA layer is one node, which keeps its input and the low-rank product (tasks/models/workers/fused_layers.py); not while
-    dropout is at work. What is alive at the model's ends (embedding, final norm) is then counted to the tensor. A frozen
-    norm is one node too (tasks/models/workers/fused_layers.py)."""
+    """A LoRA layer is one node, which keeps its input and the low-rank product (tasks/models/workers/fused_layers.py);
+    not while dropout is at work. What is alive at the model's ends (embedding, final norm) is then counted to the
+    tensor. A frozen norm is one node too (tasks/models/workers/fused_layers.py)."""
     mask: Literal["segments", "node", "padded", "none"] = "segments"
     """What attention gets. Segments of a prefix tree: keys and values of every head for each segment, and a mask for
     those that follow others; as one node, on a CPU: keys and values once. Padded: a mask kept by every layer, keys and
@@ -35,10 +35,12 @@ class Stack:
     eager_attention: bool = False
     """Attention that keeps the scores of every pair of tokens: in fp32, in the compute format, and before a softcap."""
     norm_bytes: int = FP32
-    """transformers' RMSNorm keeps its input in fp32; compiled and fused ones keep it in the compute format, as ours does."""
+    """transformers' RMSNorm keeps its input in fp32; compiled and fused ones keep it in the compute format, as ours
+    does."""
     loss: Literal["frozen head", "fp32", "compute", "chunked", "padded"] = "frozen head"
-    """The loss over the vocabulary. Frozen head: 16 MiB of logits at a time (tasks/models/workers/head_loss.py). fp32, compute:
-    one cross-entropy in that format; chunked: torchtune's compiled one, in eight chunks. Padded: logits of all tokens."""
+    """The loss over the vocabulary. Frozen head: 16 MiB of logits at a time (tasks/models/workers/head_loss.py). fp32,
+    compute: one cross-entropy in that format; chunked: torchtune's compiled one, in eight chunks. Padded: logits of all
+    tokens."""
     loss_copies: float = 0.0
     """Further copies of the logits in the loss's format that outlive it, as outputs that the caller holds."""
     noise_bytes: int = 1
@@ -48,13 +50,14 @@ class Stack:
     adapter_outputs: bool = False
     """litgpt's joint q/v adapter keeps its output before padding it."""
     kbit_upcast: bool = False
-    """PEFT's `prepare_model_for_kbit_training`: everything that is not quantised becomes fp32. Tunegate leaves it out."""
+    """PEFT's `prepare_model_for_kbit_training`: everything that is not quantised becomes fp32. Tunegate leaves it
+    out."""
 
 
-PADDED = Stack(mask="padded", loss="padded", eager_attention=True)
+PADDED_STACK = Stack(mask="padded", loss="padded", eager_attention=True)
 """Tunegate's step for a base that cannot be packed."""
 
-PREFIX = Stack(mask="padded", loss="padded")
+PREFIX_STACK = Stack(mask="padded", loss="padded")
 """Tunegate's step for a prefix, which cannot be packed either, on a base that can."""
 
 Segments = tuple[tuple[int, int], ...]
@@ -147,7 +150,8 @@ class Settings:
         return self.has_lora and self.stack.fused and self.dropout == 0
 
     def is_mlp_fused(self, arch: Architecture) -> bool:
-        """The feed-forward part is one node (tasks/models/workers/fused_layers.py), which makes what `down` reads a second time."""
+        """The feed-forward part is one node (tasks/models/workers/fused_layers.py), which makes what `down` reads a
+        second time."""
         names = {linear.name for linear in self.adapted(arch)}
         return self.is_fused and arch.swiglu and names >= {"gate_proj", "up_proj", "down_proj"}
 
@@ -161,38 +165,39 @@ class Settings:
         return self.has_lora and not self.is_fused and self.stack.adapter_bytes != self.compute_bytes
 
 
-def settings_of(
-    settings: Mapping[str, Any],
-    method: Method,
-    compute_bytes: int,
-    length: int,
-    batch: int = 1,
-    scored: int | None = None,
-    segments: Segments | None = None,
-    way: Way = "packed",
-) -> Settings:
-    """Tunegate's own training step. settings: those of a TrainSpec, by name, without DoRA (see `unplanned`). scored: None
-    plans for a loss on all tokens.
+@dataclass(frozen=True)
+class StepShape:
+    """The rows of one forward pass. scored: tokens with a loss; None plans for a loss on all of them.
 
     For one packed row of T tokens, as the training worker has at hand: length T, batch 1, its completion tokens and its
     segments.
     """
+
+    length: int
+    batch: int = 1
+    scored: int | None = None
+    segments: Segments | None = None
+    way: Way = "packed"
+
+
+def settings_of(train: TrainSpec, method: Method, compute_bytes: int, shape: StepShape) -> Settings:
+    """Tunegate's own training step, without DoRA (see `unplanned`)."""
     return Settings(
         method=method,
-        length=length,
-        batch=batch,
-        scored=scored,
-        rank=settings["rank"],
-        targets=settings["target_modules"],
-        dropout=settings["dropout"],
+        length=shape.length,
+        batch=shape.batch,
+        scored=shape.scored,
+        rank=train.rank,
+        targets=train.target_modules,
+        dropout=train.dropout,
         compute_bytes=compute_bytes,
-        double_quant=settings["double_quant"],
-        optimiser=settings["optimizer"],
-        checkpointing=settings["activation_checkpointing"],
-        stack=_stack(method, way),
-        segments=segments,
-        takes_off_start=method in LORA_ARMS and settings["init"] in ("pissa", "olora"),
-        prefix_tokens=settings["prefix_tokens"] if method == "prefix" else 0,
+        double_quant=train.double_quant,
+        optimiser=train.optimizer,
+        checkpointing=train.activation_checkpointing,
+        stack=_stack(method, shape.way),
+        segments=shape.segments,
+        takes_off_start=method in LORA_ARMS and train.init in ("pissa", "olora"),
+        prefix_tokens=train.prefix_tokens if method == "prefix" else 0,
     )
 
 
@@ -204,18 +209,18 @@ def on_cpu(settings: Settings) -> Settings:
 
 def _stack(method: Method, way: Way) -> Stack:
     if method == "prefix":
-        return PREFIX
-    return Stack() if way == "packed" else PADDED
+        return PREFIX_STACK
+    return Stack() if way == "packed" else PADDED_STACK
 
 
-def unplanned(settings: Mapping[str, Any], method: Method) -> Problem | None:
+def unplanned(train: TrainSpec, method: Method) -> Problem | None:
     """What of a training step has no formulas here."""
-    if method in LORA_ARMS and settings["use_dora"]:
+    if method in LORA_ARMS and train.use_dora:
         act = "plan without it, and leave room: DoRA makes each adapted layer's whole weight once more"
         return Problem("DoRA's memory is not planned", "train.use_dora", act=act)
-    if settings["optimizer"] not in NAMES:
-        what = f"{settings['optimizer']}: its states are not known here"
-        return Problem(what, "train.optimizer", f"one of {', '.join(NAMES)}")
+    if train.optimizer not in OPTIMISERS:
+        what = f"{train.optimizer}: its states are not known here"
+        return Problem(what, "train.optimizer", f"one of {', '.join(OPTIMISERS)}")
     return None
 
 
@@ -232,13 +237,13 @@ _STATES = {
     "paged_lion_32bit": (1, 32), "paged_lion_8bit": (1, 8), "rmsprop_bnb": (1, 32), "rmsprop_bnb_8bit": (1, 8),
     "rmsprop_bnb_32bit": (1, 32),
 }  # fmt: skip
-NAMES = (*_STATES, "adafactor")
+OPTIMISERS = (*_STATES, "adafactor")
 
 
 def state_bytes(name: str, shapes: Sequence[tuple[int, int]], parameter_bytes: int) -> tuple[int, int]:
     """(all states, those that may be paged out to host memory) for tensors of these shapes.
 
-    Adafactor keeps a row and a column of each matrix (arXiv 1804.04235). Raises KeyError for a name not in NAMES.
+    Adafactor keeps a row and a column of each matrix (arXiv 1804.04235). Raises KeyError for a name not in OPTIMISERS.
     """
     if name == "adafactor":
         return sum((rows + columns) * FP32 for rows, columns in shapes), 0

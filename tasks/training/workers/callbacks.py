@@ -1,4 +1,4 @@
-"""What watches a training run from Trainer's callbacks: its clock, its memory, its loss, its end on a signal, its best adapter."""
+"""Trainer callbacks that watch a run: its clock, its memory, its loss, its end on a signal, its best adapter."""
 
 import math
 import signal
@@ -19,13 +19,13 @@ from tasks.models.workers.loading import tensor_bytes
 from tasks.runtime.workers.harness import say
 from tasks.runtime.workers.ranks import largest
 from tasks.training.workers.checkpoints import last_good
-from tasks.training.workers.trainer import Work
+from tasks.training.workers.trainer import TrainingData
 
 _SMOOTHED_STEPS = 10
 
 
 class Clock(TrainerCallback):
-    """Adds each step's seconds to Trainer's log, which its checkpoints keep, and tells the parent."""
+    """Adds each step's seconds to Trainer's log, which its checkpoints keep, and reports it to the parent."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         say("start", step=state.global_step, of=state.max_steps)
@@ -50,7 +50,7 @@ class StepBytes(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.found: dict[str, int] = {}
-        self.is_told = False
+        self.is_logged = False
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are still there."""
@@ -64,16 +64,16 @@ class StepBytes(TrainerCallback):
         }
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if "loss" in kwargs["logs"] and not self.is_told:
+        if "loss" in kwargs["logs"] and not self.is_logged:
             state.log_history[-1] |= self.found
-            self.is_told = True
+            self.is_logged = True
 
 
 class LossWatch(TrainerCallback):
     """Stops a run whose loss or gradient is not finite, or whose loss climbs, before that reaches a checkpoint."""
 
-    def __init__(self, work: Work, out: Path, max_rise_nats: float | None) -> None:
-        self.work, self.out = work, out
+    def __init__(self, data: TrainingData, out: Path, max_rise_nats: float | None) -> None:
+        self.data, self.out = data, out
         self.max_rise = math.inf if max_rise_nats is None else max_rise_nats
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -92,11 +92,11 @@ class LossWatch(TrainerCallback):
                 raise self._error(state.global_step, logs, f"the {what} is {value}", "a finite number")
         rise = self._rise(logs["loss"])
         if rise > self.max_rise:
-            what = f"the loss, smoothed over {_SMOOTHED_STEPS} steps, lies {rise:.2f} nats above its lowest"
+            what = f"the loss, smoothed over {_SMOOTHED_STEPS} steps, is {rise:.2f} nats above its lowest"
             raise self._error(state.global_step, logs, what, f"{self.max_rise} nats (train.max_loss_rise_nats)")
 
     def _rise(self, loss: float) -> float:
-        """How far the mean of the last steps lies above its lowest, in nats; 0 until there are enough steps."""
+        """How far the mean of the last steps is above its lowest, in nats; 0 until there are enough steps."""
         self.recent.append(loss)
         if len(self.recent) < _SMOOTHED_STEPS:
             return 0.0
@@ -105,7 +105,7 @@ class LossWatch(TrainerCallback):
         return smoothed - self.lowest
 
     def _error(self, step: int, logs: dict[str, float], what: str, limit: str) -> ConfigError:
-        rows = sorted({self.work.row_ids[index][:12] for index in self.work.plan[step - 1]})
+        rows = sorted({self.data.row_ids[index][:12] for index in self.data.plan[step - 1]})
         facts = (
             f"loss {logs['loss']:.4g}, gradient norm {logs['grad_norm']:.4g}, learning rate {logs['learning_rate']:.3g}"
         )
@@ -124,7 +124,7 @@ class KeepBest(EarlyStoppingCallback):
         super().__init__(early_stopping_patience or sys.maxsize, early_stopping_threshold)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Nothing: Trainer's own class warns here that nobody loads the best adapter, which the worker does."""
+        """Nothing: Trainer's own class warns here that the best adapter is not loaded, which the worker does."""
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:  # type: ignore[override]
         super().on_evaluate(args, state, control, metrics, **kwargs)  # type: ignore[no-untyped-call]
@@ -152,14 +152,14 @@ class StopOnSignal(TrainerCallback):
             yield
             return
         numbers = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, self._note) for number in numbers}
+        before = {number: signal.signal(number, self._remember) for number in numbers}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _remember(self, number: int, frame: Any) -> None:
         self.signalled = signal.Signals(number).name
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -170,4 +170,4 @@ class StopOnSignal(TrainerCallback):
         if self.agreed:
             cause = self.signalled or "a signal to another rank"
             what = f"stopped at step {state.global_step} of {state.max_steps} by {cause}, with a checkpoint"
-            raise TransientError(Problem(what, "training", act="run again to go on"))
+            raise TransientError(Problem(what, "training", act="run again to resume"))

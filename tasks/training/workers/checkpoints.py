@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent: Trainer writes the files, a manifest written last makes them count.
 
-`checkpoint-STEP/manifest.json` names every file's size and sha256. A folder without it, or with a file that is not as it
-says, is no checkpoint. What is loaded lies in the run's own folder, in files and not behind links.
+`checkpoint-STEP/manifest.json` names every file's size and sha256. A folder without it, or with a file that differs
+from it, is no checkpoint. What is loaded is in the run's own folder, in files and not behind links.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ _STATE = "trainer_state.json"
 
 @contextmanager
 def published(folder: Path, needed_bytes: int) -> Iterator[None]:
-    """Make what the block writes into `folder` a checkpoint, and let go of older ones; on failure leave no trace.
+    """Make what the block writes into `folder` a checkpoint, and delete older ones; on failure leave no trace.
 
     Raises StoreError if the disk does not take it.
     """
@@ -34,12 +34,12 @@ def published(folder: Path, needed_bytes: int) -> Iterator[None]:
         yield
         _seal(folder)
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch tells a failed write as a RuntimeError of its C++ container.
+        # torch reports a failed write as a RuntimeError of its C++ container.
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         shutil.rmtree(folder, ignore_errors=True)
         raise StoreError(_unwritten(folder, needed_bytes, error)) from error
-    _let_go_of_old_ones(folder.parent)
+    _delete_old_ones(folder.parent)
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -58,12 +58,13 @@ def step_of(folder: Path | None) -> int:
 
 
 def state_of(folder: Path | None) -> dict[str, Any]:
-    """Trainer's state in a checkpoint: log_history, best_global_step, stateful_callbacks and more. Raises ValueError."""
+    """Trainer's state in a checkpoint: log_history, best_global_step, stateful_callbacks and more. Raises
+    ValueError."""
     return _json_object(folder / _STATE) if folder else {}
 
 
 def last_good(out: Path) -> str:
-    """What to tell about the checkpoints of a run that stops."""
+    """What an error says of the checkpoints of a run that stops."""
     folder = next((folder for folder in _folders(out) if (folder / _MANIFEST).exists()), None)
     return f"the last good checkpoint is {folder}" if folder else "there is no checkpoint yet"
 
@@ -78,12 +79,12 @@ def _best(folder: Path) -> list[Path]:
     """The checkpoint with the lowest validation loss so far, if any: a run ends with its adapter."""
     try:
         step = state_of(folder).get("best_global_step")
-    except ValueError:  # damaged since it was written: it is found out when it is read
+    except ValueError:  # damaged since it was written: found when it is read
         return []
     return [folder.parent / f"checkpoint-{step}"] if type(step) is int and step > 0 else []
 
 
-def _let_go_of_old_ones(out: Path) -> None:
+def _delete_old_ones(out: Path) -> None:
     kept = [folder for folder in _folders(out) if (folder / _MANIFEST).exists()][:_KEPT]
     kept += [best for folder in kept for best in _best(folder)]
     for folder in _folders(out):
@@ -166,6 +167,6 @@ def _unwritten(folder: Path, needed_bytes: int, error: Exception) -> Problem:
     free = shutil.disk_usage(folder.parent).free
     limit = f"it needs {needed_bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
     act = f"make room, or move the store (store.root), and run again: {last_good(folder.parent)}"
-    # torch's own words for it are a line of its C++ sources and two offsets.
+    # torch's own message is a line of its C++ sources and two offsets.
     cause = "the disk took only a part of a file" if isinstance(error, RuntimeError) else str(error)
     return Problem(f"{folder.name} could not be written: {cause}", str(folder.parent), limit, act)

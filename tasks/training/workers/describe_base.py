@@ -1,7 +1,7 @@
 """A base's architecture without its weights: `python -m tasks.training.workers.describe_base spec.json out/`.
 
-spec: base (a folder or a hub id), revision. Reads config.json only; the model is built on torch's meta device, where
-tensors have shapes and no memory. report: the fields of tasks.training.core.architecture.Architecture.
+Reads config.json only; the model is built on torch's meta device, where tensors have shapes and no memory. report: the
+fields of tasks.training.core.architecture.Architecture.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_contracts.errors import ConfigError, Problem
+from data_contracts.jobs.training import DescribeBaseJob
 from tasks.models.workers.scoring import LOGIT_CHANGES
 from tasks.runtime.workers.harness import main
 from tasks.training.core.architecture import Architecture, Linear, Reads
@@ -22,8 +23,8 @@ _ATTENTION_OUT = {"o_proj", "out_proj", "dense", "c_proj", "wo"}
 _BLOCK = re.compile(r"\.(\d+)\.")
 
 
-def describe(spec: dict[str, Any], out: Path) -> dict[str, Any]:
-    return dataclasses.asdict(architecture_at(spec["base"], spec["revision"]))
+def describe(job: DescribeBaseJob, out: Path) -> dict[str, Any]:
+    return dataclasses.asdict(architecture_at(job.base, job.revision))
 
 
 def architecture_at(base: str, revision: str | None) -> Architecture:
@@ -124,4 +125,4 @@ def _elements(parameter: Any) -> int:
 
 
 if __name__ == "__main__":
-    main(describe)
+    main(describe, DescribeBaseJob)

@@ -1,4 +1,5 @@
-"""A model whose weights are divided among the ranks, layer by layer (FSDP2, torch's fully_shard), and put together to be saved.
+"""A model whose weights are divided among the ranks, layer by layer (FSDP2, torch's fully_shard), and joined to be
+saved.
 
 4-bit weights are divided like others because they are kept in tensors of the arithmetic's number format
 (bnb_4bit_quant_storage), which FSDP can divide; their constants stay whole on every rank.
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from data_contracts.errors import ConfigError, Problem
+from tasks.models.core.adapter_files import WEIGHTS
 from tasks.models.workers.scoring import scored_losses
 from tasks.runtime.workers.ranks import ranks
 
@@ -34,7 +36,7 @@ def shard(model: Any, device: str) -> None:
     for module in [*decoder_layers(model), model]:
         fully_shard(module, mesh=mesh)
         module.set_gradient_divide_factor(1.0)  # losses are divided by the tokens of all ranks already
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+        module.set_force_sum_reduction_for_comms(enable=True)  # gloo has no other
     whole = model.forward
 
     def forward(batch: Any = None, **inputs: Any) -> Any:
@@ -59,20 +61,20 @@ def is_sharded(model: Any) -> bool:
 
 
 def whole_weights(model: Any) -> dict[str, torch.Tensor]:
-    """What is trained, put together. All ranks must ask."""
+    """What is trained, put together. All ranks must call it."""
     return {name: _whole(weight.detach()) for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def load_weights(model: Any, adapter: Path) -> None:
+def load_weights(model: Any, adapter_folder: Path) -> None:
     """Give each rank its part of a saved adapter."""
-    saved = load_file(adapter / "adapter_model.safetensors")
+    saved = load_file(adapter_folder / WEIGHTS)
     for name, weight in get_peft_model_state_dict(model).items():
         weight.copy_(_part(saved[name], weight))
 
 
 @contextmanager
 def whole_states(optimizer: Any) -> Iterator[None]:
-    """The optimiser's states put together inside the block, so that they can be saved. All ranks must ask."""
+    """The optimiser's states put together inside the block, so that they can be saved. All ranks must call it."""
     parts = {weight: dict(state) for weight, state in optimizer.state.items()}
     for state in optimizer.state.values():
         state.update({name: _whole(value) for name, value in state.items()})

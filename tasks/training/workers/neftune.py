@@ -1,7 +1,7 @@
 """NEFTune (arXiv 2310.05914): uniform noise on a sequence's embeddings while it trains.
 
-Trainer's own hook takes the length of the whole row as the sequence's: in a packed row the noise would be too small. Here
-each token's noise goes by its own sequence. Shapes: B rows, T tokens, D hidden size.
+Trainer's own hook takes the length of the whole row as the sequence's: in a packed row the noise would be too small.
+Here each token's noise depends on its own sequence. Shapes: B rows, T tokens, D hidden size.
 """
 
 from typing import Any

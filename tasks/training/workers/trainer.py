@@ -16,8 +16,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from data_contracts.errors import ConfigError, Problem
-from tasks.models.core.packing import Scored, group_for_packing, shares
-from tasks.models.workers.scoring import Batch, Way, scored_losses, to_device, to_tensors
+from data_contracts.jobs.training import TrainJob
+from tasks.models.core.packing import ScoredSequence, Way, group_for_packing, shares
+from tasks.models.workers.scoring import Batch, scored_losses, to_device, to_tensors
 from tasks.runtime.workers.device import Device
 from tasks.runtime.workers.harness import say
 from tasks.runtime.workers.ranks import largest, rank, ranks, sum_gradients, total, wait
@@ -26,13 +27,13 @@ from tasks.training.workers.fsdp import divide_states, is_sharded, load_weights,
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainingData:
     """What a run trains on: sequences, the rows they come from, and each optimiser step's sequences."""
 
-    sequences: list[Scored]
+    sequences: list[ScoredSequence]
     row_ids: list[str]
     plan: list[list[int]]
-    validation: list[Scored]
+    validation: list[ScoredSequence]
     batch_tokens: int
     way: Way
 
@@ -58,55 +59,65 @@ class Work:
         return sum(len(self.sequences[i].ids) - self.sequences[i].start for i in self.plan[step])
 
 
+@dataclass(frozen=True)
+class StepOptions:
+    """How steps are computed, whatever they learn from.
+
+    micro_batches: parts of an optimiser step; 1 until memory runs out, then doubled. lora_plus_ratio: B's learning rate
+    over A's; None: the same.
+    """
+
+    micro_batches: int = 1
+    lora_plus_ratio: float | None = None
+    is_sharded: bool = False
+
+
 class PackedTrainer(Trainer):
     """Trainer whose steps, validation and checkpoints are those of packed rows.
 
-    Several ranks divide the rows of each step. Gradients are added up once a step, after the last backward pass, and not
-    by DistributedDataParallel during it: so a rank may have no row, or run out of memory and try again in smaller parts.
-    Where the weights are divided too (`sharding`), ranks compute in step: none may be idle or try again.
-
-    `micro_batches` is how many parts an optimiser step is computed in: 1 until memory runs out, then doubled.
+    Several ranks divide the rows of each step. Gradients are added up once a step, after the last backward pass, and
+    not by DistributedDataParallel during it: so a rank may have no row, or run out of memory and retry in smaller
+    parts. Where the weights are divided too (`is_sharded`), ranks compute in step: none may be idle or retry.
     """
 
     def __init__(
-        self, model: Any, work: Work, args: TrainingArguments, callbacks: list[TrainerCallback], micro_batches: int,
-        lora_plus_ratio: float | None = None, sharding: str = "none",
+        self, model: Any, data: TrainingData, args: TrainingArguments, callbacks: list[TrainerCallback],
+        options: StepOptions = StepOptions(),
     ) -> None:  # fmt: skip
-        super().__init__(model=model, args=args, train_dataset=work.sequences, eval_dataset=work.validation, callbacks=callbacks)  # fmt: skip
+        super().__init__(model=model, args=args, train_dataset=data.sequences, eval_dataset=data.validation, callbacks=callbacks)  # fmt: skip
         self.remove_callback(PrinterCallback)
-        self.work, self.micro_batches, self.sharding = work, micro_batches, sharding
-        self.lora_plus_ratio = lora_plus_ratio
+        self.data, self.options, self.micro_batches = data, options, options.micro_batches
         self.model_accepts_loss_kwargs = True
         if dist.is_initialized():  # by Ray also for one rank
             # accelerate's way of not wrapping a model: nothing else depends on it
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
-        if sharding != "none":
+        if options.is_sharded:
             self.accelerator.prepare_model = lambda model, **_: model
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """One pass over the plan: it holds all epochs, so a resumed run skips to where it was."""
-        rows: Any = self.work.sequences
+        rows: Any = self.data.sequences
         loader: DataLoader[Batch] = DataLoader(
-            rows, batch_sampler=self.work.mine, collate_fn=partial(_batch, way=self.work.way)
+            rows, batch_sampler=self.data.mine, collate_fn=partial(_batch, way=self.data.way)
         )
         return loader
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Trainer's own, or with B's learning rate `lora_plus_ratio` times A's.
+        """Trainer's own, or with B's learning rate `options.lora_plus_ratio` times A's.
 
         By now a checkpoint's weights are in the model, and the optimiser must see those that are divided.
         """
-        if self.sharding != "none" and not is_sharded(self.model):
+        if self.options.is_sharded and not is_sharded(self.model):
             shard(self.model, self.args.device.type)
-        if self.lora_plus_ratio is None or self.optimizer is not None:
+        if self.options.lora_plus_ratio is None or self.optimizer is not None:
             return super().create_optimizer(model)
         adapted: Any = self.model
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, adapted)
-        ratio = {"loraplus_lr_ratio": self.lora_plus_ratio, "loraplus_weight_decay": self.args.weight_decay}
+        ratio = {"loraplus_lr_ratio": self.options.lora_plus_ratio, "loraplus_weight_decay": self.args.weight_decay}
         self.optimizer = create_loraplus_optimizer(adapted, kind, **ratio, **options)
         return self.optimizer
 
-    def load(self, checkpoint: Path) -> None:
+    def load_weights_of(self, checkpoint: Path) -> None:
         """The weights of a checkpoint, an adapter's or all."""
         if is_sharded(self.model):
             load_weights(self.model, checkpoint)
@@ -114,8 +125,9 @@ class PackedTrainer(Trainer):
             self._load_from_checkpoint(str(checkpoint))
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Gradients and mean loss (nats per completion token) of one optimiser step, in as few parts as memory allows."""
-        tokens, part_step = self.work.scored_tokens(self.state.global_step), super().training_step
+        """Gradients and mean loss (nats per completion token) of one optimiser step, in as few parts as memory
+        allows."""
+        tokens, part_step = self.data.scored_tokens(self.state.global_step), super().training_step
         while True:
             parts = self._parts(inputs)
             try:
@@ -131,7 +143,8 @@ class PackedTrainer(Trainer):
             clear_device_cache(garbage_collection=True)
 
     def _agreed(self, model: Any, losses: list[torch.Tensor]) -> torch.Tensor:
-        """The step's loss, from all ranks; their gradients are added up, and the next step has the same parts on all."""
+        """The step's loss, from all ranks; their gradients are added up, and the next step has the same parts on
+        all."""
         if ranks() == 1:
             return torch.stack(losses).sum()
         if is_sharded(model):  # which added up the gradients as it went back
@@ -141,18 +154,18 @@ class PackedTrainer(Trainer):
         return torch.tensor(total([float(sum(losses))])[0], device=self.args.device)
 
     def _parts(self, inputs: Batch) -> list[Batch]:
-        rows = [self.work.sequences[index] for index in self.work.mine[self.state.global_step]]
+        rows = [self.data.sequences[index] for index in self.data.mine[self.state.global_step]]
         if not rows and is_sharded(self.model):
-            (first, *_) = self.work.plan[self.state.global_step]
-            return [{**to_tensors([self.work.sequences[first]], self.work.way), "idle": True}]
+            (first, *_) = self.data.plan[self.state.global_step]
+            return [{**to_tensors([self.data.sequences[first]], self.data.way), "idle": True}]
         if self.micro_batches == 1 or not rows:
             return [inputs] if rows else []
-        most_tokens = self.work.batch_tokens // self.micro_batches // ranks()
-        return [to_tensors([rows[i] for i in group], self.work.way) for group in group_for_packing(rows, most_tokens)]
+        most_tokens = self.data.batch_tokens // self.micro_batches // ranks()
+        return [to_tensors([rows[i] for i in group], self.data.way) for group in group_for_packing(rows, most_tokens)]
 
     def _halve(self, parts: int, cause: str) -> None:
         """Raise ConfigError if the step's rows are computed one by one already."""
-        if parts == len(self.work.mine[self.state.global_step]):
+        if parts == len(self.data.mine[self.state.global_step]):
             raise self._no_room(cause)
         self.micro_batches *= 2
         step = self.state.global_step + 1
@@ -160,13 +173,13 @@ class PackedTrainer(Trainer):
         say("note", text=f"{text}, with the same rows and the same gradient")
 
     def _no_room(self, cause: str) -> ConfigError:
-        rows = self.work.mine[self.state.global_step]
-        longest = max(len(self.work.sequences[index].ids) for index in rows)
+        rows = self.data.mine[self.state.global_step]
+        longest = max(len(self.data.sequences[index].ids) for index in rows)
         act = "lower train.max_tokens, set train.activation_checkpointing, or take a smaller base"
         what = f"memory does not hold one row ({cause})"
         if is_sharded(self.model):
             act = "lower train.batch_tokens, set train.activation_checkpointing, or raise train.workers"
-            what = f"memory does not hold this worker's share of a step ({cause}), and weights that are divided forbid another try"
+            what = f"memory does not hold this worker's share of a step ({cause}), and weights that are divided forbid a retry"
         return ConfigError(Problem(what, f"step {self.state.global_step + 1}", f"{longest} tokens", act))
 
     def compute_loss(
@@ -178,14 +191,14 @@ class PackedTrainer(Trainer):
         return loss * weight
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Keep with each step how it was computed, so that a resumed run goes on alike."""
+        """Keep with each step how it was computed, so that a resumed run continues alike."""
         if "loss" in logs:
             logs["micro_batches"] = self.micro_batches
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean loss of the validation rows, told to the callbacks as Trainer does."""
-        metrics = {"eval_loss": mean_loss(self.model, self.work)}
+        """Mean loss of the validation rows, reported to the callbacks as Trainer does."""
+        metrics = {"eval_loss": mean_loss(self.model, self.data)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -204,7 +217,7 @@ class PackedTrainer(Trainer):
         with published(out / f"checkpoint-{step}", needed_bytes) if rank() == 0 else nullcontext():
             self.whole = whole
             super()._save_checkpoint(model, trial)
-            wait()  # for the random states of all ranks: the seal covers them
+            wait()  # for the random states of all ranks: the manifest covers them
         wait()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -226,50 +239,51 @@ def _losses(model: Any, batch: Batch) -> torch.Tensor:
     return losses
 
 
-def _batch(rows: Sequence[Scored], way: Way) -> Batch:
+def _batch(rows: Sequence[ScoredSequence], way: Way) -> Batch:
     """A rank that has no row in a step gets no tensors to compute with."""
     return to_tensors(rows, way) if rows else {"labels": torch.empty(0, dtype=torch.long)}
 
 
-def mean_loss(model: Any, work: Work) -> float:
+def mean_loss(model: Any, data: TrainingData) -> float:
     """Mean loss per completion token of the validation rows, in nats, divided among the ranks. There must be some."""
     model.eval()
     device = next(model.parameters()).device
     summed, tokens = 0.0, 0
-    groups = list(group_for_packing(work.validation, work.batch_tokens))
+    groups = list(group_for_packing(data.validation, data.batch_tokens))
     # With weights that are divided all ranks compute each layer together, and its weights must be fit for training later.
     sharded = is_sharded(model)
     with torch.no_grad() if sharded else torch.inference_mode():
         for group in groups if sharded else groups[rank() :: ranks()]:
-            rows: Sequence[Scored] = [work.validation[i] for i in group]
-            losses = _losses(model, to_device(to_tensors(rows, work.way), device))
+            rows: Sequence[ScoredSequence] = [data.validation[i] for i in group]
+            losses = _losses(model, to_device(to_tensors(rows, data.way), device))
             summed, tokens = summed + float(losses.sum()), tokens + len(losses)
     summed, tokens_of_all = total([summed, tokens])
     return summed / tokens_of_all
 
 
-def training_arguments(spec: dict[str, Any], out: Path, device: Device, steps: int) -> TrainingArguments:
+def training_arguments(job: TrainJob, out: Path, device: Device, steps: int) -> TrainingArguments:
     """The settings as Trainer knows them. Its own filter of NaN losses is off: it would hide them behind a mean."""
-    validates = spec["validation_steps"] is not None
+    settings = job.settings
+    validates = settings.validation_steps is not None
     return TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
-        learning_rate=spec["learning_rate"],
+        learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=round(spec["warmup_ratio"] * steps),
-        weight_decay=spec["weight_decay"],
-        max_grad_norm=spec["max_grad_norm"],
-        optim=spec["optimizer"],
-        gradient_checkpointing=spec["activation_checkpointing"],
-        gradient_checkpointing_kwargs={"use_reentrant": False} if spec["activation_checkpointing"] else None,
+        warmup_steps=round(settings.warmup_ratio * steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim=settings.optimizer,
+        gradient_checkpointing=settings.activation_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.activation_checkpointing else None,
         bf16=device.precision == "bf16",
         use_cpu=device.device == "cpu",
         ddp_backend="gloo" if ranks() > 1 and device.device == "cpu" else None,
         average_tokens_across_devices=False,  # the plan says how many tokens a step scores
-        seed=spec["seed"],
-        save_steps=spec["checkpoint_steps"],
+        seed=job.seed,
+        save_steps=settings.checkpoint_steps,
         eval_strategy="steps" if validates else "no",
-        eval_steps=spec["validation_steps"],
+        eval_steps=settings.validation_steps,
         metric_for_best_model="loss" if validates else None,
         greater_is_better=False if validates else None,
         restore_callback_states_from_checkpoint=True,

@@ -1,11 +1,12 @@
-"""Training rows as token ids, with what becomes of those that are too long, and a look at them as the model will see them."""
+"""Training rows as token ids: those that are too long left out or cut, and the first ones checked as the model will see
+them."""
 
 import json
 from pathlib import Path
 from typing import Literal
 
 from data_contracts.errors import DataError, Problem
-from tasks.models.core.packing import Ids, Scored, pack
+from tasks.models.core.packing import Ids, ScoredSequence, pack
 from tasks.models.workers.chat_template import Chat
 
 _CHECKED_ROWS = 64  # decoded before training starts
@@ -16,11 +17,11 @@ TooLong = Literal["leave_out", "truncate", "split"]
 
 def encode_rows(
     chat: Chat, file: Path, max_tokens: int, too_long: TooLong, listed: Path
-) -> tuple[list[Scored], list[str]]:
-    """Rows as token ids, and the row id of each; those over `max_tokens` are listed in `listed`, with their fate."""
-    rows: list[Scored] = []
+) -> tuple[list[ScoredSequence], list[str]]:
+    """Rows as token ids, and the row id of each; those over `max_tokens` are listed in `listed`, with what was done."""
+    rows: list[ScoredSequence] = []
     row_ids: list[str] = []
-    whole: list[Scored] = []
+    whole: list[ScoredSequence] = []
     with file.open() as lines, listed.open("w") as long_rows:
         for line in lines:
             row = json.loads(line)
@@ -32,8 +33,8 @@ def encode_rows(
                 whole.append(scored)
                 continue
             named = {key: row[key] for key in ("row_id", "source", "line")}
-            told = {"tokens": len(scored.ids), "limit": max_tokens, "policy": too_long, "sequences": len(sequences)}
-            long_rows.write(json.dumps({**named, **told}) + "\n")
+            cut = {"tokens": len(scored.ids), "limit": max_tokens, "policy": too_long, "sequences": len(sequences)}
+            long_rows.write(json.dumps({**named, **cut}) + "\n")
     if not rows:
         act = "raise train.max_tokens, or set train.too_long to truncate or split"
         raise DataError(Problem("no row is short enough to train on", file.name, f"{max_tokens} tokens", act))
@@ -41,7 +42,7 @@ def encode_rows(
     return rows, row_ids
 
 
-def check_batch(chat: Chat, rows: list[Scored]) -> None:
+def check_batch(chat: Chat, rows: list[ScoredSequence]) -> None:
     """Decode rows as the model will see them: an answer whose stop token is not learned never ends."""
     for row in rows:
         text = str(chat.tokenizer.decode(pack([row]).targets_N.tolist()))
@@ -50,7 +51,7 @@ def check_batch(chat: Chat, rows: list[Scored]) -> None:
                                     f"one of {list(chat.stops)}", "check the base's chat template"))  # fmt: skip
 
 
-def fit(row: Scored, limit: int, policy: TooLong) -> list[Scored]:
+def fit(row: ScoredSequence, limit: int, policy: TooLong) -> list[ScoredSequence]:
     """The sequences of at most `limit` tokens (16 or more) that stand for a row; none if it is left out.
 
     truncate: one sequence; the answer gets what it needs up to half of the limit, or more if the prompt needs less.
@@ -65,7 +66,7 @@ def fit(row: Scored, limit: int, policy: TooLong) -> list[Scored]:
     if policy == "truncate":
         answer = answer[: limit - min(len(prompt), limit // 2)]
         prompt = _without_middle(prompt, limit - len(answer))
-        return [Scored([*prompt, *answer], len(prompt))]
+        return [ScoredSequence([*prompt, *answer], len(prompt))]
     return _windows(_without_middle(prompt, max(limit - len(answer), limit // 2)), answer, limit)
 
 
@@ -76,12 +77,12 @@ def _without_middle(ids: list[int], most: int) -> list[int]:
     return [*ids[:head], *ids[len(ids) - (most - head) :]]
 
 
-def _windows(prompt: list[int], answer: Ids, limit: int) -> list[Scored]:
+def _windows(prompt: list[int], answer: Ids, limit: int) -> list[ScoredSequence]:
     """The answer in pieces; a later piece has half of its room for the answer that came before it."""
     room = limit - len(prompt)
-    windows = [Scored([*prompt, *answer[:room]], len(prompt))]
+    windows = [ScoredSequence([*prompt, *answer[:room]], len(prompt))]
     overlap = room // 2
     for start in range(room, len(answer), room - overlap):
         context = [*prompt, *answer[start - overlap : start]]
-        windows.append(Scored([*context, *answer[start : start + room - overlap]], len(context)))
+        windows.append(ScoredSequence([*context, *answer[start : start + room - overlap]], len(context)))
     return windows
