@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 
 from data_contracts.train_spec import TrainSpec
-from tasks.evaluation.core.items import TestRow, choose_distractors
+from tasks.evaluation.core.items import TestQuestion, choose_distractors
 from tasks.evaluation.workers.packed_lm import PackedLM
 from tasks.models.core.packing import Scored
 from tasks.models.workers.chat_template import Chat, load_chat
@@ -97,7 +97,8 @@ def step(model: Any, loss: Callable[[], torch.Tensor]) -> None:
 def compare_scoring(model: Any, chat: Chat, rows: list[dict[str, Any]], pairs: int) -> None:
     """Four answers to each question, through lm-eval's own class against ours."""
     pool = [
-        TestRow(str(i), "docs", r["messages"][0]["content"], r["messages"][1]["content"]) for i, r in enumerate(rows)
+        TestQuestion(str(i), "docs", r["messages"][0]["content"], r["messages"][1]["content"])
+        for i, r in enumerate(rows)
     ]
     choices = choose_distractors(pool)
     requests = []

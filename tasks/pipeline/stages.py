@@ -90,7 +90,7 @@ def choose_start(
 def check_tasks(
     store: Store, base: BaseModelRef, test: FileRef, spec: EvaluateSpec, task_files: FileRef | None, max_tokens: int
 ) -> list[str]:
-    return evaluation.check_tasks(store, base, test, spec, max_tokens)
+    return evaluation.find_tasks(store, base, test, spec, max_tokens)
 
 
 def train_key(
@@ -117,9 +117,8 @@ def evaluate(
     store: Store, base: BaseModelRef, test: FileRef, targets: list[EvalTarget], spec: EvaluateSpec,
     task_files: FileRef | None, max_tokens: int, precision: str, confidence: float, threads: int | None,
 ) -> list[EvalReport]:  # fmt: skip
-    return evaluation.evaluate_targets(
-        store, base, test, targets, spec, task_files, max_tokens, precision, confidence, threads, is_forced()
-    )
+    scoring = evaluation.Scoring(base, test, spec, task_files, max_tokens, precision, threads)
+    return evaluation.evaluate_targets(store, scoring, targets, confidence, force=is_forced())
 
 
 @stage("compare")
@@ -134,14 +133,15 @@ def serve_alone(
     store: Store, base: BaseModelRef, test: FileRef, target: EvalTarget, spec: EvaluateSpec, max_tokens: int,
     precision: str, threads: int | None,
 ) -> Served:  # fmt: skip
-    return evaluation.serve_alone(store, base, test, target, spec, max_tokens, precision, threads)
+    scoring = evaluation.Scoring(base, test, spec, None, max_tokens, precision, threads)
+    return evaluation.measure_serving(store, scoring, target)
 
 
 @stage("gate")
 def gate(
     comparison: Comparison, gates: GateSpec, champion: str | None, has_baseline: bool, served: Served | None
 ) -> GateReport:
-    return judge(comparison, gates, champion, has_baseline, served)
+    return judge(comparison, gates, champion, has_baseline=has_baseline, served=served)
 
 
 @stage("record")

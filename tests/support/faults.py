@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_type_hints
 
 from data_contracts.train_spec import TrainSpec
 from tasks.runtime.store import digest
@@ -140,7 +141,8 @@ def _work(worker: str, out: Path, patch: Patch | None, environment: dict[str, st
         imported = importlib.import_module(module)
         if patch:
             patch()
-        main(getattr(imported, function))
+        work = getattr(imported, function)
+        main(work, get_type_hints(work).get("job"))
 
 
 def told(out: Path, event: str) -> list[dict]:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_contracts.errors import ConfigError
+from data_contracts.jobs.evaluation import AdaptedModel
 from data_contracts.train_spec import TrainSpec
 from flows.config.load import load_spec
 from tasks.models.base import start_settings
@@ -92,7 +93,8 @@ def loaded(base: Path, spec: dict, adapter: Path, report: dict):
     own = spec["method"] == "full"
     quantisation = report["quantisation"] or {}
     model = load_base(adapter if own else base, spec["method"], CPU, quantisation)
-    return attach(model, {"method": spec["method"], "adapter": str(adapter), "merged": False})
+    target = AdaptedModel(method=spec["method"], adapter_folder=str(adapter), quantisation=None, merged=False)
+    return attach(model, target)
 
 
 def losses_of(model, base: Path, way: str = "padded") -> torch.Tensor:
@@ -316,7 +318,7 @@ def test_a_base_is_quantised_as_asked_where_it_is_trained_scored_and_served(
 
     spec, model = step0_of(tiny_base, "qlora", asked, tmp_path)
     assert quantised_as(model) == asked == train_adapter.quantisation_of(spec)
-    target = {"name": "x", "method": "qlora", "adapter": None, "quantisation": asked, "merged": False}
+    target = AdaptedModel(method="qlora", adapter_folder=None, quantisation=asked, merged=False)
     assert quantised_as(load(form_of(target), tiny_base, CPU)) == asked
     served = ServedModel()
     served.meta = {"precision": "fp32", "quantisation": asked}

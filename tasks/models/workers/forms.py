@@ -10,11 +10,10 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig
 
+from data_contracts.jobs.evaluation import AdaptedModel
 from data_contracts.train_spec import LORA_ARMS
 from tasks.models.workers.loading import checked_adapter, checked_weights, load_base
 from tasks.runtime.workers.device import Device
-
-Target = dict[str, Any]
 
 
 @dataclass(frozen=True, order=True)
@@ -30,13 +29,13 @@ class Form:
     double_quant: bool = False
 
 
-def form_of(target: Target) -> Form:
-    if target["adapter"] and target["method"] == "full":
-        return Form(own=target["adapter"])
-    if target["adapter"] and target["merged"]:
-        return Form(merged=target["adapter"])
-    quantised = target["quantisation"]
-    return Form(quant_type=quantised["quant_type"], double_quant=quantised["double_quant"]) if quantised else Form()
+def form_of(target: AdaptedModel) -> Form:
+    if target.adapter_folder and target.method == "full":
+        return Form(own=target.adapter_folder)
+    if target.adapter_folder and target.merged:
+        return Form(merged=target.adapter_folder)
+    quantised = target.quantisation
+    return Form(quant_type=quantised.quant_type, double_quant=quantised.double_quant) if quantised else Form()
 
 
 def told(form: Form, device: Device) -> str:
@@ -52,16 +51,16 @@ def load(form: Form, base: Path, device: Device) -> Any:
     return load_base(Path(checked_weights(form.own)) if form.own else base, method, device, quantisation)
 
 
-def attach(model: Any, target: Target) -> Any:
+def attach(model: Any, target: AdaptedModel) -> Any:
     """The model with the target's adapter on it; itself where that is part of its weights, or there is none."""
-    if not target["adapter"] or target["method"] == "full" or target["merged"]:
+    if not target.adapter_folder or target.method == "full" or target.merged:
         return model
-    return PeftModel.from_pretrained(model, checked_adapter(target["adapter"], model)).eval()
+    return PeftModel.from_pretrained(model, checked_adapter(target.adapter_folder, model)).eval()
 
 
-def detach(tuned: Any, target: Target) -> None:
+def detach(tuned: Any, target: AdaptedModel) -> None:
     """Leave the base as it was before `attach`."""
-    if isinstance(tuned, PeftModel) and target["method"] in LORA_ARMS:
+    if isinstance(tuned, PeftModel) and target.method in LORA_ARMS:
         tuned.unload()  # a prefix is no part of the model
 
 
