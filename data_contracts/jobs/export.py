@@ -5,6 +5,9 @@ from data_contracts.exports import Distance, Dtype, ExportFormat, FormMeasured, 
 from data_contracts.jobs import Job
 from data_contracts.jobs.evaluation import AdaptedModel
 
+TEXTS_FILE, LIVE_FILE = "texts.json", "live.npy"
+"""What export_model leaves for the other workers: the held-out texts, and the live model's log-probabilities [N, V]."""
+
 ChatMessages = list[dict[str, str]]
 
 
@@ -65,7 +68,7 @@ class CheckExportJob(LiveModelJob):
     format: ExportFormat
     folder: str  # the export's
     file: str | None  # of a GGUF
-    work: str  # folder in which export_model left the held-out texts and live.npy
+    work: str  # folder with TEXTS_FILE and LIVE_FILE
 
 
 class CheckExportReport(Report):
@@ -86,7 +89,7 @@ class LlamaCppJob(Job):
     """Run a GGUF in llama.cpp and compare it with the live model."""
 
     file: str
-    work: str  # folder in which export_model left the held-out texts and live.npy
+    work: str  # folder with TEXTS_FILE and LIVE_FILE
     positions: int  # most answer tokens to compare
     messages: list[ChatMessages]  # to be written by the chat template in the file
 

@@ -38,9 +38,9 @@ def export(
     store = prepared_store(changes)
     from flows.cli.pages.export import show_export
     from flows.export import export_version
-    from tasks.export.request import Wish
+    from tasks.export.request import ExportRequest
 
-    found = export_version(store, model, to, Wish.of(form, base, dtype, tolerance_nats, items))
+    found = export_version(store, model, to, ExportRequest.of(form, base, dtype, tolerance_nats, items))
     return Outcome({"to": str(to), **found.model_dump(mode="json")}, partial(show_export, found, to))
 
 
@@ -55,8 +55,7 @@ def reproduce(
 ) -> Outcome:
     """Make a version again from its lineage: identical, equal within tolerance, or what differs and why."""
     store = prepared_store([change for change in changes or [] if change.startswith("store.")])
-    from flows.reproduce import reproduce as make_again
-    from flows.reproduce import show_reproduction
+    from flows.reproduce import reproduce_version, show_reproduction
 
-    found = make_again(store, model, changes or [])
+    found = reproduce_version(store, model, changes or [])
     return Outcome(found.payload(), partial(show_reproduction, found), _CODES[found.result])
