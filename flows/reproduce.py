@@ -62,7 +62,7 @@ def reproduction_spec(store: StoreSpec, uri: str, changes: list[str]) -> tuple[R
     return spec, spec.train.threads if "train.threads" in keys else None
 
 
-def reproduce_version(store: StoreSpec, uri: str, changes: list[str]) -> Reproduction:
+def reproduce(store: StoreSpec, uri: str, changes: list[str]) -> Reproduction:
     """Run the flow. Raises DataError or ConfigError if what it was made from cannot be had."""
     spec, threads = reproduction_spec(store, uri, changes)
     found: Reproduction = reproduce_flow(spec, uri, threads)

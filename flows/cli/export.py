@@ -55,7 +55,8 @@ def reproduce(
 ) -> Outcome:
     """Make a version again from its lineage: identical, equal within tolerance, or what differs and why."""
     store = prepared_store([change for change in changes or [] if change.startswith("store.")])
-    from flows.reproduce import reproduce_version, show_reproduction
+    from flows.reproduce import reproduce as make_again
+    from flows.reproduce import show_reproduction
 
-    found = reproduce_version(store, model, changes or [])
+    found = make_again(store, model, changes or [])
     return Outcome(found.payload(), partial(show_reproduction, found), _CODES[found.result])

@@ -32,10 +32,11 @@ def serve(
 ) -> Outcome:
     """Answer over HTTP as OpenAI's API does. An alias is followed: who it points at answers, without a restart."""
     store = prepared_store(changes)
+    from data_contracts.jobs.serving import RequestLimits
     from flows.serve import serve as start
     from flows.serve import show_serving
 
-    limits = {"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens, "requests": requests}
+    limits = RequestLimits(prompt_tokens=prompt_tokens, answer_tokens=answer_tokens, requests=requests)
     serving = start(store, model, host, port, limits, shadow)
     return Outcome(serving.payload, partial(show_serving, serving.payload), then=serving.keep)
 

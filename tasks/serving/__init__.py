@@ -1,1 +1,1 @@
-"""The OpenAI endpoint and the shadow: `endpoint.Endpoint`, `shadow`."""
+"""The OpenAI endpoint and the shadow: `endpoint.Endpoint`, `shadow.compare_shadow`."""
