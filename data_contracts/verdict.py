@@ -102,7 +102,7 @@ class Comparison(Report):
 
 
 class Served(Report):
-    """One model alone in a fresh process that answers the sample questions."""
+    """One model alone in a new process that answers the sample questions."""
 
     ms_per_token: float | None
     peak_bytes: int

@@ -41,7 +41,7 @@ Show = Callable[[dict[str, str]], None]
 
 
 @dataclass
-class Chat:
+class ChatSession:
     """One conversation with each model: each continues from its own answers."""
 
     client: "OpenAI"
@@ -98,14 +98,14 @@ def chat(store: StoreSpec, model: str, base: bool, most_tokens: int, shows: bool
         if base and BASE not in {one.id for one in client.models.list()}:
             act = "leave --base out, or ask the base in another program"
             raise ConfigError(Problem(f"{label} was trained in all weights: it has no untuned base", "--base", act=act))
-        conversation = Chat(client, [label, BASE] if base else [label], most_tokens)
+        conversation = ChatSession(client, [label, BASE] if base else [label], most_tokens)
         conversation.reset()
         return _turns(conversation, shows)
     finally:
         endpoint.stop()
 
 
-def _turns(conversation: Chat, shows: bool) -> list[ChatTurn]:
+def _turns(conversation: ChatSession, shows: bool) -> list[ChatTurn]:
     turns: list[ChatTurn] = []
     for question in _questions():
         if question == _QUIT:
@@ -132,7 +132,7 @@ def _questions() -> Iterator[str]:
         return
 
 
-def _shown(conversation: Chat, question: str) -> ChatTurn:
+def _shown(conversation: ChatSession, question: str) -> ChatTurn:
     """A turn on the page: growing in a terminal, at once elsewhere."""
     console = page(sys.stdout)
     if console.is_terminal:

@@ -27,7 +27,7 @@ _FILES = ("samples.jsonl", "facts.jsonl")
 
 
 @dataclass(frozen=True)
-class Scoring:
+class ScoringInputs:
     """What all targets of an evaluation have in common: base, items, settings, arithmetic."""
 
     base: BaseModelRef
@@ -47,7 +47,7 @@ class Scoring:
 
 
 def evaluate_targets(
-    store: Store, scoring: Scoring, targets: list[EvalTarget], confidence: float, *, force: bool = False
+    store: Store, scoring: ScoringInputs, targets: list[EvalTarget], confidence: float, *, force: bool = False
 ) -> list[EvalReport]:
     """Score every target in the same precision on the same kind of device: a report each.
 
@@ -67,7 +67,7 @@ def _scored_in(store: Store, key: str) -> str | None:
     return str(json.loads(file.read_text())["scored_in"]) if file.exists() else None
 
 
-def _key(target: EvalTarget, scoring: Scoring) -> str:
+def _key(target: EvalTarget, scoring: ScoringInputs) -> str:
     code = code_digest((_WORKER,))
     quantised = target.quantisation.model_dump_json() if target.quantisation else ""
     form = [target.method, quantised, str(target.merged), target.adapter.sha256 if target.adapter else ""]
@@ -90,7 +90,7 @@ def _score(store: Store, job: EvaluateJob, keys: dict[str, str], *, force: bool)
 
 
 def _job(
-    store: Store, scoring: Scoring, targets: list[EvalTarget], before: dict[str, str | None] | None = None
+    store: Store, scoring: ScoringInputs, targets: list[EvalTarget], before: dict[str, str | None] | None = None
 ) -> EvaluateJob:
     return EvaluateJob(
         **scoring.evaluate.model_dump(exclude={"forms"}), base=str(checked_base(store, scoring.base)),
@@ -136,7 +136,7 @@ def _report(store: Store, target: EvalTarget, test: FileRef, key: str, confidenc
     )
 
 
-def measure_serving(store: Store, scoring: Scoring, target: EvalTarget) -> Served:
+def serve_alone(store: Store, scoring: ScoringInputs, target: EvalTarget) -> Served:
     """Time and memory of one model in a new process that loads it and answers the sample questions, nothing else."""
     only_answers = scoring.evaluate.model_copy(update={"tasks": [], "task_folder": None})
     job = _job(store, replace(scoring, evaluate=only_answers), [target])
@@ -149,9 +149,9 @@ def measure_serving(store: Store, scoring: Scoring, target: EvalTarget) -> Serve
     return Served(ms_per_token=report.results[target.name].ms_per_token, peak_bytes=report.peak_bytes)
 
 
-def find_tasks(store: Store, base: BaseModelRef, test: FileRef, evaluate: EvaluateSpec, max_tokens: int) -> list[str]:
+def check_tasks(store: Store, base: BaseModelRef, test: FileRef, evaluate: EvaluateSpec, max_tokens: int) -> list[str]:
     """Find the lm-eval tasks and their data now, not after hours of training. Raises ConfigError for what is missing."""
-    scoring = Scoring(base, test, evaluate, task_files=None, max_tokens=max_tokens, precision="auto", threads=1)
+    scoring = ScoringInputs(base, test, evaluate, task_files=None, max_tokens=max_tokens, precision="auto", threads=1)
     out = store.files / "evaluations" / f"check-{uuid.uuid4().hex}"
     run_worker(_WORKER, _job(store, scoring, []), out, Launch("check tasks"))
     shutil.rmtree(out)

@@ -90,7 +90,7 @@ def choose_start(
 def check_tasks(
     store: Store, base: BaseModelRef, test: FileRef, spec: EvaluateSpec, task_files: FileRef | None, max_tokens: int
 ) -> list[str]:
-    return evaluation.find_tasks(store, base, test, spec, max_tokens)
+    return evaluation.check_tasks(store, base, test, spec, max_tokens)
 
 
 def train_key(
@@ -117,7 +117,7 @@ def evaluate(
     store: Store, base: BaseModelRef, test: FileRef, targets: list[EvalTarget], spec: EvaluateSpec,
     task_files: FileRef | None, max_tokens: int, precision: str, confidence: float, threads: int | None,
 ) -> list[EvalReport]:  # fmt: skip
-    scoring = evaluation.Scoring(base, test, spec, task_files, max_tokens, precision, threads)
+    scoring = evaluation.ScoringInputs(base, test, spec, task_files, max_tokens, precision, threads)
     return evaluation.evaluate_targets(store, scoring, targets, confidence, force=is_forced())
 
 
@@ -133,8 +133,8 @@ def serve_alone(
     store: Store, base: BaseModelRef, test: FileRef, target: EvalTarget, spec: EvaluateSpec, max_tokens: int,
     precision: str, threads: int | None,
 ) -> Served:  # fmt: skip
-    scoring = evaluation.Scoring(base, test, spec, None, max_tokens, precision, threads)
-    return evaluation.measure_serving(store, scoring, target)
+    scoring = evaluation.ScoringInputs(base, test, spec, None, max_tokens, precision, threads)
+    return evaluation.serve_alone(store, scoring, target)
 
 
 @stage("gate")

@@ -13,7 +13,7 @@ from data_contracts.lineage import EVIDENCE, Code, Compared, Lineage, Machine, R
 from data_contracts.reports import AdapterRef, BaseModelRef, EvalTarget, TrainReport
 from data_contracts.run_spec import RunSpec
 from data_contracts.train_spec import TrainSpec
-from tasks.evaluation.evaluate import Scoring, evaluate_targets
+from tasks.evaluation.evaluate import ScoringInputs, evaluate_targets
 from tasks.models.base import ADAPTER_FILE, init_adapter, prepare_base, start_settings
 from tasks.release import registry
 from tasks.release.lineage import code_now, machine_now
@@ -154,7 +154,7 @@ def compare_again(
     adapters = {"then": registered_adapter(version, then), "now": arm.adapter}
     targets = [EvalTarget(name=name, adapter=adapter, **own) for name, adapter in adapters.items()]
     only_loss = {"tasks": ["domain_nll"], "forms": [], "sample_questions": 0, "task_folder": None}
-    scoring = Scoring(
+    scoring = ScoringInputs(
         base=rebuilt.base, test=rebuilt.rows.test, evaluate=spec.evaluate.model_copy(update=only_loss), task_files=None,
         max_tokens=spec.train.max_tokens, precision=then.machine.precision, threads=arm.threads,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from data_contracts.run_spec import EvaluateSpec, GateSpec
 from data_contracts.verdict import Comparison, GateReport
 from tasks.evaluation.compare import compare_models
 from tasks.evaluation.core.gates import judge
-from tasks.evaluation.evaluate import Scoring, evaluate_targets
+from tasks.evaluation.evaluate import ScoringInputs, evaluate_targets
 from tasks.models.workers.init_adapter import init_adapter
 from tasks.models.workers.prepare_base import prepare
 from tasks.runtime.store import Store, digest
@@ -111,7 +111,7 @@ def gated(adapters, tmp_path_factory) -> dict[str, tuple[Comparison, GateReport]
     settings = EvaluateSpec(tasks=["domain_nll"], sample_questions=0)
     reports = {
         report.target: report
-        for report in evaluate_targets(store, Scoring(base, test, settings, None, 256, "fp32", 1), targets, 0.95)
+        for report in evaluate_targets(store, ScoringInputs(base, test, settings, None, 256, "fp32", 1), targets, 0.95)
     }
     found = {}
     for name in CANDIDATES:
@@ -145,7 +145,7 @@ def test_a_better_adapter_passes(gated):
 
 def test_the_same_training_with_another_seed_passes(gated):
     assert verdicts(gated["equal"])["all"] == "pass"
-    assert increase(gated["equal"]) < 0.1  # how far another seed lies below depends on the processor's rounding
+    assert increase(gated["equal"]) < 0.1  # how far another seed is below depends on the processor's rounding
 
 
 def test_a_slightly_worse_adapter_passes_within_the_margin_and_not_without_one(gated):

@@ -24,7 +24,7 @@ from data_contracts.errors import ConfigError
 from data_contracts.jobs.serving import Assignment, RequestLimits, ServedVersion, ServeJob
 from data_contracts.releases import Given, Pair
 from data_contracts.run_spec import StoreSpec
-from flows.cli.chat import Chat
+from flows.cli.chat import ChatSession
 from tasks.runtime.store import digest
 from tasks.serving.endpoint import Endpoint, ModelName, parse_model_name
 from tasks.serving.shadow import compare_pairs
@@ -268,7 +268,7 @@ def test_a_client_that_goes_makes_room_for_others(served):
 
 
 def test_in_a_chat_each_model_remembers_its_own_answers(served):
-    chat = Chat(served.client, ["demo/1", "base"], 24)
+    chat = ChatSession(served.client, ["demo/1", "base"], 24)
     chat.reset()
     shown: list[dict[str, str]] = []
     first, second = (chat.ask(QUESTION["content"], lambda answers: shown.append(dict(answers))) for _ in range(2))

@@ -6,7 +6,7 @@ Items hold the very text the training saw: the base's own chat template, the ans
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import datasets
 from lm_eval.api.task import ConfigurableTask
@@ -27,10 +27,37 @@ from tasks.evaluation.core.text_scores import exact_match, repetition, rouge_l
 from tasks.models.workers.chat_template import Chat
 from tasks.models.workers.generation import Written
 
-TaskItem = dict[str, Any]
-"""A document of an lm-eval task: see `build_items`; those of other tasks hold what their prompts need."""
-SplitRow = dict[str, Any]
-"""A row of the test split, as its JSON line holds it."""
+
+class TaskItem(TypedDict, total=False):
+    """A document of an lm-eval task. Each task has the fields that its prompt and its metrics need, see `build_items`."""
+
+    row_id: str
+    source: str
+    slice: str | None
+    cluster: str | None
+    question: str
+    prompt: str
+    passage: str  # of general text: all of it is scored
+    completion: str
+    answer: str
+    tokens: int
+    total_tokens: int
+    choices: list[str]
+    choice_tokens: list[int]
+    label: int
+    overlap_guess: int
+
+
+class SplitRow(TypedDict):
+    """A row of the test split, as its JSON line holds it."""
+
+    row_id: str
+    source: str
+    messages: list[dict[str, str]]
+    slice: NotRequired[str | None]
+    cluster: NotRequired[str | None]
+
+
 _LOWER = ("nll_nats", "repetition")  # better
 
 
@@ -42,7 +69,7 @@ def build_items(test: Path, chat: Chat, max_items: int, max_tokens: int, *, with
     choice_tokens, label, overlap_guess.
     """
     with test.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+        rows: list[SplitRow] = [json.loads(line) for line in file]
     items: list[TaskItem] = []
     for row in rows:
         item = _item(row, chat)
@@ -109,7 +136,7 @@ class TextTask(ConfigurableTask):
         super().__init__(
             config={
                 "task": name,
-                "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(items)},
+                "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list([dict(item) for item in items])},
                 "test_split": "test",
                 "output_type": output_type,
                 "doc_to_text": lambda item: item["prompt"],
@@ -122,8 +149,7 @@ class TextTask(ConfigurableTask):
         )
 
     def fewshot_context(self, doc: TaskItem, num_fewshot: int, *args: Any, **kwargs: Any) -> str:
-        prompt: str = doc["prompt"]
-        return prompt
+        return doc["prompt"]
 
 
 def domain_tasks(job: EvaluateJob, items: list[TaskItem], chat: Chat) -> dict[str, TextTask]:
@@ -140,8 +166,7 @@ def domain_tasks(job: EvaluateJob, items: list[TaskItem], chat: Chat) -> dict[st
 
 
 def _has_room(item: TaskItem, most_written: int, max_tokens: int) -> bool:
-    prompt: int = item["total_tokens"] - item["tokens"]
-    return prompt + most_written <= max_tokens
+    return item["total_tokens"] - item["tokens"] + most_written <= max_tokens
 
 
 def domain_nll(items: list[TaskItem]) -> TextTask:
