@@ -83,7 +83,7 @@ def chat(store: StoreSpec, model: str, base: bool, most_tokens: int, shows: bool
     """Chat until the input ends: every turn. base: the untuned base answers too. shows: print the answers as they grow."""
     from openai import OpenAI
 
-    assignment = RegistryFollower(store, parse_model_name(model, "chat"), None).poll()
+    assignment = RegistryFollower(store, parse_model_name(model, "chat")).poll()
     assert assignment  # the first call finds a version or raises
     label = assignment.served.label
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -38,8 +38,8 @@ class ModelName:
     """A model as a user names it: NAME (its champion), NAME@ALIAS or NAME/VERSION."""
 
     name: str
-    alias: str | None
-    version: str | None
+    alias: str | None = None
+    version: str | None = None
 
     @property
     def uri(self) -> str:
@@ -54,14 +54,14 @@ def parse_model_name(text: str, option: str) -> ModelName:
         act = "NAME, NAME@champion or NAME/3"
         raise ConfigError(Problem(f"not a model: {text!r}", option, act=act))
     if not at:
-        return ModelName(name, CHAMPION, None)
-    return ModelName(name, label, None) if at == "@" else ModelName(name, None, label)
+        return ModelName(name, alias=CHAMPION)
+    return ModelName(name, alias=label) if at == "@" else ModelName(name, version=label)
 
 
 class RegistryFollower:
     """Resolves the names of the served version and its shadow, again and again."""
 
-    def __init__(self, store: StoreSpec, served: ModelName, shadow: ModelName | None) -> None:
+    def __init__(self, store: StoreSpec, served: ModelName, shadow: ModelName | None = None) -> None:
         self._store, self._client = store, connect(store)
         self._served, self._shadow = served, shadow
         self._seen: tuple[str | None, str | None] | None = None

@@ -20,12 +20,12 @@ _MOST_SLICES = 20  # of a kind, of those too small for the gate: nobody reads a 
 class CandidateStatistics(NamedTuple):
     """The fields of a Comparison that are about the released adapter."""
 
-    gain: Estimate | None
-    champion_gain: Estimate | None
-    slices: list[SliceGain]
-    forms: dict[str, Estimate]
     stop_rate: Estimate | None
     general: list[TaskChange]
+    slices: list[SliceGain]
+    forms: dict[str, Estimate]
+    gain: Estimate | None = None
+    champion_gain: Estimate | None = None
 
 
 def candidate_statistics(
@@ -39,12 +39,12 @@ def candidate_statistics(
     rate = proportion(stopped.values_I, settings.confidence, clusters_of(stopped.row_ids, facts)) if stopped else None
     general = _general(scored, released, settings)
     if nll is None or draws is None or released not in nll.values:
-        return CandidateStatistics(None, None, [], {}, rate, general)
+        return CandidateStatistics(stop_rate=rate, general=general, slices=[], forms={})
+    own = nll.first(released)
 
     def gain_over(model: str) -> Estimate | None:
         return draws.estimate(ratio, nll.first(model) - own, nll.tokens_I) if model in nll.values else None
 
-    own = nll.first(released)
     lost = nll.first("base") - own if "base" in nll.values else None
     return CandidateStatistics(
         gain=gain_over("base"),

@@ -14,15 +14,15 @@ from tasks.evaluation.core.stats import Bootstrap, ratio
 class Costs(NamedTuple):
     """QLoRA against LoRA over the seeds. None where one of them is missing, or where they ran in other conditions."""
 
-    memory_saving: Estimate | None  # of the peak; its ends are the lowest and highest of the seeds
-    weights_saving: float | None
-    speed_ratio: Estimate | None  # tokens per second over LoRA's, from the steps that both took
+    memory_saving: Estimate | None = None  # of the peak; its ends are the lowest and highest of the seeds
+    weights_saving: float | None = None
+    speed_ratio: Estimate | None = None  # tokens per second over LoRA's, from the steps that both took
 
 
 def measure_costs(arms: Sequence[TrainReport], settings: GateSpec) -> Costs:
     pairs = _pairs(arms)
     if not pairs:
-        return Costs(None, None, None)
+        return Costs()
     savings = [1 - qlora.peak_train_bytes / lora.peak_train_bytes for lora, qlora in pairs]
     memory = Estimate(value=float(np.mean(savings)), low=min(savings), high=max(savings), error=0.0)
     lora, qlora = pairs[0]

@@ -147,7 +147,9 @@ def _forgetting_nats(case: _Case, threshold: float) -> Iterator[GateResult]:
 def _forgetting_accuracy(case: _Case, threshold: float) -> Iterator[GateResult]:
     tasks = [change for change in case.found.general if change.metric != "nll_nats"]
     if not tasks:
-        yield case.result("keeps_general_knowledge", "at most", threshold, None, "accuracy below the base's")
+        yield case.result(
+            "keeps_general_knowledge", "at most", threshold, actual=None, claim="accuracy below the base's"
+        )
     for change in tasks:
         claim = f"accuracy in {change.task} below the base's"
         yield case.result(f"keeps_{change.task}", "at most", threshold, negated(change.change), claim)

@@ -130,7 +130,7 @@ def bca(value: float, left_out_C: Floats, drawn_D: Floats, reach: float) -> Inte
     """
     finite = np.isfinite(drawn_D)
     if not np.isfinite([value, *left_out_C]).all() or np.mean(~finite) >= scipy_stats.norm.cdf(-reach):
-        return (-np.inf, np.inf)  # it is not known, or hangs on a single cluster
+        return (-np.inf, np.inf)  # it is not known, or depends on a single cluster
     below = np.mean(drawn_D[finite] < value) + np.mean(drawn_D[finite] == value) / 2
     edge = 1 / (len(drawn_D) + 1)
     bias = scipy_stats.norm.ppf(np.clip(below, edge, 1 - edge))

@@ -16,7 +16,7 @@ from tasks.runtime.workers.harness import main
 
 def list_items(job: BenchmarkItemsJob, out: Path) -> dict[str, Any]:
     """Report how many items there are."""
-    tasks = further_tasks(job.tasks, job.task_folder, None, 0)
+    tasks = further_tasks(job.tasks, job.task_folder, chat=None, max_tokens=0)
     count = 0
     with (out / "items.jsonl").open("w", encoding="utf-8") as file:
         for name, task in tasks.items():
