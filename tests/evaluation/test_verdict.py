@@ -83,7 +83,7 @@ def test_a_loss_per_token_weighs_items_by_their_tokens_and_bits_are_of_bytes():
     assert found.bits_per_byte["base"] == pytest.approx(BASE.sum() / math.log(2) / (4 * TOKENS.sum()))
 
 
-def test_an_arm_is_judged_over_its_seeds_and_the_released_adapter_by_itself():
+def test_an_arm_is_compared_over_its_seeds_and_the_released_adapter_alone():
     arms = [trained(f"{arm}-{seed}", arm, seed) for arm in ("lora", "qlora") for seed in (1, 2, 3)]
     models = {f"lora-{seed}": samples(lowered(1.5)) for seed in (1, 2, 3)}
     models |= {f"qlora-{seed}": samples(lowered(nats)) for seed, nats in ((1, 1.5), (2, 1.4), (3, 1.3))}
@@ -114,7 +114,7 @@ def test_an_unbounded_interval_survives_the_report_as_json():
     assert json.loads(found.model_dump_json())  # and it is JSON that any reader takes
 
 
-def test_slices_are_told_apart_by_source_and_length_but_not_by_what_all_share():
+def test_slices_differ_by_source_and_length_but_not_by_what_all_share():
     hurt = lowered(1.0)
     hurt[::2] = BASE[::2] + TOKENS[::2]
     found = compared(qlora=samples(hurt))
@@ -201,7 +201,7 @@ def test_a_candidate_that_loses_the_gain_fails():
     assert verdicts(found)["all"] == "fail"
 
 
-def test_a_candidate_on_the_margin_is_inconclusive_and_told_what_would_interval_verdict():
+def test_a_candidate_on_the_margin_is_inconclusive_and_why_says_what_would_decide():
     found = compared(lora=samples(lowered(1.5, 0.6)), qlora=samples(lowered(1.435, 0.6)))
     gate = next(gate for gate in judge(found, SETTINGS, None).gates if gate.name == "qlora_keeps_loras_gain")
     assert gate.verdict == "inconclusive"
@@ -250,14 +250,14 @@ def test_one_bad_slice_fails_a_candidate_that_is_good_on_the_whole():
     assert verdicts(found)["every_slice_gains"] == "fail"
 
 
-def test_a_slice_of_few_items_is_shown_and_not_judged():
+def test_a_slice_of_few_items_is_shown_and_not_tested():
     hurt = lowered(2.0)
     hurt[::3] = BASE[::3] + 0.5 * TOKENS[::3]
     settings = SETTINGS.model_copy(update={"min_slice_items": 120})
     assert verdicts(compared(settings=settings, qlora=samples(hurt)), settings)["every_slice_gains"] == "pass"
 
 
-def test_a_slice_is_judged_however_many_there_are():
+def test_a_slice_is_tested_however_many_there_are():
     facts = {row: Fact(row, row, 9, f"source {int(row) // 12:02}", "en", "short") for row in FACTS}
     hurt = lowered(2.0)
     hurt[288:] = BASE[288:] + TOKENS[288:] * rng.normal(0.5, 0.1, 12)
@@ -324,7 +324,7 @@ def test_limits_of_time_and_memory_are_held_against_a_process_of_its_own(served,
     assert (found["fast_enough"], found["small_enough"]) == (verdict, verdict)
 
 
-def test_a_gate_that_is_turned_off_is_told_and_a_version_alone_has_no_gates_of_the_method():
+def test_a_gate_that_is_turned_off_is_reported_and_a_version_alone_has_no_gates_of_the_method():
     report = judge(compared(qlora=samples(lowered(1.5))), SETTINGS, None, has_baseline=False)
     assert "max_accuracy_drop is null" in report.off
     assert any(line.startswith("min_retention: no LoRA arm") for line in report.off)
@@ -409,6 +409,6 @@ def test_a_gate_whose_number_no_task_gives_is_refused_before_the_run():
         RunSpec(gates=GateSpec(max_forgetting_nats=0.1))
 
 
-def test_the_comparison_is_told_in_sentences():
+def test_the_comparison_is_written_in_sentences():
     found = compared(lora=samples(BASE - 2 * TOKENS), qlora=samples(BASE - 1.5 * TOKENS))
     assert "QLoRA keeps 75.0% [75.0%, 75.0%] of LoRA's loss gain" in list(sentences(found))
