@@ -124,7 +124,7 @@ def begin_again(spec: RunSpec, place: Store, base: BaseModelRef, then: Lineage, 
 
 
 def train_again(
-    place: Store, base: BaseModelRef, begin: StartAgain, rows: RebuiltSplits, then: Lineage, threads: int
+    place: Store, base: BaseModelRef, start: StartAgain, rows: RebuiltSplits, then: Lineage, threads: int
 ) -> TrainReport:
     """The arm with its recorded settings, seed and precision, from the first step on."""
     training, machine = then.training, then.machine
@@ -133,8 +133,8 @@ def train_again(
         training.method,
         training.seed,
         base,
-        begin.adapter,
-        begin.rows,
+        start.adapter,
+        start.rows,
         rows.validation,
         settings,
         machine.precision,

@@ -25,7 +25,6 @@ API_KEY = "TUNEGATE_API_KEY"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _MODULE = "tasks.serving.workers.serve_model"
 _SECONDS_TO_END = 40.0
-LogLine = Callable[[str], None]
 
 
 def shadow_file(store: StoreSpec, name: str) -> Path:
@@ -96,7 +95,7 @@ def _served_version(found: Registered, name: ModelName) -> ServedVersion:
 class Endpoint:
     """A worker that answers over HTTP, on `port` once it has started."""
 
-    def __init__(self, store: StoreSpec, job: ServeJob, log: LogLine, key: str | None = None) -> None:
+    def __init__(self, store: StoreSpec, job: ServeJob, log: Callable[[str], None], key: str | None = None) -> None:
         """log: gets what changes, a line each. key: what clients must show; if left out that of the environment, if there is one."""
         self._job, self._log = job, log
         place = Store.of(store)
