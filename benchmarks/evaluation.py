@@ -1,10 +1,10 @@
 """Speed of scoring against lm-eval's own HFLM at the best of several batch sizes, on the same requests.
 
-Both get the same tokens, model, precision and threads, in one process; they alternate in rounds, and each ratio is taken within a
-round, against the batch size that was fastest in it. Requests are those of a task's first items: four completions of one
+Both get the same tokens, model, precision and threads, in one process; they take turns, and each ratio is taken within a
+turn, against the batch size that was fastest in it. Requests are those of a task's first items: four completions of one
 question (domain_choice, from the documentation of the installed Python), and questions of general knowledge.
 
-    python -m benchmarks.evaluation [--items 100] [--rounds 3] [--tasks domain_choice general_openbookqa]
+    python -m benchmarks.evaluation [--items 100] [--turns 3] [--tasks domain_choice general_openbookqa]
         [--batch-sizes 1 8 16 32] [--precision bf16] [--method qlora]
 """
 
@@ -26,7 +26,7 @@ MAX_TOKENS = 1024
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 16, 32])
@@ -92,13 +92,13 @@ def time_task(name: str, task: Any, ways: dict[str, Any], ours: Any, arguments: 
     requests = [(pair, *ours._encode_pair(*pair)) for pair in texts]
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     scores: dict[str, list[tuple[float, bool]]] = {}
-    for number in range(arguments.rounds):
+    for number in range(arguments.turns):
         for way, lm in ways.items():
             started = time.monotonic()
             with redirect_stdout(io.StringIO()):  # its progress
                 scores[way] = lm._loglikelihood_tokens(requests, disable_tqdm=True)
             seconds[way].append(time.monotonic() - started)
-            print(f"round {number + 1}: {name}, {way}: {seconds[way][-1]:.2f} s", file=sys.stderr)
+            print(f"turn {number + 1}: {name}, {way}: {seconds[way][-1]:.2f} s", file=sys.stderr)
     tokens = sum(len(context) + len(continuation) for _, context, continuation in requests)
     print(f"{name}: {len(requests)} requests, {tokens:,} tokens, {arguments.precision}, {arguments.threads} threads")
     for way, times in seconds.items():
