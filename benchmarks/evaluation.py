@@ -35,10 +35,10 @@ def main() -> None:
     parser.add_argument("--method", choices=["lora", "qlora"], default="lora")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        compare(Path(folder), arguments)
+        compare_speed(Path(folder), arguments)
 
 
-def compare(folder: Path, arguments: argparse.Namespace) -> None:
+def compare_speed(folder: Path, arguments: argparse.Namespace) -> None:
     from data_contracts.jobs.models import PrepareBaseJob
     from tasks.evaluation.workers.packed_lm import PackedLM
     from tasks.models.workers.chat_template import load_chat
@@ -51,12 +51,12 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
     ours = PackedLM(
         load_base(base, arguments.method, device), chat, arguments.batch_tokens, MAX_TOKENS, "ours", "packed"
     )
-    ways = {"packed": ours, **plain(base, chat, device, arguments)}
+    ways = {"packed": ours, **plain_lm_eval(base, chat, device, arguments)}
     for name, task in tasks_of(folder, chat, arguments).items():
-        report(name, task, ways, ours, arguments)
+        time_task(name, task, ways, ours, arguments)
 
 
-def plain(base: Path, chat: Any, device: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+def plain_lm_eval(base: Path, chat: Any, device: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """lm-eval's class, at each batch size, over the model with transformers' own attention."""
     from lm_eval.models.huggingface import HFLM
 
@@ -70,6 +70,7 @@ def plain(base: Path, chat: Any, device: Any, arguments: argparse.Namespace) -> 
 
 def tasks_of(folder: Path, chat: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.training import documentation_rows
+    from data_contracts.jobs.evaluation import EvaluateJob
     from data_contracts.run_spec import EvaluateSpec
     from tasks.evaluation.workers.domain_tasks import build_items
     from tasks.evaluation.workers.lm_eval_tasks import all_tasks
@@ -77,29 +78,34 @@ def tasks_of(folder: Path, chat: Any, arguments: argparse.Namespace) -> dict[str
     with (folder / "test.jsonl").open("w") as file:
         for number, messages in enumerate(documentation_rows(folder / "docs")):
             file.write(json.dumps({"row_id": f"{number:064}", "source": "docs", "messages": messages}) + "\n")
-    spec = EvaluateSpec(tasks=arguments.tasks).model_dump() | {"max_tokens": MAX_TOKENS}
-    return all_tasks(spec, build_items(folder / "test.jsonl", chat, arguments.items, MAX_TOKENS, True), chat)
+    items = build_items(folder / "test.jsonl", chat, arguments.items, MAX_TOKENS, with_choices=True)
+    job = EvaluateJob(
+        **EvaluateSpec(tasks=arguments.tasks).model_dump(exclude={"forms"}), base=str(folder / "base"),
+        test=str(folder / "test.jsonl"), targets=[], before={}, precision=arguments.precision,
+        threads=arguments.threads, max_tokens=MAX_TOKENS,
+    )  # fmt: skip
+    return all_tasks(job, items, chat)
 
 
-def report(name: str, task: Any, ways: dict[str, Any], ours: Any, arguments: argparse.Namespace) -> None:
+def time_task(name: str, task: Any, ways: dict[str, Any], ours: Any, arguments: argparse.Namespace) -> None:
     task.build_all_requests(limit=arguments.items, rank=0, world_size=1)
     texts = [instance.args for instance in task.instances]
     requests = [(pair, *ours._encode_pair(*pair)) for pair in texts]
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     scores: dict[str, list[tuple[float, bool]]] = {}
-    for turn in range(arguments.turns):
+    for number in range(arguments.turns):
         for way, lm in ways.items():
             started = time.monotonic()
             with redirect_stdout(io.StringIO()):  # its progress
                 scores[way] = lm._loglikelihood_tokens(requests, disable_tqdm=True)
             seconds[way].append(time.monotonic() - started)
-            print(f"turn {turn + 1}: {name}, {way}: {seconds[way][-1]:.2f} s", file=sys.stderr)
+            print(f"turn {number + 1}: {name}, {way}: {seconds[way][-1]:.2f} s", file=sys.stderr)
     tokens = sum(len(context) + len(continuation) for _, context, continuation in requests)
     print(f"{name}: {len(requests)} requests, {tokens:,} tokens, {arguments.precision}, {arguments.threads} threads")
     for way, times in seconds.items():
         print(f"  {way:<20}{len(requests) / statistics.median(times):>8.1f} requests/s")
     others = [times for way, times in seconds.items() if way != "packed"]
-    ratios = [min(turn) / own for own, turn in zip(seconds["packed"], zip(*others, strict=True), strict=True)]
+    ratios = [min(times) / own for own, times in zip(seconds["packed"], zip(*others, strict=True), strict=True)]
     print(
         f"  packed is {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times the fastest other"
     )

@@ -1,4 +1,4 @@
-"""How often the retention gate errs: simulated runs whose true retention is known, judged as a real run is.
+"""How often the retention gate errs: simulated runs whose true retention is known, through the gate of a real run.
 
 `at the margin`: QLoRA keeps exactly min_retention (95 %) of LoRA's gain; a pass is false, and 5 % are allowed.
 `no loss`: QLoRA keeps everything; whatever is not a pass is false. Items differ by 0.6 nats per token in what LoRA gains
@@ -18,7 +18,7 @@ import numpy as np
 from data_contracts.run_spec import GateSpec
 from data_contracts.verdict import Estimate
 from tasks.evaluation.core import stats
-from tasks.evaluation.core.gates import decide
+from tasks.evaluation.core.gates import interval_verdict
 from tasks.evaluation.core.stats import Bootstrap, Floats, ratio
 
 MARGIN = GateSpec().min_retention or 0.95
@@ -46,15 +46,15 @@ def main() -> None:
     print(f"{'items, seeds':<42}{'false pass':>16}{'false fail':>14}{'inconclusive':>16}")
     for seeds in (1, 3):
         for items in (200, 1000, 5000):
-            note(f"{items:,}, {seeds}", Case(items, seeds), arguments)
+            print_line(f"{items:,}, {seeds}", Case(items, seeds), arguments)
     for clusters in (20, 100):
-        note(f"1,000 in {clusters} clusters, 1", Case(1000, 1, clusters), arguments)
-    note("1,000 in 100 clusters, 1, not named", Case(1000, 1, 100, named=False), arguments)
+        print_line(f"1,000 in {clusters} clusters, 1", Case(1000, 1, clusters), arguments)
+    print_line("1,000 in 100 clusters, 1, not named", Case(1000, 1, 100, named=False), arguments)
     stats.seed_weights = resampled_plainly
-    note("1,000, 3, seeds resampled plainly", Case(1000, 3), arguments)
+    print_line("1,000, 3, seeds resampled plainly", Case(1000, 3), arguments)
 
 
-def note(name: str, case: Case, arguments: argparse.Namespace) -> None:
+def print_line(name: str, case: Case, arguments: argparse.Namespace) -> None:
     margin, none_lost = (errors(case, kept, arguments) for kept in (MARGIN, 1.0))
     shares = (margin["pass"], none_lost["fail"], none_lost["inconclusive"])
     false_pass, false_fail, open_ = (count / margin.total() for count in shares)
@@ -65,14 +65,14 @@ def errors(case: Case, kept: float, arguments: argparse.Namespace) -> Counter[st
     """Verdicts of many runs with a true retention of `kept`."""
     draw = np.random.default_rng([case.items, case.seeds, round(kept * 100)])
     return Counter(
-        decide("at least", MARGIN, one_run(draw, case, kept, arguments, run))[0]
+        interval_verdict("at least", MARGIN, one_run(draw, case, kept, arguments, run))[0]
         for run in range(arguments.runs * 1000 // case.items)
     )
 
 
 def one_run(draw: np.random.Generator, case: Case, kept: float, arguments: argparse.Namespace, run: int) -> Estimate:
     items, seeds, _, named = case
-    # One seed is judged as the adapter that it gave: between seeds nothing is claimed, so nothing is added.
+    # A verdict on one seed is about the adapter that it gave: nothing is claimed between seeds, so nothing is added.
     between = arguments.seed_sd if seeds > 1 else 0.0
     tokens_I = draw.integers(5, 60, items)
     gain_I = draw.normal(1.5, 0.6, items)

@@ -23,7 +23,7 @@ from peft import PeftModel
 from data_contracts.jobs.data import PythonDocsJob
 from data_contracts.jobs.models import InitAdapterJob, PrepareBaseJob
 from data_contracts.train_spec import TrainSpec
-from tasks.evaluation.core.items import TestRow, choose_distractors
+from tasks.evaluation.core.items import TestQuestion, choose_distractors
 from tasks.evaluation.workers.packed_lm import PackedLM
 from tasks.models.base import start_settings
 from tasks.models.core.packing import ScoredSequence
@@ -101,7 +101,8 @@ def step(model: Any, loss: Callable[[], torch.Tensor]) -> None:
 def compare_scoring(model: Any, chat: Chat, rows: list[dict[str, Any]], pairs: int) -> None:
     """Four answers to each question, through lm-eval's own class against ours."""
     pool = [
-        TestRow(str(i), "docs", r["messages"][0]["content"], r["messages"][1]["content"]) for i, r in enumerate(rows)
+        TestQuestion(str(i), "docs", r["messages"][0]["content"], r["messages"][1]["content"])
+        for i, r in enumerate(rows)
     ]
     choices = choose_distractors(pool)
     requests = []

@@ -1,4 +1,4 @@
-"""What leaves the store: in which form, how far that form is from the live model, and every file of it."""
+"""An export: its form, how far that form is from the live model, and every file of it."""
 
 import math
 from typing import Literal
@@ -13,7 +13,7 @@ BYTES_OF_A_WEIGHT: dict[Dtype, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "q8_0"
 
 
 class Distance(Report):
-    """A form beside the live model on the same tokens: held-out answers, and text of no domain."""
+    """A form compared with the live model on the same tokens: held-out answers, and text of no domain."""
 
     kl_nats: float  # mean over answer tokens of KL(live || form)
     nll_nats: float  # per answer token

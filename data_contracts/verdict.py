@@ -1,6 +1,8 @@
-"""What is said of the models of a run beside each other: estimates with their intervals, gates, the verdict."""
+"""The comparison of a run's models: estimates with their intervals, gates, the verdict."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AliasChoices, Field
 
 from data_contracts.data_reports import Note, Report
 
@@ -56,7 +58,7 @@ class Flips(Report):
 
 
 class Claim(Report):
-    """What articles say of QLoRA, held against what this run measured."""
+    """What articles say of QLoRA, checked against what this run measured."""
 
     claim: str
     source: str
@@ -68,8 +70,8 @@ class Claim(Report):
 class Comparison(Report):
     """Every model on the same items: quality paired by item, over the seeds where an arm has several; costs by process.
 
-    `released` is the one adapter that may be registered, the candidate arm's first seed: what is said of it is said of
-    that adapter; what is said of an arm is said of the arm over its seeds.
+    `released` is the one adapter that may be registered, the candidate arm's first seed: its numbers are those of
+    that adapter; the numbers of an arm are over its seeds.
     """
 
     candidate: str  # an arm
@@ -100,14 +102,14 @@ class Comparison(Report):
 
 
 class Served(Report):
-    """One model alone in a fresh process that answers the sample questions."""
+    """One model alone in a new process that answers the sample questions."""
 
     ms_per_token: float | None
     peak_bytes: int
 
 
 class GateResult(Report):
-    """threshold: in `direction` of it lies what passes; None where a rule decides without one."""
+    """threshold: what is `direction` it passes; None where a rule decides without one."""
 
     name: str
     direction: Literal["at least", "more than", "at most", ""]
@@ -124,12 +126,16 @@ class GateReport(Report):
     verdict: Verdict
 
 
-class Decision(Report):
-    """What the gates said of one registered version."""
+Champion = Annotated[str | None, Field(validation_alias=AliasChoices("champion", "rival"))]
+"""A version's label. What 0.1 wrote calls it `rival`."""
 
-    model: str  # the URI it was asked for by
+
+class Decision(Report):
+    """The verdict of the gates on one registered version."""
+
+    model: str  # the URI by which it was named
     name: str
     version: str
-    rival: str | None  # the version it had to stand against, "NAME version N"; None: none was in production
+    champion: Champion  # the version it was compared with, "NAME version N"; None: none was in production
     gate: GateReport
     comparison: Comparison

@@ -1,4 +1,4 @@
-"""A registered version leaves the store: measured in every form, written, read back, published complete or absent."""
+"""Export a registered version: measured in every form, written, read back, published atomically."""
 
 import shutil
 import tempfile
@@ -9,27 +9,25 @@ from pathlib import Path
 from data_contracts.errors import ConfigError, Problem, WorkerError
 from data_contracts.exports import Exported
 from data_contracts.run_spec import StoreSpec
-from tasks.export import card as export_card
-from tasks.export import request as export_subject
-from tasks.export import steps as export
-from tasks.export.request import Wish
+from tasks.export import card, steps
+from tasks.export.request import ExportRequest, check_request, export_source
 from tasks.release import registry
 from tasks.runtime.console import note
 from tasks.runtime.store import Store
 
 
-def export_version(store: StoreSpec, uri: str, to: Path, wish: Wish) -> Exported:
-    """Raises GateError, with everything that was measured, if no form is near enough; then `to` is as it was."""
+def export_version(store: StoreSpec, uri: str, to: Path, request: ExportRequest) -> Exported:
+    """Write a version to `to`. Raises GateError, with everything that was measured, if no form is near enough; then `to` is as it was."""
     check_place(to)
     version = registry.resolve(store, uri, "export")
-    subject = export_subject.subject_of(store, version)
-    export_subject.check(subject, wish)
-    with scratch(Store.of(store)) as work, draft_of(to) as draft:
-        note(f"exporting {version.label} as {wish.format}")
-        measured = export.measure_forms(subject, wish, work)
-        notes = export.write_files(subject, wish, measured, work, draft)
-        found = export.check_files(subject, wish, measured, work, draft, notes)
-        export_card.write(found, subject, draft)
+    source = export_source(store, version)
+    check_request(source, request)
+    with work_folder(Store.of(store)) as work, draft_of(to) as draft:
+        note(f"exporting {version.label} as {request.format}")
+        measured = steps.measure_forms(source, request, work)
+        notes = steps.write_files(source, request, measured, work, draft)
+        found = steps.check_files(source, request, measured, work, draft, notes)
+        card.write_card(found, source, draft)
     return found
 
 
@@ -40,7 +38,7 @@ def check_place(to: Path) -> None:
 
 @contextmanager
 def draft_of(to: Path) -> Iterator[Path]:
-    """Yield a folder beside `to`, which becomes `to` only if the block ends well."""
+    """Yield a folder next to `to`, which becomes `to` only if the block ends well."""
     to.absolute().parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.absolute().parent))
     try:
@@ -54,7 +52,7 @@ def draft_of(to: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def scratch(store: Store) -> Iterator[Path]:
+def work_folder(store: Store) -> Iterator[Path]:
     """A folder of the store for the time of an export; kept, with its logs, if a worker breaks."""
     place = store.files / "exports"
     place.mkdir(parents=True, exist_ok=True)

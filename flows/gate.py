@@ -54,7 +54,7 @@ def gate_flow(spec: RunSpec, model_uri: str, baseline_uri: str | None = None) ->
     report = run.run(stages.gate, comparison, spec.gates, label, False, served)
     artifacts.show_verdict([], evaluations, comparison, report)
     decision = Decision(
-        model=model_uri, name=version.name, version=version.version, rival=label, gate=report, comparison=comparison
+        model=model_uri, name=version.name, version=version.version, champion=label, gate=report, comparison=comparison
     )
     scores = next(report for report in evaluations if report.target == own.name)
     judged.keep(spec.store, version, rival.adapter_sha256 if rival else None, decision, scores)

@@ -16,14 +16,16 @@ from flows.services.crashed_runs import hold
 from tasks.pipeline.device_lock import device_slot
 from tasks.pipeline.policies import POLICIES
 from tasks.release import registry
-from tasks.reproduction.dataset import rebuild
+from tasks.reproduction.dataset import rebuild_splits
 from tasks.reproduction.reproduce import (
+    Rebuilt,
+    Retrained,
     base_again,
     begin_again,
-    checked_adapter,
     compare_again,
     recorded_dataset,
-    told,
+    registered_adapter,
+    reproduction_report,
     train_again,
     working_place,
 )
@@ -39,11 +41,11 @@ _MAY_CHANGE = (
     "data.source", "model.base", "contract.suite", "contract.batch_suite", "rules.function", "evaluate.task_folder",
     "train.threads",
 )  # fmt: skip
-"""Places on this machine, which no lineage holds, and how many threads train."""
+"""Settings that may be changed: places on this machine, which no lineage holds, and how many threads train."""
 
 
-def recorded_spec(store: StoreSpec, uri: str, changes: list[str]) -> tuple[RunSpec, int | None]:
-    """The spec of then in this store, and the threads if they were changed. Raises ConfigError for any other change."""
+def reproduction_spec(store: StoreSpec, uri: str, changes: list[str]) -> tuple[RunSpec, int | None]:
+    """The recorded spec in this store, and the threads if they were changed. Raises ConfigError for any other change."""
     keys = [change.partition("=")[0].strip() for change in changes]
     limit = ", ".join(_MAY_CHANGE)
     wrong = [
@@ -61,8 +63,8 @@ def recorded_spec(store: StoreSpec, uri: str, changes: list[str]) -> tuple[RunSp
 
 
 def reproduce(store: StoreSpec, uri: str, changes: list[str]) -> Reproduction:
-    """Raises DataError or ConfigError if what it was made from cannot be had."""
-    spec, threads = recorded_spec(store, uri, changes)
+    """Run the flow. Raises DataError or ConfigError if what it was made from cannot be had."""
+    spec, threads = reproduction_spec(store, uri, changes)
     found: Reproduction = reproduce_flow(spec, uri, threads)
     return found
 
@@ -70,28 +72,28 @@ def reproduce(store: StoreSpec, uri: str, changes: list[str]) -> Reproduction:
 @flow(name="reproduce", result_serializer="json", on_running=[hold])
 def reproduce_flow(spec: RunSpec, uri: str, threads: int | None = None) -> Reproduction:
     """Rows, base, start, training, comparison."""
-    # The rows of the place are named by their whole paths: a store that is named by a relative one would be looked for twice.
+    # Rows of the place are named by absolute paths: in a store named by a relative path they would be resolved twice.
     started, store = time.monotonic(), Store(Path(spec.store.root).resolve())
     version = registry.resolve(spec.store, uri, "reproduce")
     then = registry.recorded_lineage(spec.store, version)
-    checked_adapter(version, then)
+    registered_adapter(version, then)
     with working_place(store, version) as place, device_slot(f"reproduce {version.label}"):
-        rows = rebuild(store, place, spec, then, recorded_dataset(version))
-        note(f"rows: {rows.told}")
+        rows = rebuild_splits(store, place, spec, then, recorded_dataset(version))
+        note(f"rows: {rows.note}")
         base = base_again(store, place, spec, then)
-        begin = begin_again(spec, place, base, then, rows)
-        arm = train_again(place, base, begin, rows, then, threads or then.machine.threads)
-        measured = compare_again(spec, place, base, rows, version, then, arm)
-        kept = place.path(arm.adapter.folder).relative_to(store.files).as_posix()
+        rebuilt = Rebuilt(base, rows, begin_again(spec, place, base, then, rows))
+        arm = train_again(place, base, rebuilt.start, rows, then, threads or then.machine.threads)
+        distance = compare_again(spec, place, rebuilt, version, then, arm)
+        retrained = Retrained(arm, distance, place.path(arm.adapter.folder).relative_to(store.files).as_posix())
         code, seconds = code_digest(POLICIES["train"].code), time.monotonic() - started
-        found = told(uri, then, arm, rows, begin, code, measured, kept, seconds)
+        found = reproduction_report(uri, then, rebuilt, retrained, code, seconds)
         if found.kept is None:
             shutil.rmtree(place.root)
     return found
 
 
 def show_reproduction(found: Reproduction, console: "Console") -> None:
-    """Everything then and now, what is not the same first said in words."""
+    """Everything then and now, then what is not the same in words."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -103,16 +105,18 @@ def show_reproduction(found: Reproduction, console: "Console") -> None:
         "adapter", _short(found.adapter_then), _short(found.adapter_now), "yes" if found.distance is None else "NO"
     )
     console.print(table)
-    say = partial(console.print, markup=False, soft_wrap=True)
-    say(f"rows: {found.data}")
+    print_line = partial(console.print, markup=False, soft_wrap=True)
+    print_line(f"rows: {found.data}")
     if found.distance is not None:
-        say(f"largest distance of a tensor: {found.distance:.2e} of its norm")
-        say(f"held-out loss: {found.loss_then_nats} then, {found.loss_now_nats} now, nats per token, both measured now")
+        print_line(f"largest distance of a tensor: {found.distance:.2e} of its norm")
+        print_line(
+            f"held-out loss: {found.loss_then_nats} then, {found.loss_now_nats} now, nats per token, both measured now"
+        )
     if found.kept:
-        say(f"what was trained now: {found.kept}")
+        print_line(f"what was trained now: {found.kept}")
     for reason in found.reasons:
-        say(f"may be why: {reason}")
-    say(f"{found.model} made again in {found.seconds:.0f} s: {found.result.upper()}")
+        print_line(f"may be why: {reason}")
+    print_line(f"{found.model} made again in {found.seconds:.0f} s: {found.result.upper()}")
 
 
 def _short(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Talk to a registered version in the terminal, its base beside it, over the same server that `serve` starts."""
+"""Chat with a registered version in the terminal, and with its base if asked, over the same server that `serve` starts."""
 
 import secrets
 import signal
@@ -12,21 +12,21 @@ from rich.table import Table
 from rich.text import Text
 
 from data_contracts.errors import ConfigError, Problem
+from data_contracts.jobs.serving import BASE, RequestLimits, ServeJob
 from data_contracts.run_spec import StoreSpec
 from tasks.runtime.console import note, page
-from tasks.serving.endpoint import Endpoint, Followed, wanted
+from tasks.serving.endpoint import Endpoint, RegistryFollower, parse_model_name
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-BASE = "base"
 _RESET, _QUIT = "/reset", "/quit"
 _PROMPT_TOKENS = 8192
 _LOOPBACK = "127.0.0.1"
 
 
 @dataclass
-class Turn:
+class ChatTurn:
     """A question and what each model answered; error: why it could not be asked."""
 
     question: str
@@ -41,22 +41,22 @@ Show = Callable[[dict[str, str]], None]
 
 
 @dataclass
-class Talk:
-    """One conversation with each model: each goes on from its own answers."""
+class ChatSession:
+    """One conversation with each model: each continues from its own answers."""
 
     client: "OpenAI"
     models: list[str]
     most_tokens: int
-    told: dict[str, list[Any]] = field(default_factory=dict)
+    messages: dict[str, list[Any]] = field(default_factory=dict)
 
     def reset(self) -> None:
-        self.told = {model: [] for model in self.models}
+        self.messages = {model: [] for model in self.models}
 
-    def ask(self, question: str, show: Show) -> Turn:
+    def ask(self, question: str, show: Show) -> ChatTurn:
         """Every model's answer, shown as it grows. Ctrl-C ends the answers, not the conversation."""
         from openai import APIStatusError
 
-        turn = Turn(question, dict.fromkeys(self.models, ""))
+        turn = ChatTurn(question, dict.fromkeys(self.models, ""))
         try:
             for model in self.models:
                 for piece in self._answer(model, question):
@@ -68,57 +68,52 @@ class Talk:
             turn.error = error.message
             return turn
         for model, answer in turn.answers.items():
-            self.told[model] += [_said("user", question), _said("assistant", answer)]
+            self.messages[model] += [_message("user", question), _message("assistant", answer)]
         return turn
 
     def _answer(self, model: str, question: str) -> Iterator[str]:
-        messages = [*self.told[model], _said("user", question)]
+        messages = [*self.messages[model], _message("user", question)]
         options: dict[str, Any] = {"max_tokens": self.most_tokens}
         with self.client.chat.completions.create(model=model, messages=messages, stream=True, **options) as stream:
             for chunk in stream:
                 yield chunk.choices[0].delta.content or ""
 
 
-def chat(store: StoreSpec, model: str, base: bool, most_tokens: int, shows: bool) -> list[Turn]:
-    """Talk until there is nothing more to say; every turn of it."""
+def chat(store: StoreSpec, model: str, base: bool, most_tokens: int, shows: bool) -> list[ChatTurn]:
+    """Chat until the input ends: every turn. base: the untuned base answers too. shows: print the answers as they grow."""
     from openai import OpenAI
 
-    served = Followed(store, wanted(model, "chat"), None).look()
-    assert served  # the first look finds somebody or raises
-    label = f"{served['served']['name']}/{served['served']['version']}"
+    assignment = RegistryFollower(store, parse_model_name(model, "chat")).poll()
+    assert assignment  # the first call finds a version or raises
+    label = assignment.served.label
     signal.signal(signal.SIGINT, signal.default_int_handler)
     key = secrets.token_urlsafe()
-    limits = {
-        "prompt_tokens": _PROMPT_TOKENS,
-        "answer_tokens": most_tokens,
-        "requests": 2,
-    }  # one that was stopped may still be at its last token
-    spec = served | {"host": _LOOPBACK, "port": 0, "on_loopback": True, "limits": limits, "shadow_file": None}
-    endpoint = Endpoint(store, spec, note, key)
+    # Two requests: one that was stopped may still be at its last token.
+    limits = RequestLimits(prompt_tokens=_PROMPT_TOKENS, answer_tokens=most_tokens, requests=2)
+    job = ServeJob(assignment=assignment, host=_LOOPBACK, port=0, on_loopback=True, limits=limits, shadow_file=None)
+    endpoint = Endpoint(store, job, note, key)
     endpoint.start()
     try:
         client = OpenAI(base_url=f"http://{_LOOPBACK}:{endpoint.port}/v1", api_key=key, max_retries=0, timeout=None)
         if base and BASE not in {one.id for one in client.models.list()}:
             act = "leave --base out, or ask the base in another program"
-            raise ConfigError(
-                Problem(f"{label} was trained in all weights: there is no base beneath it", "--base", act=act)
-            )
-        talk = Talk(client, [label, BASE] if base else [label], most_tokens)
-        talk.reset()
-        return _turns(talk, shows)
+            raise ConfigError(Problem(f"{label} was trained in all weights: it has no untuned base", "--base", act=act))
+        conversation = ChatSession(client, [label, BASE] if base else [label], most_tokens)
+        conversation.reset()
+        return _turns(conversation, shows)
     finally:
         endpoint.stop()
 
 
-def _turns(talk: Talk, shows: bool) -> list[Turn]:
-    turns: list[Turn] = []
+def _turns(conversation: ChatSession, shows: bool) -> list[ChatTurn]:
+    turns: list[ChatTurn] = []
     for question in _questions():
         if question == _QUIT:
             break
         if question == _RESET:
-            talk.reset()
+            conversation.reset()
             continue
-        turns.append(_shown(talk, question) if shows else talk.ask(question, lambda answers: None))
+        turns.append(_shown(conversation, question) if shows else conversation.ask(question, lambda answers: None))
     return turns
 
 
@@ -128,7 +123,7 @@ def _questions() -> Iterator[str]:
     if is_person:
         import readline  # noqa: F401 input() edits and remembers lines with it
 
-        note(f"{_RESET} begins anew, {_QUIT} or Ctrl-D ends")
+        note(f"{_RESET} starts over, {_QUIT} or Ctrl-D ends")
     try:
         while True:
             if question := input("> " if is_person else "").strip():
@@ -137,14 +132,14 @@ def _questions() -> Iterator[str]:
         return
 
 
-def _shown(talk: Talk, question: str) -> Turn:
-    """A turn on the page: growing in a terminal, whole elsewhere."""
+def _shown(conversation: ChatSession, question: str) -> ChatTurn:
+    """A turn on the page: growing in a terminal, at once elsewhere."""
     console = page(sys.stdout)
     if console.is_terminal:
         with Live(console=console, refresh_per_second=8) as live:
-            turn = talk.ask(question, lambda answers: live.update(_columns(answers)))
+            turn = conversation.ask(question, lambda answers: live.update(_columns(answers)))
     else:
-        turn = talk.ask(question, lambda answers: None)
+        turn = conversation.ask(question, lambda answers: None)
         console.print(_columns(turn.answers))
     if turn.error:
         note(turn.error)
@@ -159,5 +154,5 @@ def _columns(answers: dict[str, str]) -> Table:
     return table
 
 
-def _said(role: str, text: str) -> dict[str, str]:
+def _message(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": text}

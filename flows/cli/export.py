@@ -38,9 +38,9 @@ def export_command(
     store = prepared_store(changes)
     from flows.cli.pages.export import show_export
     from flows.export import export_version
-    from tasks.export.request import Wish
+    from tasks.export.request import ExportRequest
 
-    found = export_version(store, model, to, Wish.of(form, base, dtype, tolerance_nats, items))
+    found = export_version(store, model, to, ExportRequest.of(form, base, dtype, tolerance_nats, items))
     return Outcome({"to": str(to), **found.model_dump(mode="json")}, partial(show_export, found, to))
 
 

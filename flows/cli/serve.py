@@ -32,10 +32,12 @@ def serve_command(
 ) -> Outcome:
     """Answer over HTTP as OpenAI's API does. An alias is followed: when it moves, the new version answers, without a restart."""
     store = prepared_store(changes)
-    from flows.serve import serve, show_serving
+    from data_contracts.jobs.serving import RequestLimits
+    from flows.serve import serve as start
+    from flows.serve import show_serving
 
-    limits = {"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens, "requests": requests}
-    serving = serve(store, model, host, port, limits, shadow)
+    limits = RequestLimits(prompt_tokens=prompt_tokens, answer_tokens=answer_tokens, requests=requests)
+    serving = start(store, model, host, port, limits, shadow)
     return Outcome(serving.payload, partial(show_serving, serving.payload), then=serving.keep)
 
 

@@ -1,1 +1,1 @@
-"""Models scored and compared: `evaluate.evaluate_targets`, `compare.compare_models`; gates: `core.gates.judge`."""
+"""Score models (`evaluate.evaluate_targets`), compare them (`compare.compare_models`), decide (`core.gates.judge`)."""

@@ -8,7 +8,7 @@ from data_contracts.reports import EvalReport, TrainReport
 from data_contracts.run_spec import GateSpec
 from data_contracts.verdict import Comparison, Estimate
 from tasks.evaluation.core.candidate import NLL
-from tasks.evaluation.core.comparison import bootstrap, compare
+from tasks.evaluation.core.comparison import bootstrap, compare_arms
 from tasks.evaluation.core.samples import gather, read_facts, read_samples
 from tasks.evaluation.core.stats import ratio
 from tasks.runtime.store import Store
@@ -21,10 +21,10 @@ def compare_models(
     """Read each model's per-item samples and compare them, paired by item."""
     scored = {report.target: read_samples(_lines(store, report.samples)) for report in evaluations}
     facts = read_facts(_lines(store, evaluations[0].facts))
-    return compare(scored, facts, arms, candidate, released, gates)
+    return compare_arms(scored, facts, arms, candidate, released, gates)
 
 
-def difference(
+def loss_difference(
     first_store: Store, first: EvalReport, other_store: Store, other: EvalReport, gates: GateSpec
 ) -> Estimate | str:
     """Loss of the first minus that of the other on the items both answered, nats per token; or why there is none."""

@@ -1,1 +1,1 @@
-"""A version as files outside of the store, measured against the live model: `steps`, `request`, `gguf`."""
+"""Export a version as files that were measured against the live model: `request.export_source`, `steps`, `card.write_card`."""

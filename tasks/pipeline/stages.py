@@ -123,9 +123,8 @@ def evaluate(
     store: Store, base: BaseModelRef, test: FileRef, targets: list[EvalTarget], spec: EvaluateSpec,
     task_files: FileRef | None, max_tokens: int, precision: str, confidence: float, threads: int | None,
 ) -> list[EvalReport]:  # fmt: skip
-    return evaluation.evaluate_targets(
-        store, base, test, targets, spec, task_files, max_tokens, precision, confidence, threads, is_forced()
-    )
+    scoring = evaluation.ScoringInputs(base, test, spec, task_files, max_tokens, precision, threads)
+    return evaluation.evaluate_targets(store, scoring, targets, confidence, force=is_forced())
 
 
 @stage("compare")
@@ -140,14 +139,15 @@ def serve_alone(
     store: Store, base: BaseModelRef, test: FileRef, target: EvalTarget, spec: EvaluateSpec, max_tokens: int,
     precision: str, threads: int | None,
 ) -> Served:  # fmt: skip
-    return evaluation.serve_alone(store, base, test, target, spec, max_tokens, precision, threads)
+    scoring = evaluation.ScoringInputs(base, test, spec, None, max_tokens, precision, threads)
+    return evaluation.serve_alone(store, scoring, target)
 
 
 @stage("gate")
 def gate(
     comparison: Comparison, gates: GateSpec, champion: str | None, has_baseline: bool, served: Served | None
 ) -> GateReport:
-    return judge(comparison, gates, champion, has_baseline, served)
+    return judge(comparison, gates, champion, has_baseline=has_baseline, served=served)
 
 
 @stage("record")

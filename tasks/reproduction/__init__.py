@@ -1,1 +1,1 @@
-"""A registered version made again from its lineage and compared: `reproduce`, `dataset`."""
+"""Make a registered version again from its lineage and compare: `dataset.rebuild_splits`, `reproduce.train_again`, `compare_again`."""

@@ -1,4 +1,4 @@
-"""The rows of a registered version, made again from its lineage: the snapshot, and the splits with the ledger as it was."""
+"""Rebuild the rows of a registered version from its lineage: the snapshot, and the splits with the ledger as it was."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -23,22 +23,24 @@ from tasks.runtime.store import Store, digest
 _SHOWN = 12
 
 
-class Rows(NamedTuple):
-    """The recorded splits, wherever they lie. told: how they were come by."""
+class RebuiltSplits(NamedTuple):
+    """The recorded splits, at absolute paths. note: where they came from."""
 
     train: FileRef
     validation: FileRef
     test: FileRef
-    told: str
+    note: str
     compared: list[Compared]
 
 
-def rebuild(store: Store, place: Store, spec: RunSpec, lineage: Lineage, recorded: DatasetManifest) -> Rows:
-    """The splits that the version was trained and judged on, made in `place`. Raises DataError if they cannot be had.
+def rebuild_splits(
+    store: Store, place: Store, spec: RunSpec, lineage: Lineage, recorded: DatasetManifest
+) -> RebuiltSplits:
+    """The splits that the version was trained and evaluated on, made in `place`. Raises DataError if they cannot be had.
 
-    Where other splits come out, or none, the recorded ones of the store serve, and it is said why.
+    If other splits come out, or none, the recorded ones of the store are used, and the note says why.
     """
-    snapshot, told = _snapshot(store, place, spec.data, lineage.data)
+    snapshot, note = _snapshot(store, place, spec.data, lineage.data)
     compared = [
         *_sources(spec.data, lineage.data),
         Compared(what="snapshot", then=lineage.data.snapshot_id, now=snapshot.id),
@@ -47,17 +49,17 @@ def rebuild(store: Store, place: Store, spec: RunSpec, lineage: Lineage, recorde
     try:
         made = _split_again(store, place, spec, lineage, snapshot)
         found: dict[str, FileRef] = {split: getattr(made, split) for split in SPLITS}
-        compared += _beside_the_splits(place, lineage, made)
+        compared += _other_results(place, lineage, made)
     except TunegateError as error:
-        found, told = {}, f"{told}; they could not be split again: {error.problems[0].what}"
+        found, note = {}, f"{note}; they could not be split again: {error.problems[0].what}"
     compared += [Compared(what=f"{name} split", then=wanted[name], now=ref.sha256) for name, ref in found.items()]
     if {name: ref.sha256 for name, ref in found.items()} == wanted:
         absolute = {name: ref.model_copy(update={"path": str(place.path(ref))}) for name, ref in found.items()}
-        return Rows(**absolute, told=f"{told}, split again with the ledger of then", compared=compared)
-    return _recorded(store, recorded, wanted, f"{told}; the splits come from the store's own data set", compared)
+        return RebuiltSplits(**absolute, note=f"{note}, split again with the ledger of then", compared=compared)
+    return _recorded(store, recorded, wanted, f"{note}; the splits come from the store's own data set", compared)
 
 
-def _beside_the_splits(place: Store, lineage: Lineage, made: DatasetManifest) -> list[Compared]:
+def _other_results(place: Store, lineage: Lineage, made: DatasetManifest) -> list[Compared]:
     then = lineage.data
     fates = ledger.fates_sha256(place, lineage.name, then.snapshot_id)
     return [
@@ -70,28 +72,28 @@ def _beside_the_splits(place: Store, lineage: Lineage, made: DatasetManifest) ->
 
 
 def _recorded(
-    store: Store, recorded: DatasetManifest, wanted: dict[str, str], told: str, compared: list[Compared]
-) -> Rows:
+    store: Store, recorded: DatasetManifest, wanted: dict[str, str], note: str, compared: list[Compared]
+) -> RebuiltSplits:
     files = {name: store.files / getattr(recorded, name).path for name in SPLITS}
     wrong = [name for name, file in files.items() if not file.exists() or digest(file) != wanted[name]]
     if wrong:
-        raise DataError(*(_no_split(files[name], wanted[name], told) for name in wrong))
-    return Rows(
-        **{n: FileRef(path=str(file), sha256=wanted[n]) for n, file in files.items()}, told=told, compared=compared
+        raise DataError(*(_no_split(files[name], wanted[name], note) for name in wrong))
+    return RebuiltSplits(
+        **{n: FileRef(path=str(file), sha256=wanted[n]) for n, file in files.items()}, note=note, compared=compared
     )
 
 
-def _no_split(file: Path, wanted: str, told: str) -> Problem:
+def _no_split(file: Path, wanted: str, note: str) -> Problem:
     found = f"sha256 {digest(file)[:_SHOWN]}" if file.exists() else "no file"
     what = f"{file.parent.name[:_SHOWN]}/{file.name} is not the split that was recorded ({found}), and cannot be made again"
-    return Problem(what, "data", f"sha256 {wanted[:_SHOWN]}", f"restore it from a backup of the store ({told})")
+    return Problem(what, "data", f"sha256 {wanted[:_SHOWN]}", f"restore it from a backup of the store ({note})")
 
 
 # --- the snapshot -------------------------------------------------------------------------------------------
 
 
 def _snapshot(store: Store, place: Store, data: DataSpec, then: DataLineage) -> tuple[Snapshot, str]:
-    """The recorded snapshot: from the store if it is there and whole, else from the sources again."""
+    """The recorded snapshot: from the store if it is whole there, else from the sources again."""
     parts = sorted((store.files / "snapshots" / then.snapshot_id / "parts").glob("*.parquet"))
     found = _id_of(parts, then)
     if found == then.snapshot_id:
@@ -126,12 +128,14 @@ def _changed(made: Snapshot, then: DataLineage, why: str) -> list[Problem]:
     """Every source that is not what it was."""
     now = {source.name: source.sha256 for source in made.sources}
     names = sorted(name for name in now | then.sources if now.get(name) != then.sources.get(name))
-    told = [
+    differences = [
         f"{name}: sha256 {then.sources.get(name, 'none')[:_SHOWN]} then, {now.get(name, 'none')[:_SHOWN]} now"
         for name in names
     ]
     what = f"other rows come out of the sources than then, and {why}"
-    return [Problem("; ".join([what, *told]), "data.source", f"snapshot {then.snapshot_id[:_SHOWN]}", _act(then))]
+    return [
+        Problem("; ".join([what, *differences]), "data.source", f"snapshot {then.snapshot_id[:_SHOWN]}", _act(then))
+    ]
 
 
 def _act(then: DataLineage) -> str:
@@ -142,7 +146,7 @@ def _act(then: DataLineage) -> str:
 
 
 def _sources(data: DataSpec, then: DataLineage) -> list[Compared]:
-    """The files that are still where they were, by content. Builders and addresses are not asked."""
+    """The files that are still where they were, by content. Builders and addresses are not read."""
     found, _ = find_sources(data.model_copy(update={"source": [s for s in data.source if "://" not in s]}))
     return [
         Compared(what=f"source {source.name}", then=then.sources[source.name], now=digest(source.path), explains=False)
@@ -155,12 +159,12 @@ def _sources(data: DataSpec, then: DataLineage) -> list[Compared]:
 
 
 def _split_again(store: Store, place: Store, spec: RunSpec, lineage: Lineage, snapshot: Snapshot) -> DatasetManifest:
-    """As the stages validate and curate do, in a place of its own, with the ledger as it was before this batch."""
+    """As the stages validate and curate do, in a store of its own, with the ledger as it was before this batch."""
     scope = lineage.name
     ledger.copy_before(store, place, scope, snapshot.id, lineage.made_unix_seconds)
     released = [(row.row_id, row.reason) for row in ledger.releases(place, scope)]
     before = ledger.batch_before(place, scope, snapshot.id)
-    if before:  # its profile lies in the store
+    if before:  # its profile is in the store
         before = (before[0], before[1].model_copy(update={"path": str(store.path(before[1]).resolve())}))
     validated = validate(place, snapshot, Checks(spec.rules, spec.contract, released), before)
     further = sorted(set(spec.evaluate.tasks) - set(DOMAIN_TASKS))

@@ -1,4 +1,4 @@
-"""Make a registered version again from its lineage, and say how near it came and what is not as it was."""
+"""Make a registered version again from its lineage: how near the new adapter is, and what is not as it was."""
 
 import shutil
 from collections.abc import Iterator
@@ -6,22 +6,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock, Timeout
-
 from data_contracts.data_reports import DatasetManifest, FileRef
 from data_contracts.errors import ConfigError, Problem, StoreError
+from data_contracts.jobs.reproduction import AdaptersReport, CompareAdaptersJob
 from data_contracts.lineage import EVIDENCE, Code, Compared, Lineage, Machine, Reproduction, result_of
 from data_contracts.reports import AdapterRef, BaseModelRef, EvalTarget, TrainReport
 from data_contracts.run_spec import RunSpec
 from data_contracts.stage_inputs import StartInputs, TrainInputs
 from data_contracts.train_spec import TrainSpec
-from tasks.evaluation.evaluate import evaluate_targets
+from tasks.evaluation.evaluate import ScoringInputs, evaluate_targets
 from tasks.models.base import init_adapter, prepare_base, start_settings
 from tasks.models.core.adapter_files import WEIGHTS
 from tasks.release import registry
 from tasks.release.lineage import code_now, machine_now
 from tasks.release.registry import Registered
-from tasks.reproduction.dataset import Rows
+from tasks.reproduction.dataset import RebuiltSplits
+from tasks.runtime.core.files import exclusive
 from tasks.runtime.processes import Launch, run_worker
 from tasks.runtime.store import Store, digest
 from tasks.training.train import train_arm
@@ -32,43 +32,55 @@ _NONE = "none"
 _SHOWN, _LISTED = 12, 5
 
 
-class Measured(NamedTuple):
-    """How far apart the adapter of then and that of now lie; None: they are the same to the byte, or have no loss."""
+class AdapterDistance(NamedTuple):
+    """How far the new adapter is from the recorded one. None: they are the same to the byte, or have no loss."""
 
     distance: float | None = None
     loss_then_nats: float | None = None
     loss_now_nats: float | None = None
 
 
-class Begin(NamedTuple):
-    """What training begins with this time. adapter: None starts from the base itself."""
+class StartAgain(NamedTuple):
+    """What training starts from this time. adapter: None is the base itself."""
 
     adapter: AdapterRef | None
     rows: FileRef
     compared: list[Compared]
 
 
+class Rebuilt(NamedTuple):
+    """What a version was made from, made again."""
+
+    base: BaseModelRef
+    rows: RebuiltSplits
+    start: StartAgain
+
+
+class Retrained(NamedTuple):
+    """What training gave this time. kept: where its adapter is stored, relative to the store."""
+
+    arm: TrainReport
+    distance: AdapterDistance
+    kept: str
+
+
 @contextmanager
 def working_place(store: Store, version: Registered) -> Iterator[Store]:
-    """An empty store of its own inside the store: nothing that an earlier run left is used, and no ledger learns anything."""
+    """An empty store inside the store: nothing that an earlier run left is used, and no ledger records anything."""
     root = store.files / "reproductions" / f"{version.name}-{version.version}"
     root.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(f"{root}.lock", timeout=0):
-            shutil.rmtree(root, ignore_errors=True)
-            yield Store(root)
-    except Timeout as error:
-        raise StoreError(
-            Problem(f"{version.label} is being made again already", str(root), act="wait for it")
-        ) from error
+    busy = StoreError(Problem(f"{version.label} is being made again already", str(root), act="wait for it"))
+    with exclusive(Path(f"{root}.lock"), busy):
+        shutil.rmtree(root, ignore_errors=True)
+        yield Store(root)
 
 
 def recorded_dataset(version: Registered) -> DatasetManifest:
-    """The data set as it stands in the version's evidence."""
+    """The data set in the version's evidence."""
     return DatasetManifest.model_validate_json((Path(version.adapter).parent / EVIDENCE / "dataset.json").read_bytes())
 
 
-def checked_adapter(version: Registered, then: Lineage) -> AdapterRef:
+def registered_adapter(version: Registered, then: Lineage) -> AdapterRef:
     """The registered adapter. Raises StoreError if it is not the file that the lineage names."""
     weights = Path(version.adapter) / WEIGHTS
     found = digest(weights if weights.exists() else weights.parent)
@@ -93,8 +105,8 @@ def base_again(store: Store, place: Store, spec: RunSpec, then: Lineage) -> Base
     return made
 
 
-def begin_again(spec: RunSpec, place: Store, base: BaseModelRef, then: Lineage, rows: Rows) -> Begin:
-    """A fresh step-0 adapter from the recorded seed; for a warm start the version's that it went on from."""
+def begin_again(spec: RunSpec, place: Store, base: BaseModelRef, then: Lineage, rows: RebuiltSplits) -> StartAgain:
+    """A new step-0 adapter from the recorded seed; for a warm start the adapter that its training resumed from."""
     training, train = then.training, TrainSpec.model_validate(then.training.settings)
     settings = start_settings(training.method, training.seed, train, then.machine.precision)
     adapter = init_adapter(place, base, settings, force=True) if settings else None
@@ -111,59 +123,62 @@ def begin_again(spec: RunSpec, place: Store, base: BaseModelRef, then: Lineage, 
     ]
     if training.start:
         compared.append(Compared(what="rows of the warm start", then=training.start.rows.sha256, now=used.sha256))
-    return Begin(adapter, used, compared)
+    return StartAgain(adapter, used, compared)
 
 
-def train_again(place: Store, base: BaseModelRef, begin: Begin, rows: Rows, then: Lineage, threads: int) -> TrainReport:
+def train_again(
+    place: Store, base: BaseModelRef, start: StartAgain, rows: RebuiltSplits, then: Lineage, threads: int
+) -> TrainReport:
     """The arm with its recorded settings, seed and precision, from the first step on."""
     training, machine = then.training, then.machine
     settings = TrainSpec.model_validate(training.settings | {"threads": threads})
     inputs = TrainInputs(
-        method=training.method, seed=training.seed, base=base, step0=begin.adapter, rows=begin.rows,
+        method=training.method, seed=training.seed, base=base, step0=start.adapter, rows=start.rows,
         validation=rows.validation, settings=settings, precision=machine.precision,
     )  # fmt: skip
     return train_arm(place, then.key, inputs, Launch(f"train {training.name}", force=True))
 
 
 def compare_again(
-    spec: RunSpec, place: Store, base: BaseModelRef, rows: Rows, version: Registered, then: Lineage, arm: TrainReport
-) -> Measured:
-    """The adapters beside each other, and their losses on the held-out rows, both measured now."""
+    spec: RunSpec, place: Store, rebuilt: Rebuilt, version: Registered, then: Lineage, arm: TrainReport
+) -> AdapterDistance:
+    """Compare the two adapters, and their losses on the held-out rows, both measured now."""
     if arm.adapter.sha256 == then.training.adapter.sha256:
-        return Measured()
+        return AdapterDistance()
+    job = CompareAdaptersJob(then=version.adapter, now=str(place.path(arm.adapter.folder)))
+    found = run_worker("tasks.reproduction.workers.compare_adapters", job, place.files / "compared")
     own = {"method": arm.method, "quantisation": arm.quantisation}
-    adapters = {"then": checked_adapter(version, then), "now": arm.adapter}
-    folders = {"then": version.adapter, "now": str(place.path(arm.adapter.folder))}
-    found = run_worker("tasks.reproduction.workers.compare_adapters", folders, place.files / "compared")
+    adapters = {"then": registered_adapter(version, then), "now": arm.adapter}
     targets = [EvalTarget(name=name, adapter=adapter, **own) for name, adapter in adapters.items()]
-    alone = {"tasks": ["domain_nll"], "forms": [], "sample_questions": 0, "task_folder": None}
-    settings = spec.evaluate.model_copy(update=alone)
-    scores = evaluate_targets(
-        place, base, rows.test, targets, settings, None, spec.train.max_tokens, then.machine.precision,
-        spec.gates.confidence, arm.threads,
+    only_loss = {"tasks": ["domain_nll"], "forms": [], "sample_questions": 0, "task_folder": None}
+    scoring = ScoringInputs(
+        base=rebuilt.base, test=rebuilt.rows.test, evaluate=spec.evaluate.model_copy(update=only_loss), task_files=None,
+        max_tokens=spec.train.max_tokens, precision=then.machine.precision, threads=arm.threads,
     )  # fmt: skip
+    scores = evaluate_targets(place, scoring, targets, spec.gates.confidence)
     losses = {report.target: report.nll_nats for report in scores}
-    return Measured(float(found["distance"]), losses["then"], losses["now"])
+    return AdapterDistance(AdaptersReport.model_validate(found).distance, losses["then"], losses["now"])
 
 
-def told(
-    uri: str, then: Lineage, arm: TrainReport, rows: Rows, begin: Begin, train_code: str, measured: Measured,
-    kept: str, seconds: float,
-) -> Reproduction:  # fmt: skip
-    """kept: where the adapter of now lies, in the store."""
+def reproduction_report(
+    uri: str, then: Lineage, rebuilt: Rebuilt, retrained: Retrained, train_code: str, seconds: float
+) -> Reproduction:
+    """Everything then and now, and why the adapters may differ if they do."""
+    arm = retrained.arm
     code, machine = code_now(train_code), machine_now(arm)
-    compared = [*rows.compared, *begin.compared, *_code(then.code, code), *_machine(then.machine, machine)]
-    result = result_of(*measured)
+    inputs = [*rebuilt.rows.compared, *rebuilt.start.compared]
+    compared = [*inputs, *_code(then.code, code), *_machine(then.machine, machine)]
+    result = result_of(*retrained.distance)
     return Reproduction(
         model=uri,
         result=result,
         compared=compared,
-        data=rows.told,
+        data=rebuilt.rows.note,
         adapter_then=then.training.adapter.sha256,
         adapter_now=arm.adapter.sha256,
-        **measured._asdict(),
+        **retrained.distance._asdict(),
         reasons=[] if result == "identical" else _reasons(compared),
-        kept=None if result == "identical" else kept,
+        kept=None if result == "identical" else retrained.kept,
         seconds=seconds,
     )
 

@@ -1,1 +1,1 @@
-"""The OpenAI endpoint and the shadow: `endpoint.Endpoint`, `shadow`."""
+"""Serve a version as OpenAI's API does (`endpoint.Endpoint`), and compare it with its challenger (`shadow.compare_shadow`)."""

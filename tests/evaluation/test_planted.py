@@ -18,7 +18,7 @@ from data_contracts.run_spec import EvaluateSpec, GateSpec
 from data_contracts.verdict import Comparison, GateReport
 from tasks.evaluation.compare import compare_models
 from tasks.evaluation.core.gates import judge
-from tasks.evaluation.evaluate import evaluate_targets
+from tasks.evaluation.evaluate import ScoringInputs, evaluate_targets
 from tasks.models.workers.init_adapter import make_step0
 from tasks.models.workers.prepare_base import prepare
 from tasks.runtime.store import Store, digest
@@ -90,7 +90,7 @@ def adapters(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def judged(adapters, tmp_path_factory) -> dict[str, tuple[Comparison, GateReport]]:
+def gated(adapters, tmp_path_factory) -> dict[str, tuple[Comparison, GateReport]]:
     """Every candidate against base and champion on the same 120 items that no adapter was trained on."""
     store = Store(tmp_path_factory.mktemp("store"))
     store.files.mkdir()
@@ -109,7 +109,7 @@ def judged(adapters, tmp_path_factory) -> dict[str, tuple[Comparison, GateReport
     settings = EvaluateSpec(tasks=["domain_nll"], sample_questions=0)
     reports = {
         report.target: report
-        for report in evaluate_targets(store, base, test, targets, settings, None, 256, "fp32", 0.95, 1)
+        for report in evaluate_targets(store, ScoringInputs(base, test, settings, None, 256, "fp32", 1), targets, 0.95)
     }
     found = {}
     for name in CANDIDATES:
@@ -130,44 +130,46 @@ def increase(found: tuple[Comparison, GateReport]) -> float:
     return -found[0].champion_gain.value
 
 
-def test_the_champion_has_learned_something(judged):
-    assert judged["equal"][0].gain.value > 1.0
+def test_the_champion_has_learned_something(gated):
+    assert gated["equal"][0].gain.value > 1.0
 
 
-def test_a_better_adapter_passes(judged):
-    assert verdicts(judged["better"]) == {
+def test_a_better_adapter_passes(gated):
+    assert verdicts(gated["better"]) == {
         "candidate_beats_base": "pass", "not_worse_than_champion": "pass", "all": "pass",
     }  # fmt: skip
-    assert increase(judged["better"]) < 0
+    assert increase(gated["better"]) < 0
 
 
-def test_the_same_training_with_another_seed_passes(judged):
-    assert verdicts(judged["equal"])["all"] == "pass"
-    assert increase(judged["equal"]) < 0.1  # how far another seed lies below depends on the processor's rounding
+def test_the_same_training_with_another_seed_passes(gated):
+    assert verdicts(gated["equal"])["all"] == "pass"
+    assert increase(gated["equal"]) < 0.1  # how far another seed is below depends on the processor's rounding
 
 
-def test_a_slightly_worse_adapter_passes_within_the_margin_and_not_without_one(judged):
-    assert 0 < increase(judged["worse"]) < 0.09  # how much depends on the processor's rounding
-    assert verdicts(judged["worse"])["all"] == "pass"
-    strict = judge(judged["worse"][0], SETTINGS.model_copy(update={"max_champion_nll_increase_nats": 0.0}), "v1", False)
+def test_a_slightly_worse_adapter_passes_within_the_margin_and_not_without_one(gated):
+    assert 0 < increase(gated["worse"]) < 0.09  # how much depends on the processor's rounding
+    assert verdicts(gated["worse"])["all"] == "pass"
+    strict = judge(
+        gated["worse"][0], SETTINGS.model_copy(update={"max_champion_nll_increase_nats": 0.0}), "v1", has_baseline=False
+    )
     assert strict.verdict == "fail"
 
 
-def test_a_loss_on_the_margin_is_not_decided(judged):
-    settings = SETTINGS.model_copy(update={"max_champion_nll_increase_nats": increase(judged["worse"])})
-    assert judge(judged["worse"][0], settings, "v1", False).verdict == "inconclusive"
+def test_a_loss_on_the_margin_is_not_decided(gated):
+    settings = SETTINGS.model_copy(update={"max_champion_nll_increase_nats": increase(gated["worse"])})
+    assert judge(gated["worse"][0], settings, "v1", has_baseline=False).verdict == "inconclusive"
 
 
 @pytest.mark.parametrize("name", ["much_worse", "scrambled", "wrong_base"])
-def test_a_much_worse_a_scrambled_and_a_foreign_adapter_fail_against_the_champion(judged, name):
-    assert verdicts(judged[name])["not_worse_than_champion"] == "fail"
-    assert verdicts(judged[name])["all"] == "fail"
+def test_a_much_worse_a_scrambled_and_a_foreign_adapter_fail_against_the_champion(gated, name):
+    assert verdicts(gated[name])["not_worse_than_champion"] == "fail"
+    assert verdicts(gated[name])["all"] == "fail"
 
 
-def test_an_adapter_that_changes_nothing_does_not_beat_the_base(judged):
-    assert judged["nothing_learned"][0].gain.value == pytest.approx(0.0, abs=1e-6)
-    assert verdicts(judged["nothing_learned"])["candidate_beats_base"] == "fail"
+def test_an_adapter_that_changes_nothing_does_not_beat_the_base(gated):
+    assert gated["nothing_learned"][0].gain.value == pytest.approx(0.0, abs=1e-6)
+    assert verdicts(gated["nothing_learned"])["candidate_beats_base"] == "fail"
 
 
-def test_an_adapter_that_gives_no_numbers_fails_every_gate(judged):
-    assert set(verdicts(judged["not_a_number"]).values()) == {"fail"}
+def test_an_adapter_that_gives_no_numbers_fails_every_gate(gated):
+    assert set(verdicts(gated["not_a_number"]).values()) == {"fail"}

@@ -84,7 +84,7 @@ def test_an_end_beyond_the_reach_of_the_correction_is_the_outermost_draw():
     assert ends_of(np.array([0.0, 0.0, 10.0]), 0.999) == (0.0, 10.0)
 
 
-def test_items_outside_of_a_slice_tell_nothing_of_it():
+def test_items_outside_of_a_slice_say_nothing_of_it():
     values, inside = rng.normal(1, 1, 1000), np.arange(1000) < 6
     found = Bootstrap(each(1000), 4000, 0.95).estimate(ratio, values * inside, inside.astype(float))
     error = values[:6].std(ddof=1) / math.sqrt(6)
@@ -92,13 +92,13 @@ def test_items_outside_of_a_slice_tell_nothing_of_it():
     assert found.low <= values[:6].mean() - 0.99 * scipy_stats.t.ppf(0.95, 5) * error
 
 
-def test_a_cluster_that_holds_nearly_all_items_tells_as_little_as_one():
+def test_a_cluster_that_holds_nearly_all_items_says_as_little_as_one():
     values = rng.normal(1, 0.01, 100)
     assert mean_of(values, ["large"] * 99 + ["small"]).low < 0
     assert mean_of(values, [str(i % 20) for i in range(100)]).low > 0.9
 
 
-def test_one_cluster_tells_nothing():
+def test_one_cluster_says_nothing():
     found = mean_of(rng.normal(1, 0.01, 50), ["same"] * 50)
     assert found.value == pytest.approx(1, abs=0.01)
     assert found.interval == (-math.inf, math.inf)
@@ -130,7 +130,7 @@ def test_pairing_removes_what_the_items_have_in_common():
     assert mean_of(base - better).error < mean_of(base).error / 5
 
 
-def test_few_seeds_are_judged_by_students_t():
+def test_few_seeds_get_students_t():
     seeds = np.array([0.1, 0.2, 0.4])
     values = np.repeat(seeds[:, None], 50, axis=1)  # items add nothing
     found = mean_of(values, draws=40_000)

@@ -12,8 +12,8 @@ from data_contracts.errors import DataError
 from data_contracts.reports import AdapterRef, LossPoint, Quantisation, TrainReport
 from data_contracts.run_spec import GateSpec, RunSpec
 from data_contracts.verdict import Comparison, Estimate, Served
-from tasks.evaluation.core.comparison import compare
-from tasks.evaluation.core.gates import decide, judge, more_needed, overall
+from tasks.evaluation.core.comparison import compare_arms
+from tasks.evaluation.core.gates import interval_verdict, judge, more_needed, overall
 from tasks.evaluation.core.samples import Fact, read_samples
 from tasks.evaluation.core.stats import proportion
 from tasks.reporting.sentences import sentences
@@ -30,7 +30,7 @@ SETTINGS = GateSpec(bootstrap_draws=1000, max_accuracy_drop=None, min_stop_rate=
 
 
 def lowered(nats, noise=0.05, items=ITEMS):
-    """A model whose loss lies `nats` per token below the base's."""
+    """A model whose loss is `nats` per token below the base's."""
     return BASE - TOKENS * rng.normal(nats, noise, items)
 
 
@@ -66,7 +66,7 @@ def compared(arms=None, settings=SETTINGS, released="qlora", **models):
     """Arms are named as the models are, unless they are given."""
     names = [name for name in models if name in ("lora", "qlora")]
     arms = arms if arms is not None else [trained(name) for name in names]
-    return compare({"base": samples(BASE)} | models, FACTS, arms, "qlora", released, settings)
+    return compare_arms({"base": samples(BASE)} | models, FACTS, arms, "qlora", released, settings)
 
 
 def verdicts(found, settings=SETTINGS, champion=None, **more):
@@ -83,7 +83,7 @@ def test_a_loss_per_token_weighs_items_by_their_tokens_and_bits_are_of_bytes():
     assert found.bits_per_byte["base"] == pytest.approx(BASE.sum() / math.log(2) / (4 * TOKENS.sum()))
 
 
-def test_an_arm_is_judged_over_its_seeds_and_the_released_adapter_by_itself():
+def test_an_arm_is_compared_over_its_seeds_and_the_released_adapter_alone():
     arms = [trained(f"{arm}-{seed}", arm, seed) for arm in ("lora", "qlora") for seed in (1, 2, 3)]
     models = {f"lora-{seed}": samples(lowered(1.5)) for seed in (1, 2, 3)}
     models |= {f"qlora-{seed}": samples(lowered(nats)) for seed, nats in ((1, 1.5), (2, 1.4), (3, 1.3))}
@@ -114,7 +114,7 @@ def test_an_unbounded_interval_survives_the_report_as_json():
     assert json.loads(found.model_dump_json())  # and it is JSON that any reader takes
 
 
-def test_slices_are_told_apart_by_source_and_length_but_not_by_what_all_share():
+def test_slices_differ_by_source_and_length_but_not_by_what_all_share():
     hurt = lowered(1.0)
     hurt[::2] = BASE[::2] + TOKENS[::2]
     found = compared(qlora=samples(hurt))
@@ -201,7 +201,7 @@ def test_a_candidate_that_loses_the_gain_fails():
     assert verdicts(found)["all"] == "fail"
 
 
-def test_a_candidate_on_the_margin_is_inconclusive_and_told_what_would_decide():
+def test_a_candidate_on_the_margin_is_inconclusive_and_why_says_what_would_decide():
     found = compared(lora=samples(lowered(1.5, 0.6)), qlora=samples(lowered(1.435, 0.6)))
     gate = next(gate for gate in judge(found, SETTINGS, None).gates if gate.name == "qlora_keeps_loras_gain")
     assert gate.verdict == "inconclusive"
@@ -250,19 +250,19 @@ def test_one_bad_slice_fails_a_candidate_that_is_good_on_the_whole():
     assert verdicts(found)["every_slice_gains"] == "fail"
 
 
-def test_a_slice_of_few_items_is_shown_and_not_judged():
+def test_a_slice_of_few_items_is_shown_and_not_tested():
     hurt = lowered(2.0)
     hurt[::3] = BASE[::3] + 0.5 * TOKENS[::3]
     settings = SETTINGS.model_copy(update={"min_slice_items": 120})
     assert verdicts(compared(settings=settings, qlora=samples(hurt)), settings)["every_slice_gains"] == "pass"
 
 
-def test_a_slice_is_judged_however_many_there_are():
+def test_a_slice_is_tested_however_many_there_are():
     facts = {row: Fact(row, row, 9, f"source {int(row) // 12:02}", "en", "short") for row in FACTS}
     hurt = lowered(2.0)
     hurt[288:] = BASE[288:] + TOKENS[288:] * rng.normal(0.5, 0.1, 12)
     settings = SETTINGS.model_copy(update={"min_slice_items": 12})
-    found = compare(
+    found = compare_arms(
         {"base": samples(BASE), "qlora": samples(hurt)}, facts, [trained("qlora")], "qlora", "qlora", settings
     )
     assert len(found.slices) == 25
@@ -289,7 +289,7 @@ def test_accuracy_that_flips_nowhere_is_not_proven_by_a_few_items():
 def test_answers_of_one_cluster_stop_as_one():
     facts = {row: Fact(row, f"patient {int(row) % 5}", 9, "s", "en", "short") for row in FACTS}
     models = {"base": samples(BASE), "qlora": samples(lowered(1.5), stopped=np.ones(60))}
-    found = compare(models, facts, [trained("qlora")], "qlora", "qlora", SETTINGS)
+    found = compare_arms(models, facts, [trained("qlora")], "qlora", "qlora", SETTINGS)
     assert found.stop_rate.items == 5
     assert found.stop_rate.low < 0.7
     assert compared(qlora=models["qlora"]).stop_rate.low > 0.95
@@ -313,8 +313,8 @@ def test_accuracy_stop_rate_and_forgetting_have_their_margins():
     loose = {"max_accuracy_drop": 0.5, "min_stop_rate": 0.2, "max_forgetting_nats": 1.0, "max_forgetting_accuracy": 0.5}
     names = ("qlora_keeps_accuracy", "candidate_stops", "keeps_general_text", "keeps_general_piqa")
     for settings, verdict in ((strict, "fail"), (loose, "pass")):
-        told = verdicts(found, SETTINGS.model_copy(update=settings))
-        assert {name: told[name] for name in names} == dict.fromkeys(names, verdict)
+        found_verdicts = verdicts(found, SETTINGS.model_copy(update=settings))
+        assert {name: found_verdicts[name] for name in names} == dict.fromkeys(names, verdict)
 
 
 @pytest.mark.parametrize(("served", "verdict"), [(Served(ms_per_token=40, peak_bytes=10**9), "pass"), (None, "fail")])
@@ -324,7 +324,7 @@ def test_limits_of_time_and_memory_are_held_against_a_process_of_its_own(served,
     assert (found["fast_enough"], found["small_enough"]) == (verdict, verdict)
 
 
-def test_a_gate_that_is_turned_off_is_told_and_a_version_alone_has_no_gates_of_the_method():
+def test_a_gate_that_is_turned_off_is_reported_and_a_version_alone_has_no_gates_of_the_method():
     report = judge(compared(qlora=samples(lowered(1.5))), SETTINGS, None, has_baseline=False)
     assert "max_accuracy_drop is null" in report.off
     assert any(line.startswith("min_retention: no LoRA arm") for line in report.off)
@@ -337,7 +337,7 @@ def test_every_gate_has_a_setting_and_every_setting_a_gate():
     )
     report = judge(compared(qlora=samples(lowered(1.5))), GateSpec(**off), None)
     assert len(report.off) == len(off) == 11
-    assert report.verdict == "fail"  # nothing was judged
+    assert report.verdict == "fail"  # no gate ran
 
 
 # --- deciding -----------------------------------------------------------------------------------------------
@@ -348,16 +348,16 @@ def at(value, low, high, **more):
 
 
 def test_a_missing_number_never_passes():
-    assert decide("at least", 0.0, None)[0] == "fail"
+    assert interval_verdict("at least", 0.0, None)[0] == "fail"
     for unknown in (math.nan, math.inf, -math.inf):
-        assert decide("at most", 0.0, at(unknown, -1.0, -0.5))[0] == "fail"
-        assert decide("at least", 0.0, at(unknown, 0.5, 1.0))[0] == "fail"
+        assert interval_verdict("at most", 0.0, at(unknown, -1.0, -0.5))[0] == "fail"
+        assert interval_verdict("at least", 0.0, at(unknown, 0.5, 1.0))[0] == "fail"
 
 
 @pytest.mark.parametrize("ends", [(math.nan, math.nan), (-math.inf, math.inf), (math.nan, 1.0)])
 @pytest.mark.parametrize("direction", ["at least", "more than", "at most"])
 def test_an_interval_that_is_not_known_never_decides(direction, ends):
-    assert decide(direction, 0.0, at(0.5, *ends))[0] == "inconclusive"
+    assert interval_verdict(direction, 0.0, at(0.5, *ends))[0] == "inconclusive"
 
 
 @pytest.mark.parametrize("limit", [math.nan, math.inf, -0.1])
@@ -378,7 +378,7 @@ def test_a_limit_that_everything_would_pass_is_refused(limit):
     ],
 )  # fmt: skip
 def test_only_a_whole_interval_decides(direction, low, high, verdict):
-    assert decide(direction, 0.0, at((low + high) / 2, low, high))[0] == verdict
+    assert interval_verdict(direction, 0.0, at((low + high) / 2, low, high))[0] == verdict
 
 
 def test_what_would_decide_is_items_or_seeds_whichever_the_doubt_comes_from():
@@ -409,6 +409,6 @@ def test_a_gate_whose_number_no_task_gives_is_refused_before_the_run():
         RunSpec(gates=GateSpec(max_forgetting_nats=0.1))
 
 
-def test_the_comparison_is_told_in_sentences():
+def test_the_comparison_is_written_in_sentences():
     found = compared(lora=samples(BASE - 2 * TOKENS), qlora=samples(BASE - 1.5 * TOKENS))
     assert "QLoRA keeps 75.0% [75.0%, 75.0%] of LoRA's loss gain" in list(sentences(found))

@@ -1,4 +1,4 @@
-"""A version leaves the store: what rounding costs, which form is chosen, and that the written files are what was measured.
+"""An export: what rounding costs, which form is chosen, and that the written files are what was measured.
 
 The slow tests export a real registered version through the command, and convert to GGUF with llama.cpp's own converter.
 Run: pytest tests/export/test_export.py
@@ -20,12 +20,14 @@ from safetensors.torch import load_file, save_file
 
 from data_contracts.errors import ConfigError, GateError, StoreError
 from data_contracts.exports import Distance, FormMeasured
+from data_contracts.jobs.evaluation import AdaptedModel
+from data_contracts.jobs.export import LIVE_FILE, TEXTS_FILE, CheckExportJob, ExportJob
 from data_contracts.reports import Quantisation
 from flows.export import check_place, draft_of
-from tasks.export.core.merging import Rounding, choose, partial_kl, rounding
+from tasks.export.core.merging import Rounding, choose_form, partial_kl, rounding
 from tasks.export.core.modelfile import CONVERSATION, QUESTION, modelfile
-from tasks.export.gguf import GGUF, MODELFILE, converter, in_llama_cpp, write_gguf, write_modelfile
-from tasks.export.request import Subject, Wish, check
+from tasks.export.gguf import GGUF, MODELFILE, find_converter, in_llama_cpp, write_gguf, write_modelfile
+from tasks.export.request import ExportRequest, ExportSource, check_request
 from tasks.release.registry import Registered
 from tasks.runtime.processes import run_worker
 from tests.conftest import toy_rows, write_rows
@@ -74,13 +76,13 @@ def test_tensors_add_up_and_nothing_learned_loses_nothing():
 
 def test_the_nearest_form_is_chosen_and_a_tie_goes_to_the_smaller_file():
     near, half, far = form(0.0, 400), form(0.0005, 200), form(0.005, 100)
-    assert choose([far, near, half], 0.01) == half  # within a tenth of the tolerance of the nearest
-    assert choose([far, near, half], 0.004) == near
+    assert choose_form([far, near, half], 0.01) == half  # within a tenth of the tolerance of the nearest
+    assert choose_form([far, near, half], 0.004) == near
 
 
 def test_nothing_is_chosen_past_the_tolerance_and_not_a_number_is_past_it():
-    assert choose([form(0.02, 1), form(math.nan, 1)], 0.01) is None
-    assert choose([form(math.nan, 1), form(0.01, 2)], 0.01) == form(0.01, 2)
+    assert choose_form([form(0.02, 1), form(math.nan, 1)], 0.01) is None
+    assert choose_form([form(math.nan, 1), form(0.01, 2)], 0.01) == form(0.01, 2)
 
 
 def test_the_partial_distance_is_exact_over_all_tokens_and_a_lower_bound_over_some():
@@ -98,41 +100,41 @@ def test_the_partial_distance_is_exact_over_all_tokens_and_a_lower_bound_over_so
 def chatml(messages: list[dict], own: str) -> str:
     if own and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": own}, *messages]
-    turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
-    return "".join([*turns, "<|im_start|>assistant\n"])
+    written = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
+    return "".join([*written, "<|im_start|>assistant\n"])
 
 
 def test_a_modelfile_says_the_chat_template_and_its_own_system_prompt():
-    turns = [chatml(QUESTION, "Be kind."), chatml(CONVERSATION, "Be kind.")]
-    text = modelfile("model.gguf", turns, "", ["<|im_end|>"])
+    conversations = [chatml(QUESTION, "Be kind."), chatml(CONVERSATION, "Be kind.")]
+    text = modelfile("model.gguf", conversations, "", ["<|im_end|>"])
     assert text.splitlines()[0] == "FROM ./model.gguf"
     head = "{{ if .System }}<|im_start|>system\n{{ .System }}{{ end }}"
     asked = "<|im_end|>\n<|im_start|>user\n{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n{{ .Response }}"
     assert f'TEMPLATE """{head}{asked}"""' in text
     assert 'SYSTEM """Be kind."""' in text
     assert 'PARAMETER stop "<|im_end|>"' in text
-    assert 'SYSTEM """Be brief."""' in modelfile("model.gguf", turns, "Be brief.", ["<|im_end|>"])
+    assert 'SYSTEM """Be brief."""' in modelfile("model.gguf", conversations, "Be brief.", ["<|im_end|>"])
 
 
 def test_a_template_that_ollama_cannot_follow_gives_no_modelfile():
     without_system = [chatml(QUESTION, ""), chatml(CONVERSATION, "")]
     assert modelfile("model.gguf", without_system, "", ["<|im_end|>"]) is None
-    first_turn_differs = [chatml(QUESTION, "Be kind."), "BOS" + chatml(CONVERSATION, "Be kind.")]
-    assert modelfile("model.gguf", first_turn_differs, "", ["<|im_end|>"]) is None
+    first_question_differs = [chatml(QUESTION, "Be kind."), "BOS" + chatml(CONVERSATION, "Be kind.")]
+    assert modelfile("model.gguf", first_question_differs, "", ["<|im_end|>"]) is None
     assert modelfile("model.gguf", [chatml(QUESTION, "{{ x }}"), chatml(CONVERSATION, "")], "", []) is None
 
 
 # --- what may be asked --------------------------------------------------------------------------------------
 
 
-def subject(method: str) -> Subject:
+def source(method: str) -> ExportSource:
     quantisation = Quantisation(**NF4) if method == "qlora" else None
     version = Registered("toy", "1", method, quantisation, "adapter", "0" * 64, "1" * 64, "pass", "run")
-    return Subject(version, {}, Path("base"), Path("test"), None)
+    return ExportSource(version, {}, Path("base"), Path("test"), None)
 
 
 @pytest.mark.parametrize(
-    ("method", "wish", "reasons"),
+    ("method", "asked", "reasons"),
     [
         ("prefix", ("merged", None, None), ["cannot be merged"]),
         ("prefix", ("merged", "dequantised", "q8_0"), ["cannot be merged", "nothing was quantised", "format of GGUF"]),
@@ -141,17 +143,17 @@ def subject(method: str) -> Subject:
         ("qlora", ("adapter", "full", "bf16"), ["exported as it is"]),
     ],
 )
-def test_what_cannot_be_is_refused_with_every_reason_at_once(method, wish, reasons):
+def test_what_cannot_be_is_refused_with_every_reason_at_once(method, asked, reasons):
     with pytest.raises(ConfigError) as refused:
-        check(subject(method), Wish.of(*wish, 0.01, 8))
+        check_request(source(method), ExportRequest.of(*asked, 0.01, 8))
     assert [reason in problem.what for reason, problem in zip(reasons, refused.value.problems, strict=True)] == [
         True
     ] * len(reasons)
 
 
-def test_words_that_are_no_choice_are_told_with_the_choices():
+def test_words_that_are_no_choice_are_refused_with_the_choices():
     with pytest.raises(ConfigError) as refused:
-        Wish.of("onnx", "nf4", "int4", 0.01, 8)
+        ExportRequest.of("onnx", "nf4", "int4", 0.01, 8)
     assert [problem.where for problem in refused.value.problems] == ["--format", "--base", "--dtype"]
     assert "adapter, merged, gguf" in refused.value.problems[0].act
 
@@ -176,8 +178,8 @@ def test_an_export_is_complete_or_absent(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def planted(tiny_base, tmp_path_factory) -> dict:
-    """A spec of a QLoRA version whose adapter changes what the base says."""
+def planted(tiny_base, tmp_path_factory) -> ExportJob:
+    """A QLoRA version whose adapter changes what the base says."""
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -191,12 +193,21 @@ def planted(tiny_base, tmp_path_factory) -> dict:
     get_peft_model(base, config).save_pretrained(place / "adapter")
     file = place / "adapter" / "adapter_model.safetensors"
     save_file({name: value * 0.3 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
-    return {
-        "base": str(tiny_base), "adapter": str(place / "adapter"), "method": "qlora", "quantisation": NF4, "threads": 1,
-        "test": str(write_rows(place / "test.jsonl", toy_rows(8, first=1000))), "max_items": 6, "max_tokens": 1000,
-        "max_passages": 2, "bases": ["dequantised", "full"], "dtypes": ["fp32", "fp16", "bf16"], "is_gguf": False,
-        "tolerance_nats": 0.01,
-    }  # fmt: skip
+    model = AdaptedModel(method="qlora", adapter_folder=str(place / "adapter"), quantisation=NF4, merged=False)
+    return ExportJob(
+        base=str(tiny_base), model=model, threads=1, test=str(write_rows(place / "test.jsonl", toy_rows(8, first=1000))),
+        max_items=6, max_tokens=1000, max_passages=2, bases=["dequantised", "full"], dtypes=["fp32", "fp16", "bf16"],
+        is_gguf=False, tolerance_nats=0.01,
+    )  # fmt: skip
+
+
+def fully_tuned(folder: Path) -> AdaptedModel:
+    return AdaptedModel(method="full", adapter_folder=str(folder), quantisation=None, merged=False)
+
+
+def check_job(planted: ExportJob, folder: Path, work: Path, form: str, file: str | None = None) -> CheckExportJob:
+    live = {"base": planted.base, "model": planted.model, "threads": planted.threads}
+    return CheckExportJob(**live, format=form, folder=str(folder), file=file, work=str(work))
 
 
 @pytest.fixture(scope="module")
@@ -244,12 +255,11 @@ def test_the_form_that_was_measured_is_the_form_that_is_written(exported, plante
     assert found["nll_nats"] == pytest.approx(report["chosen"]["distance"]["nll_nats"], abs=1e-6)
 
 
-def read_back(planted: dict, out: Path, form: str = "merged") -> dict:
+def read_back(planted: ExportJob, out: Path, form: str = "merged") -> dict:
     from tasks.export.workers.check_export import check_export
 
-    spec = planted | {"format": form, "folder": str(out / "model"), "file": None, "work": str(out)}
     with warnings.catch_warnings(action="ignore"):
-        return check_export(spec, out)["distance"]
+        return check_export(check_job(planted, out / "model", out, form), out)["distance"]
 
 
 def test_reading_back_sees_what_happened_to_the_files(exported, planted, tmp_path):
@@ -267,9 +277,9 @@ def test_reading_back_sees_what_happened_to_the_files(exported, planted, tmp_pat
 
 
 def test_an_adapter_is_read_back_from_a_folder_that_holds_its_tokenizer_too(exported, planted, tmp_path):
-    for name in ("exam.json", "live.npy"):
+    for name in (TEXTS_FILE, LIVE_FILE):
         shutil.copy(exported[1] / name, tmp_path)
-    for part in (exported[1] / "tokenizer", Path(planted["adapter"])):
+    for part in (exported[1] / "tokenizer", Path(planted.model.adapter_folder)):
         shutil.copytree(part, tmp_path / "model", dirs_exist_ok=True)
     assert read_back(planted, tmp_path, "adapter")["kl_nats"] == pytest.approx(0, abs=1e-9)
 
@@ -279,7 +289,7 @@ def test_nothing_is_written_if_no_form_is_near_enough(planted, tmp_path):
 
     asked = {"bases": ["full"], "dtypes": ["bf16"], "tolerance_nats": 1e-6, "max_passages": 0}
     with warnings.catch_warnings(action="ignore"):
-        report = export_model(planted | asked, tmp_path)
+        report = export_model(planted.model_copy(update=asked), tmp_path)
     assert report["chosen"] is None
     assert report["live"]["general_nll_nats"] is None
     assert not (tmp_path / "model").exists()
@@ -292,10 +302,9 @@ def test_a_fully_tuned_version_is_its_own_weights(planted, tiny_base, tmp_path):
     trained.mkdir()
     for name in ("config.json", "model.safetensors"):  # the tokenizer is the base's
         shutil.copy(tiny_base / name, trained)
-    own = {"method": "full", "adapter": str(trained), "quantisation": None}
-    asked = own | {"bases": ["full"], "dtypes": ["fp32"], "max_passages": 0}
+    asked = {"model": fully_tuned(trained), "bases": ["full"], "dtypes": ["fp32"], "max_passages": 0}
     with warnings.catch_warnings(action="ignore"):
-        report = export_model(planted | asked, tmp_path)
+        report = export_model(planted.model_copy(update=asked), tmp_path)
     assert report["chosen"]["distance"]["kl_nats"] == pytest.approx(0, abs=1e-9)
     assert report["chosen"]["delta"] is None
     stored = load_file(tmp_path / "model" / "model.safetensors")
@@ -334,35 +343,35 @@ def with_real_tokens(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "q8_0"])
 def test_a_gguf_answers_as_the_live_model_in_transformers_and_in_llama_cpp(planted, with_real_tokens, tmp_path, dtype):
-    script = converter()
+    script = find_converter()
     assert script is not None, "pip install tunegate[gguf]"
     tuned = tmp_path / "tuned"
     tuned.mkdir()
     for name in ("config.json", "model.safetensors"):  # the tokenizer is the base's
         shutil.copy(with_real_tokens / name, tuned)
-    own = {"base": str(with_real_tokens), "method": "full", "adapter": str(tuned), "quantisation": None}
-    asked = planted | own | {"bases": ["full"], "dtypes": [dtype], "is_gguf": True}
-    report = run_worker("tasks.export.workers.export_model", asked, tmp_path / "forms")
+    own = {"base": str(with_real_tokens), "model": fully_tuned(tuned)}
+    job = planted.model_copy(update=own | {"bases": ["full"], "dtypes": [dtype], "is_gguf": True})
+    report = run_worker("tasks.export.workers.export_model", job, tmp_path / "forms")
     draft = tmp_path / "draft"
     draft.mkdir()
     write_gguf(script, tmp_path / "forms" / "model", dtype, "toy", tmp_path, draft)
-    spec = asked | {"format": "gguf", "folder": str(draft), "file": GGUF, "work": str(tmp_path / "forms")}
-    found = run_worker("tasks.export.workers.check_export", spec, tmp_path / "check")["distance"]
+    checked = check_job(job, draft, tmp_path / "forms", "gguf", GGUF)
+    found = run_worker("tasks.export.workers.check_export", checked, tmp_path / "check")["distance"]
     assert found["kl_nats"] == pytest.approx(report["chosen"]["distance"]["kl_nats"], abs=1e-5)
     assert found["kl_nats"] < 1e-3
-    runtime = in_llama_cpp(tmp_path / "forms", report["turns"], tmp_path, draft)
+    runtime = in_llama_cpp(tmp_path / "forms", report["conversations"], tmp_path, draft)
     assert runtime is not None
     assert runtime.same_tokens == runtime.prompts == 6
     assert runtime.kl_nats < 1e-2
-    assert write_modelfile({"system_prompt": None, "stops": ["<|im_end|>"]}, report["turns"], draft)
+    assert write_modelfile({"system_prompt": None, "stops": ["<|im_end|>"]}, report["conversations"], draft)
     assert "helpful AI assistant named SmolLM" in (draft / MODELFILE).read_text()
     with pytest.raises(StoreError, match="otherwise than the chat template"):
-        in_llama_cpp(tmp_path / "forms", ["other", *report["turns"][1:]], tmp_path / "again", draft)
+        in_llama_cpp(tmp_path / "forms", ["other", *report["conversations"][1:]], tmp_path / "again", draft)
 
 
 @pytest.mark.slow
 def test_a_tokenizer_that_the_converter_does_not_know_is_refused(exported, tmp_path):
-    script = converter()
+    script = find_converter()
     assert script is not None, "pip install tunegate[gguf]"
     with pytest.raises(ConfigError, match="converter does not know it"):
         write_gguf(script, exported[1] / "model", "fp16", "toy", tmp_path / "work", tmp_path)
@@ -410,10 +419,10 @@ def test_a_registered_version_is_exported_merged_and_as_adapter(tunegate):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_past_the_tolerance_nothing_is_left_and_every_form_is_told(tunegate):
+def test_past_the_tolerance_nothing_is_left_and_every_form_is_reported(tunegate):
     settings = ["--base", "full", "--tolerance-nats", "1e-9", "--items", "8"]
-    code, told = tunegate("export", MODEL, "--to", "refused", *settings)
+    code, refused = tunegate("export", MODEL, "--to", "refused", *settings)
     assert code == 1
-    places = [problem["where"] for problem in told["error"]["problems"]]
+    places = [problem["where"] for problem in refused["error"]["problems"]]
     assert places == ["full base, fp32", "full base, fp16", "full base, bf16"]
-    assert [path.name for path in told["place"].iterdir() if "refused" in path.name] == []
+    assert [path.name for path in refused["place"].iterdir() if "refused" in path.name] == []

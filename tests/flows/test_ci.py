@@ -69,7 +69,7 @@ def planted(**changes) -> Decision:
         model="models:/tunegate-smoke@challenger",
         name="tunegate-smoke",
         version="3",
-        rival="tunegate-smoke version 2",
+        champion="tunegate-smoke version 2",
         gate=report,
         comparison=measured,
     )
@@ -116,7 +116,7 @@ def test_a_gate_is_one_line_with_what_it_needs_and_what_was_measured():
 
 
 def test_without_a_version_in_production_it_says_so():
-    assert "No version was in production" in markdown(planted(rival=None))
+    assert "No version was in production" in markdown(planted(champion=None))
     assert "Compared with tunegate-smoke version 2" in markdown(planted())
 
 
@@ -129,7 +129,9 @@ def test_text_from_data_or_a_name_is_shown_and_never_read():
     assert "&#95;i&#95;" in shown
     assert "@&#8203;team" in shown
     assert escape("min_gain_nats") == "min_gain_nats"
-    page = markdown(with_gates(gate(HOSTILE, "fail", HOSTILE)).model_copy(update={"name": HOSTILE, "rival": HOSTILE}))
+    page = markdown(
+        with_gates(gate(HOSTILE, "fail", HOSTILE)).model_copy(update={"name": HOSTILE, "champion": HOSTILE})
+    )
     assert "<script" not in page
     assert page.count(shown) == 4
 

@@ -259,7 +259,7 @@ def test_an_adapter_that_changed_after_it_was_found_is_not_scored(place, registe
     adapter = AdapterRef(folder=registered.adapter, sha256=registered.adapter_sha256)
     target = EvalTarget(name="x", method="lora", adapter=adapter, quantisation=None)
     with pytest.raises(StoreError, match="has changed"):
-        evaluate._folder(place.store, target)
+        evaluate._scored_model(place.store, target)
 
 
 def test_a_base_that_changed_after_it_was_prepared_is_not_used(place, generation, tiny_base):

@@ -25,7 +25,7 @@ from data_contracts.reports import BaseModelRef, ModelVersion, RecordedRun, Trai
 from data_contracts.run_spec import RunSpec
 from data_contracts.stage_inputs import TrainInputs
 from data_contracts.train_spec import arms_of
-from flows.reproduce import recorded_spec, reproduce_flow
+from flows.reproduce import reproduce_flow, reproduction_spec
 from tasks.data.curation import row_ledger as ledger
 from tasks.data.curation.curate import Curation, curate_rows
 from tasks.data.ingestion.ingest import ingest_sources
@@ -117,7 +117,7 @@ class Place:
 
     def again(self, *changes: str, root: str | None = None) -> Reproduction:
         store = self.spec.store if root is None else self.spec.store.model_copy(update={"root": root})
-        spec, threads = recorded_spec(store, URI, [f"store.root={store.root}", *changes])
+        spec, threads = reproduction_spec(store, URI, [f"store.root={store.root}", *changes])
         found: Reproduction = reproduce_flow.fn(spec, URI, threads)
         return found
 
@@ -450,7 +450,7 @@ def test_an_adapter_that_differs_is_measured_and_the_likely_reasons_are_named(pl
     version = register_version(place.made._replace(key="register-3", arm=arm, spec=spec)).version
     packages = lineages.packages()
     monkeypatch.setattr(lineages, "packages", lambda: packages | {"torch": "0.0.1"})
-    spec, _ = recorded_spec(place.spec.store, f"models:/{NAME}/{version}", [])
+    spec, _ = reproduction_spec(place.spec.store, f"models:/{NAME}/{version}", [])
     found = reproduce_flow.fn(spec, f"models:/{NAME}/{version}")
     assert found.result == "different" and found.distance > 0.1
     assert found.loss_then_nats != found.loss_now_nats

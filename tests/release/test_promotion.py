@@ -239,7 +239,7 @@ def decided(registry: Registry, version: str, verdict: str, against: int | None)
     comparison = planted(Path(registry.store.root)).comparison
     gate = GateReport(gates=[], off=[], verdict=verdict)
     decision = Decision(
-        model=f"models:/{NAME}/{version}", name=NAME, version=version, rival=None, gate=gate, comparison=comparison
+        model=f"models:/{NAME}/{version}", name=NAME, version=version, champion=None, gate=gate, comparison=comparison
     )
     own = evaluation("candidate", named.adapter_sha256, [])
     judged.keep(registry.store, named, registry.adapter(against).sha256 if against else None, decision, own)

@@ -21,19 +21,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_contracts.errors import ConfigError
+from data_contracts.jobs.serving import Assignment, RequestLimits, ServedVersion, ServeJob
 from data_contracts.releases import Given, Pair
 from data_contracts.run_spec import StoreSpec
-from flows.cli.chat import Talk
+from flows.cli.chat import ChatSession
 from tasks.runtime.store import digest
-from tasks.serving.endpoint import Endpoint, Wanted, wanted
+from tasks.serving.endpoint import Endpoint, ModelName, parse_model_name
 from tasks.serving.shadow import compare_pairs
-from tasks.serving.workers.generation import Cutter
+from tasks.serving.workers.generation import StopStringTrimmer
 from tests.support.servers import COMMAND, Server, free_port, prefect_server
 
 SYSTEM = "Answer in numbers."
 QUESTION = {"role": "user", "content": "What comes after 3?"}
 KEY = "a key of this test"
-LIMITS = {"prompt_tokens": 400, "answer_tokens": 500, "requests": 3}
+LIMITS = RequestLimits(prompt_tokens=400, answer_tokens=500, requests=3)
 
 
 # --- what is served -----------------------------------------------------------------------------------------
@@ -54,8 +55,8 @@ def base(tiny_base, tmp_path_factory) -> Path:
     return folder
 
 
-def planted(folder: Path, base: Path, version: int, method: str = "lora") -> dict[str, Any]:
-    """A version as the registry would tell it, with an adapter that says something of its own."""
+def planted(folder: Path, base: Path, version: int, method: str = "lora") -> ServedVersion:
+    """A version as the registry names it, with an adapter that says something of its own."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -79,21 +80,21 @@ def planted(folder: Path, base: Path, version: int, method: str = "lora") -> dic
         "adapter_files": {file.name: digest(file) for file in (folder / "adapter").iterdir()},
     }  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta))
-    return {
-        "name": "demo", "version": str(version), "alias": "champion", "adapter": str(folder / "adapter"),
-        "meta": str(folder / "meta.json"), "adapter_sha256": digest(folder / "adapter" / "adapter_model.safetensors"),
-    }  # fmt: skip
+    return ServedVersion(
+        name="demo", version=str(version), alias="champion", adapter_folder=str(folder / "adapter"),
+        meta_file=str(folder / "meta.json"), adapter_sha256=digest(folder / "adapter" / "adapter_model.safetensors"),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def versions(base, tmp_path_factory) -> dict[int, dict[str, Any]]:
+def versions(base, tmp_path_factory) -> dict[int, ServedVersion]:
     place = tmp_path_factory.mktemp("versions")
     return {number: planted(place / str(number), base, number) for number in (1, 2)} | {
         3: planted(place / "3", base, 3, "qlora")
     }
 
 
-def evaluated(base: Path, version: dict[str, Any] | None, most_tokens: int, system: str = SYSTEM) -> str:
+def evaluated(base: Path, version: ServedVersion | None, most_tokens: int, system: str = SYSTEM) -> str:
     """The answer as the evaluation writes it: its own functions, in this process."""
     from peft import PeftModel
 
@@ -102,27 +103,29 @@ def evaluated(base: Path, version: dict[str, Any] | None, most_tokens: int, syst
     from tasks.models.workers.loading import load_base
     from tests.training.test_workers import CPU
 
-    method = json.loads(Path(version["meta"]).read_text())["method"] if version else "lora"
+    method = json.loads(Path(version.meta_file).read_text())["method"] if version else "lora"
     chat, model = load_chat(base), load_base(base, method, CPU)
     if version:
-        model = PeftModel.from_pretrained(model, version["adapter"]).eval()
+        model = PeftModel.from_pretrained(model, version.adapter_folder).eval()
     prompt = chat.prompt([{"role": "system", "content": system}, QUESTION])
     return write_batch(model, chat, [chat.encode(prompt)], most_tokens)[0].text
 
 
 class Served:
-    """The server, OpenAI's client for it, and what it told."""
+    """The server, OpenAI's client for it, and what it logged."""
 
-    def __init__(self, place: Path, base: Path, first: dict[str, Any]) -> None:
+    def __init__(self, place: Path, base: Path, first: ServedVersion) -> None:
         from openai import OpenAI
 
-        self.told: list[str] = []
+        self.logged: list[str] = []
         self.shadow_file = place / "store" / "shadow" / "demo.jsonl"
-        spec = {"served": first, "shadow": None, "host": "127.0.0.1", "port": 0, "on_loopback": True, "limits": LIMITS}
-        spec |= {"shadow_file": str(self.shadow_file)}
+        job = ServeJob(
+            assignment=Assignment(served=first, shadow=None), host="127.0.0.1", port=0, on_loopback=True, limits=LIMITS,
+            shadow_file=str(self.shadow_file),
+        )  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TUNEGATE_BASE_DIR", str(base))
-            self.endpoint = Endpoint(StoreSpec(root=str(place)), spec, self.told.append, KEY)
+            self.endpoint = Endpoint(StoreSpec(root=str(place)), job, self.logged.append, KEY)
         self.endpoint.start()
         self.root = f"http://127.0.0.1:{self.endpoint.port}"
         self.client = OpenAI(base_url=f"{self.root}/v1", api_key=KEY, max_retries=0, timeout=60)
@@ -148,12 +151,12 @@ class Served:
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
-    def serve(self, served: dict[str, Any], shadow: dict[str, Any] | None = None) -> str:
-        """Change whom it serves, and wait until it says something about that."""
-        said = len(self.told)
-        self.endpoint.serve({"served": served, "shadow": shadow})
-        wait_for(lambda: len(self.told) > said)
-        return self.told[-1]
+    def serve(self, served: ServedVersion, shadow: ServedVersion | None = None) -> str:
+        """Change the versions it serves, and wait until it logs something about that."""
+        lines = len(self.logged)
+        self.endpoint.serve(Assignment(served=served, shadow=shadow))
+        wait_for(lambda: len(self.logged) > lines)
+        return self.logged[-1]
 
 
 def wait_for(what, seconds: float = 60) -> None:
@@ -221,9 +224,9 @@ def test_max_tokens_and_stop_end_an_answer_and_say_so(served):
 def test_stop_tokens_are_the_versions_own(served, versions, tmp_path):
     text = served.text()
     assert text.index(text[10]) == 10
-    meta = json.loads(Path(versions[1]["meta"]).read_text())
+    meta = json.loads(Path(versions[1].meta_file).read_text())
     (tmp_path / "meta.json").write_text(json.dumps(meta | {"stops": [text[10]]}))
-    served.serve(versions[1] | {"version": "4", "meta": str(tmp_path / "meta.json")})
+    served.serve(versions[1].model_copy(update={"version": "4", "meta_file": str(tmp_path / "meta.json")}))
     answer = served.ask()
     assert answer.choices[0].message.content == text[: text.index(text[10]) + 1], (
         "a stop token that is a letter is read"
@@ -239,10 +242,10 @@ def test_a_temperature_draws_and_a_seed_draws_the_same(served):
     assert len({one, other, served.text(temperature=0), served.text()}) == 3
 
 
-def test_many_at_once_are_answered_one_after_the_other_and_too_many_are_told(served):
+def test_many_at_once_are_answered_one_after_the_other_and_too_many_are_refused(served):
     from openai import RateLimitError
 
-    streams = [served.ask(stream=True, most=150) for _ in range(LIMITS["requests"])]
+    streams = [served.ask(stream=True, most=150) for _ in range(LIMITS.requests)]
     with pytest.raises(RateLimitError, match="3 requests are being answered"):
         served.ask()
     texts = ["".join(chunk.choices[0].delta.content or "" for chunk in stream) for stream in streams]
@@ -261,30 +264,30 @@ def test_a_client_that_goes_makes_room_for_others(served):
         next(iter(stream))
         stream.close()
     assert patient.chat.completions.create(model="demo/1", messages=[QUESTION], max_tokens=1).model == "demo/1"
-    assert time.monotonic() - started < 4 * whole_seconds, "nobody waits for answers that nobody reads"
+    assert time.monotonic() - started < 4 * whole_seconds, "no client waits for answers that none reads"
 
 
 def test_in_a_chat_each_model_remembers_its_own_answers(served):
-    talk = Talk(served.client, ["demo/1", "base"], 24)
-    talk.reset()
+    chat = ChatSession(served.client, ["demo/1", "base"], 24)
+    chat.reset()
     shown: list[dict[str, str]] = []
-    first, second = (talk.ask(QUESTION["content"], lambda answers: shown.append(dict(answers))) for _ in range(2))
+    first, second = (chat.ask(QUESTION["content"], lambda answers: shown.append(dict(answers))) for _ in range(2))
     assert len(shown) > 20, "it is shown as it grows"
     for model in ("demo/1", "base"):
         said = {"role": "assistant", "content": first.answers[model]}
         assert second.answers[model] == served.text(model=model, messages=[QUESTION, said, QUESTION])
-    talk.reset()
-    assert talk.ask(QUESTION["content"], lambda answers: None) == first
-    too_long = talk.ask("x" * 500, lambda answers: None)
+    chat.reset()
+    assert chat.ask(QUESTION["content"], lambda answers: None) == first
+    too_long = chat.ask("x" * 500, lambda answers: None)
     assert "the prompt has" in too_long.error
-    assert talk.ask(QUESTION["content"], lambda answers: None).error is None, "the conversation goes on"
+    assert chat.ask(QUESTION["content"], lambda answers: None).error is None, "the conversation continues"
 
 
 # --- what is refused ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("change", "status", "told"),
+    ("change", "status", "message"),
     [
         ({"model": "demo/7"}, 404, "served: demo@champion, demo/1, base"),
         ({"messages": []}, 400, "messages: List should have at least 1 item"),
@@ -298,15 +301,15 @@ def test_in_a_chat_each_model_remembers_its_own_answers(served):
         ({"stop": ["a", "b", "c", "d", "e"]}, 400, "stop"),
     ],
 )
-def test_what_cannot_be_done_is_told_in_openais_form(served, change, status, told):
+def test_what_cannot_be_done_is_reported_in_openais_form(served, change, status, message):
     asked = {"model": "demo@champion", "messages": [QUESTION]} | change
     found, body = served.post(json.dumps(asked).encode())
     error = json.loads(body)["error"]
     assert (found, set(error)) == (status, {"message", "type", "param", "code"})
-    assert told in error["message"]
+    assert message in error["message"]
 
 
-def test_what_is_no_request_is_told_too(served):
+def test_what_is_no_request_is_reported_too(served):
     nothing = {"tools": None, "logprobs": False, "n": 1}
     asked = json.dumps({"model": "demo/1", "messages": [QUESTION], "max_tokens": 1} | nothing).encode()
     assert served.post(asked)[0] == 200, "a field that asks for nothing is taken"
@@ -317,7 +320,7 @@ def test_what_is_no_request_is_told_too(served):
     assert (code, "error" in json.loads(body)) == (404, True)
 
 
-def test_only_health_is_open_to_whoever_has_no_key(served):
+def test_only_health_is_open_without_a_key(served):
     from openai import AuthenticationError
 
     with pytest.raises(AuthenticationError, match="TUNEGATE_API_KEY"):
@@ -345,7 +348,7 @@ def test_the_next_answer_is_the_new_versions_and_one_in_flight_ends_as_it_began(
     after = served.get("/version", Authorization=f"Bearer {KEY}")[1]["served"]
     assert (before["version"], after["version"]) == ("1", "2")
     assert after["since_unix_seconds"] > before["since_unix_seconds"]
-    assert after["adapter_sha256"] == versions[2]["adapter_sha256"]
+    assert after["adapter_sha256"] == versions[2].adapter_sha256
     assert [model.id for model in served.client.models.list()] == ["demo@champion", "demo/2", "base"]
     served.serve(versions[1])
     assert served.text(most=150) == first
@@ -363,10 +366,9 @@ def test_a_version_in_another_form_gets_a_base_of_its_own(served, versions, base
 
 
 def test_a_version_that_is_not_what_was_registered_is_not_served(served, versions):
-    broken = versions[2] | {"adapter_sha256": "0" * 64}
-    told = served.serve(broken)
-    assert "demo/2 cannot be served" in told
-    assert "demo/1 goes on answering" in told
+    line = served.serve(versions[2].model_copy(update={"adapter_sha256": "0" * 64}))
+    assert "demo/2 cannot be served" in line
+    assert "demo/1 keeps answering" in line
     assert served.ask().model == "demo/1"
     status, health = served.get("/health")
     assert (status, health["status"], health["model"]) == (200, "degraded", "demo/1")
@@ -375,8 +377,8 @@ def test_a_version_that_is_not_what_was_registered_is_not_served(served, version
 
 
 def test_the_challenger_is_asked_the_same_in_the_shadow_and_both_are_kept(served, versions, base):
-    challenger = versions[2] | {"alias": "challenger"}
-    assert served.serve(versions[1], challenger) == "now demo/1 answers, beside it demo/2"
+    challenger = versions[2].model_copy(update={"alias": "challenger"})
+    assert served.serve(versions[1], challenger) == "now demo/1 answers; in the shadow: demo/2"
     asked = [{"role": "user", "content": "My address is ada@math.org, and yours?"}]
     champions = [served.text(), served.text(messages=asked)]
     served.text(model="base")  # nobody's answer
@@ -390,14 +392,14 @@ def test_the_challenger_is_asked_the_same_in_the_shadow_and_both_are_kept(served
 
 
 def test_a_challenger_that_becomes_champion_is_there_already(served, versions, base):
-    served.serve(versions[1], versions[2] | {"alias": "challenger"})
+    served.serve(versions[1], versions[2].model_copy(update={"alias": "challenger"}))
     served.serve(versions[2])
     assert [model.id for model in served.client.models.list()] == ["demo@champion", "demo/2", "base"]
     assert served.text().strip() == evaluated(base, versions[2], 24)
     served.serve(versions[1])
 
 
-def test_a_server_whose_starter_is_gone_answers_what_was_asked_and_goes(served):
+def test_a_server_whose_starter_is_gone_answers_what_was_asked_and_ends(served):
     stream = served.ask(stream=True, most=200)
     next(iter(stream))
     served.endpoint.child.stdin.close()  # as when the command was killed
@@ -461,16 +463,16 @@ def test_the_command_follows_the_champion_and_ends_in_order(registered, tunegate
     piped = {"stdout": subprocess.PIPE, "text": True, "env": tunegate.environment, "cwd": place}
     with (place / "serve.log").open("w") as log, subprocess.Popen(asked, stderr=log, **piped) as serving:
         try:
-            told = json.loads(serving.stdout.readline())
-            first, second = told["version"], told["shadow"]
+            payload = json.loads(serving.stdout.readline())
+            first, second = payload["version"], payload["shadow"]
             assert first == f"{registered}/1" != second
-            client = OpenAI(base_url=told["url"], api_key="none", max_retries=0)
-            asked = {"model": told["model"], "messages": [QUESTION], "max_tokens": 12}
+            client = OpenAI(base_url=payload["url"], api_key="none", max_retries=0)
+            asked = {"model": payload["model"], "messages": [QUESTION], "max_tokens": 12}
             assert client.chat.completions.create(**asked).model == first
-            wait_for(Path(told["shadow_file"]).exists)
+            wait_for(Path(payload["shadow_file"]).exists)
             code, report, errors = tunegate("shadow", registered)
             assert (code, report["prompts"], report["challenger"]["version"]) == (0, 1, second), errors
-            promoted = ["--version", second.rpartition("/")[2], "--override", "--reason", "a test goes on"]
+            promoted = ["--version", second.rpartition("/")[2], "--override", "--reason", "a test continues"]
             code, _, errors = tunegate("promote", registered, *promoted)
             assert code == 0, errors
             wait_for(lambda: client.chat.completions.create(**asked).model == second)
@@ -489,9 +491,9 @@ def test_the_command_follows_the_champion_and_ends_in_order(registered, tunegate
 @pytest.mark.timeout(900)
 def test_chat_asks_version_and_base(registered, tunegate):
     lines = "What is 1?\nWhat is 1?\n/reset\nWhat is 1?\n/quit\nnever asked\n"
-    code, talk, errors = tunegate("chat", f"{registered}/1", "--base", "--max-new-tokens", "8", given=lines)
+    code, found, errors = tunegate("chat", f"{registered}/1", "--base", "--max-new-tokens", "8", given=lines)
     assert code == 0, errors
-    first, _, third = (turn["answers"] for turn in talk["turns"])
+    first, _, third = (turn["answers"] for turn in found["turns"])
     assert set(first) == {"tunegate-smoke/1", "base"}
     assert first["base"] != first["tunegate-smoke/1"]
     assert first == third
@@ -507,7 +509,7 @@ def test_a_door_that_others_can_reach_needs_a_key(registered, tunegate):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_mlflows_own_server_answers_with_the_registered_version(registered, tunegate, place):
-    """As anybody would run it who has MLflow and the store."""
+    """As a user runs it who has MLflow and the store."""
     port, store = free_port(), place / "store"
     environment = tunegate.environment | {"MLFLOW_TRACKING_URI": f"sqlite:///{store / 'mlflow.db'}"}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "TUNEGATE_STORE_DIR": str(store)}
@@ -535,21 +537,25 @@ def test_mlflows_own_server_answers_with_the_registered_version(registered, tune
 
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.data())
 def test_text_in_pieces_is_cut_where_the_whole_text_is(text, stops, data):
-    cutter, out, left = Cutter(stops), "", text
-    while left and not cutter.found:
+    trimmer, out, left = StopStringTrimmer(stops), "", text
+    while left and not trimmer.found:
         size = data.draw(st.integers(1, len(left)))
-        out, left = out + cutter.feed(left[:size]), left[size:]
-    out += cutter.rest()
+        out, left = out + trimmer.feed(left[:size]), left[size:]
+    out += trimmer.rest()
     ends = [(place + len(stop), place) for stop in stops if (place := text.find(stop)) >= 0]
     assert out == text[: min(ends)[1]] if ends else out == text
 
 
 def test_a_model_is_named_by_alias_or_version():
-    assert wanted("demo", "serve") == wanted("models:/demo@champion", "serve") == Wanted("demo", "champion", None)
-    assert wanted("demo/3", "serve").uri == "models:/demo/3"
+    assert (
+        parse_model_name("demo", "serve")
+        == parse_model_name("models:/demo@champion", "serve")
+        == ModelName("demo", "champion", None)
+    )
+    assert parse_model_name("demo/3", "serve").uri == "models:/demo/3"
     for wrong in ("", "@champion", "demo@", "demo/"):
         with pytest.raises(ConfigError, match="NAME, NAME@champion or NAME/3"):
-            wanted(wrong, "serve")
+            parse_model_name(wrong, "serve")
 
 
 def pair(champion: str, challenger: str, versions: tuple[str, str] = ("demo/1", "demo/2"), at: float = 1.0) -> Pair:

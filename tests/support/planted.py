@@ -1,4 +1,4 @@
-"""Numbers that nobody measured, for what tells them: every test states those it is about."""
+"""Made-up numbers for reports: every test states those it is about."""
 
 from data_contracts.verdict import Comparison, Estimate
 

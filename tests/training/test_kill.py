@@ -12,6 +12,7 @@ from shutil import copytree
 import pytest
 import torch
 
+from data_contracts.jobs.evaluation import EvaluateJob, ScoredModel
 from data_contracts.jobs.training import TrainJob
 from data_contracts.run_spec import EvaluateSpec
 from tasks.runtime.store import digest
@@ -236,14 +237,14 @@ def test_a_store_can_be_moved_between_a_kill_and_the_next_run(stopping, stopped,
 
 def test_a_killed_evaluation_scores_only_what_is_missing(job, whole, tmp_path):
     targets = [
-        {"name": "base", "method": "lora", "adapter": None, "quantisation": None, "merged": False},
-        {"name": "lora", "method": "lora", "adapter": str(whole / "adapter"), "quantisation": None, "merged": False},
+        ScoredModel(name=name, method="lora", adapter_folder=adapter_folder, quantisation=None, merged=False)
+        for name, adapter_folder in (("base", None), ("lora", str(whole / "adapter")))
     ]
-    settings = EvaluateSpec(tasks=["domain_nll"], sample_questions=1, sample_tokens=4).model_dump()
+    settings = EvaluateSpec(tasks=["domain_nll"], sample_questions=1, sample_tokens=4).model_dump(exclude={"forms"})
     place = {"base": str(job.base), "test": str(job.validation), "max_tokens": 256, "precision": "fp32", "threads": 1}
-    asked = settings | place | {"targets": targets}
+    asked = EvaluateJob(**settings | place, targets=targets, before={})
     assert run("evaluate_models", asked, tmp_path / "whole") == 0
-    scoring = partial(before_call, "tasks.evaluation.workers.evaluate_models", "read_samples", 2, kill)
+    scoring = partial(before_call, "tasks.evaluation.workers.evaluate_models", "sample_lines", 2, kill)
     assert run("evaluate_models", asked, tmp_path / "killed", scoring) == KILLED
     first = (tmp_path / "killed" / "base" / "result.json").stat().st_mtime_ns
     assert run("evaluate_models", asked, tmp_path / "killed") == 0

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_contracts.errors import ConfigError
+from data_contracts.jobs.evaluation import AdaptedModel
 from data_contracts.jobs.models import InitAdapterJob
 from data_contracts.jobs.training import TrainJob
 from data_contracts.reports import Quantisation
@@ -95,7 +96,8 @@ def loaded(base: Path, job: TrainJob, adapter: Path, report: dict):
     """What the evaluation scores: the saved result in a model of its own."""
     quantisation = Quantisation(**report["quantisation"]) if report["quantisation"] else QLORA
     model = load_base(adapter if job.is_full else base, job.method, CPU, quantisation)
-    return attach_adapter(model, {"method": job.method, "adapter": str(adapter), "merged": False})
+    target = AdaptedModel(method=job.method, adapter_folder=str(adapter), quantisation=None, merged=False)
+    return attach_adapter(model, target)
 
 
 def losses_of(model, base: Path, way: str = "padded") -> torch.Tensor:
@@ -319,7 +321,7 @@ def test_a_base_is_quantised_as_asked_where_it_is_trained_scored_and_served(
 
     job, model = step0_of(tiny_base, "qlora", asked, tmp_path)
     assert quantised_as(model) == asked == train_adapter.quantisation_of(job).model_dump()
-    target = {"name": "x", "method": "qlora", "adapter": None, "quantisation": asked, "merged": False}
+    target = AdaptedModel(method="qlora", adapter_folder=None, quantisation=asked, merged=False)
     assert quantised_as(load_form(form_of(target), tiny_base, CPU)) == asked
     served = ServedModel()
     served.meta = {"precision": "fp32", "quantisation": asked}

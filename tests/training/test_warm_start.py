@@ -30,7 +30,7 @@ from tasks.release.champion import rival
 from tasks.release.lineage import Made
 from tasks.release.promotion import promote_version, rollback_version
 from tasks.release.register import register_version
-from tasks.reproduction.dataset import Rows
+from tasks.reproduction.dataset import RebuiltSplits
 from tasks.reproduction.reproduce import begin_again, train_again
 from tasks.runtime.mlflow_client import connect, open_experiment
 from tasks.runtime.processes import Launch
@@ -337,7 +337,7 @@ def test_a_warm_started_version_is_made_again_from_its_parent(place, generations
         return ref.model_copy(update={"path": str(place.store.path(ref).resolve())})
 
     then = registry.recorded_lineage(place.model, registry.resolve(place.model, f"models:/{NAME}/2"))
-    rows = Rows(*map(absolute, ("train", "validation", "test")), told="", compared=[])
+    rows = RebuiltSplits(*map(absolute, ("train", "validation", "test")), note="", compared=[])
     base = place.base.model_copy(update={"path": str(place.store.path(place.base.path).resolve())})
     begin = begin_again(place.spec(), elsewhere, base, then, rows)
     assert {item.what: item.same for item in begin.compared} == {

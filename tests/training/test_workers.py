@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from data_contracts.errors import ConfigError, DataError
+from data_contracts.jobs.evaluation import BenchmarkItemsJob
 from data_contracts.jobs.models import PrepareBaseJob
 from data_contracts.jobs.training import TrainJob
 from data_contracts.run_spec import EvaluateSpec
@@ -186,8 +187,8 @@ def colours(tmp_path) -> Path:
 
 
 def test_items_of_the_users_own_tasks_are_compared_with_training_rows(colours, tmp_path):
-    spec = {"tasks": ["colours"], "task_folder": str(colours)}
-    assert run_worker("tasks.evaluation.workers.benchmark_items", spec, tmp_path / "out") == {"items": 2}
+    job = BenchmarkItemsJob(tasks=["colours"], task_folder=str(colours))
+    assert run_worker("tasks.evaluation.workers.benchmark_items", job, tmp_path / "out") == {"items": 2}
     first, second = map(json.loads, (tmp_path / "out" / "items.jsonl").read_text().splitlines())
     assert first == {"kind": "colours", "name": "colours:1", "text": "Which colour has thing 0?"}
     assert second["name"] == "colours:2"

@@ -15,7 +15,7 @@ from data_contracts.run_spec import GateSpec
 from data_contracts.verdict import Estimate
 from flows.cli.pages.payloads import summary
 from flows.cli.pages.tables import COLOURS, show_finished_run
-from tasks.evaluation.compare import difference
+from tasks.evaluation.compare import loss_difference
 from tasks.reporting.finished_runs import find_report, store_of
 from tasks.reporting.sentences import estimate, number
 from tasks.runtime.store import Store
@@ -57,7 +57,7 @@ def compare_runs(root: Path, run_ids: list[str]) -> Runs:
     if problems:
         raise ConfigError(*problems)
     first = (store_of(reports[0]), _released(reports[0]))
-    others = [difference(*first, store_of(other), _released(other), gates_of(other)) for other in reports[1:]]
+    others = [loss_difference(*first, store_of(other), _released(other), gates_of(other)) for other in reports[1:]]
     return Runs(reports, ["", *others])
 
 

@@ -60,7 +60,7 @@ def gate_summary(gate: GateReport, comparison: Comparison | None = None) -> dict
 
 
 def decision_summary(decision: Decision) -> dict[str, Any]:
-    asked = decision.model_dump(mode="json", include={"model", "name", "version", "rival"})
+    asked = decision.model_dump(mode="json", include={"model", "name", "version", "champion"})
     return {**asked, **gate_summary(decision.gate, decision.comparison)}
 
 

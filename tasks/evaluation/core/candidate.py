@@ -1,65 +1,82 @@
-"""What is said of the one adapter that may be released: against base and champion, by slice, elsewhere, in other forms."""
+"""Statistics of the release candidate: against base and champion, by slice, in other tasks, in other forms."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from data_contracts.run_spec import GateSpec
-from data_contracts.verdict import SliceGain, TaskChange
-from tasks.evaluation.core.samples import SLICES, Fact, Metric, Samples, Scored, clusters_of, gather
-from tasks.evaluation.core.stats import Bootstrap, holm, mcnemar, proportion, ratio
+from data_contracts.verdict import Estimate, SliceGain, TaskChange
+from tasks.evaluation.core.samples import SLICES, Fact, Metric, Samples, ScoresByModel, clusters_of, gather
+from tasks.evaluation.core.stats import Bootstrap, Floats, holm, mcnemar, proportion, ratio
 
 NLL, STOPPED = "domain_nll.nll_nats", "domain_generate.stopped"
 # Of a further task's metrics the first of these is compared.
 _COMPARED = ("nll_nats", "accuracy", "acc_norm", "acc", "exact_match")
-_MOST_SLICES = 20  # of a kind, of those too small to be judged: nobody reads a thousand files as slices
+_MOST_SLICES = 20  # of a kind, of those too small for the gate: nobody reads a thousand files as slices
 
 
-def judge_released(
-    scored: Scored, facts: Mapping[str, Fact], released: str, draws: Bootstrap | None, settings: GateSpec
-) -> dict[str, Any]:
-    """The fields of a Comparison that are about the released adapter. draws: over the items of domain_nll."""
+class CandidateStatistics(NamedTuple):
+    """The fields of a Comparison that are about the released adapter."""
+
+    stop_rate: Estimate | None
+    general: list[TaskChange]
+    slices: list[SliceGain]
+    forms: dict[str, Estimate]
+    gain: Estimate | None = None
+    champion_gain: Estimate | None = None
+
+
+def candidate_statistics(
+    scored: ScoresByModel, facts: Mapping[str, Fact], released: str, draws: Bootstrap | None, settings: GateSpec
+) -> CandidateStatistics:
+    """What was not measured is None or empty. draws: over the items of domain_nll."""
     forms = {name.removeprefix(f"{released}-on-"): [name] for name in scored if name.startswith(f"{released}-on-")}
     models = {name: [name] for name in ("base", "champion", released) if name in scored}
     nll = gather(scored, NLL, models | forms)
-    found: dict[str, Any] = {"gain": None, "champion_gain": None, "slices": [], "forms": {}}
-    if nll and draws and released in nll.values:
-        own = nll.first(released)
-        if "base" in nll.values:
-            lost = nll.first("base") - own
-            found |= {"gain": draws.estimate(ratio, lost, nll.tokens_I)}
-            found |= {"slices": list(_slices(lost, nll, facts, draws, settings.min_slice_items))}
-        if "champion" in nll.values:
-            found["champion_gain"] = draws.estimate(ratio, nll.first("champion") - own, nll.tokens_I)
-        found["forms"] = {
-            form: draws.estimate(ratio, nll.first(form) - own, nll.tokens_I) for form in forms if form in nll.values
-        }
     stopped = scored.get(released, {}).get(STOPPED)
     rate = proportion(stopped.values_I, settings.confidence, clusters_of(stopped.row_ids, facts)) if stopped else None
-    return found | {"stop_rate": rate, "general": _general(scored, released, settings)}
+    general = _general(scored, released, settings)
+    if nll is None or draws is None or released not in nll.values:
+        return CandidateStatistics(stop_rate=rate, general=general, slices=[], forms={})
+    own = nll.first(released)
+
+    def gain_over(model: str) -> Estimate | None:
+        return draws.estimate(ratio, nll.first(model) - own, nll.tokens_I) if model in nll.values else None
+
+    lost = nll.first("base") - own if "base" in nll.values else None
+    return CandidateStatistics(
+        gain=gain_over("base"),
+        champion_gain=gain_over("champion"),
+        slices=[] if lost is None else list(_slices(lost, nll, facts, draws, settings.min_slice_items)),
+        forms={form: found for form in forms if (found := gain_over(form))},
+        stop_rate=rate,
+        general=general,
+    )
 
 
-def _slices(gain_I: Any, nll: Metric, facts: Mapping[str, Fact], draws: Bootstrap, judged: int) -> Iterator[SliceGain]:
-    """Every slice of as many items as are judged, and the largest others. Items outside a slice count nothing, so that every
-    slice is seen through the same draws."""
+def _slices(
+    gain_I: Floats, nll: Metric, facts: Mapping[str, Fact], draws: Bootstrap, min_items: int
+) -> Iterator[SliceGain]:
+    """Every slice of at least `min_items` items, and the largest others. Items outside a slice have weight zero, so that all
+    slices share the same draws."""
     if not all(row in facts for row in nll.row_ids):
         return
     for kind in SLICES:
         names = [getattr(facts[row], kind) for row in nll.row_ids]
         counts = Counter(names)
         if len(counts) < 2:
-            continue  # it is the whole
-        large = [item for item in counts.items() if item[1] >= judged]
+            continue  # it is all items
+        large = [item for item in counts.items() if item[1] >= min_items]
         for name, items in sorted({*large, *counts.most_common(_MOST_SLICES)}):
             inside = np.array([other == name for other in names], dtype=float)
             gain = draws.estimate(ratio, gain_I * inside, nll.tokens_I * inside)
             yield SliceGain(kind=kind, name=name, items=items, gain=gain)
 
 
-def _general(scored: Scored, released: str, settings: GateSpec) -> list[TaskChange]:
-    """The released adapter against the base in every task beyond the domain that both were scored in."""
+def _general(scored: ScoresByModel, released: str, settings: GateSpec) -> list[TaskChange]:
+    """The released adapter against the base in every task beyond the domain in which both were scored."""
     base, own = scored.get("base", {}), scored.get(released, {})
     changes = []
     for task, metric in _beyond(own):

@@ -8,16 +8,16 @@ import numpy as np
 from data_contracts.reports import TrainReport
 from data_contracts.run_spec import GateSpec
 from data_contracts.verdict import Comparison, Estimate, Flips
-from tasks.evaluation.core.candidate import NLL, judge_released
+from tasks.evaluation.core.candidate import NLL, candidate_statistics
 from tasks.evaluation.core.costs import claims, measure_costs
-from tasks.evaluation.core.samples import Fact, Metric, Scored, clusters_of, gather
+from tasks.evaluation.core.samples import Fact, Metric, ScoresByModel, clusters_of, gather
 from tasks.evaluation.core.stats import Bootstrap, detectable, mcnemar, ratio
 
 ACCURACY = "domain_choice.accuracy"
 
 
-def compare(
-    scored: Scored, facts: Mapping[str, Fact], arms: Sequence[TrainReport], candidate: str, released: str,
+def compare_arms(
+    scored: ScoresByModel, facts: Mapping[str, Fact], arms: Sequence[TrainReport], candidate: str, released: str,
     settings: GateSpec,
 ) -> Comparison:  # fmt: skip
     """Everything the gates and the tables need. What was not measured is None or absent; nothing is filled in.
@@ -25,7 +25,7 @@ def compare(
     scored: samples by target: base, trained adapters by name, champion. candidate: the arm, released: its one adapter, that
     may be registered.
     """
-    models = models_of(scored, arms)
+    models = targets_by_model(scored, arms)
     nll, accuracy = gather(scored, NLL, models), gather(scored, ACCURACY, models)
     loss_draws, accuracy_draws = (bootstrap(metric, facts, settings) if metric else None for metric in (nll, accuracy))
     kept = _retention(nll, loss_draws, candidate)
@@ -49,12 +49,12 @@ def compare(
         **costs._asdict(),
         detectable={name: detectable(item.error, settings.confidence) for name, item in found.items() if item},
         claims=claims(kept, costs, arms),
-        **judge_released(scored, facts, released, loss_draws, settings),
+        **candidate_statistics(scored, facts, released, loss_draws, settings)._asdict(),
     )
 
 
-def models_of(scored: Scored, arms: Sequence[TrainReport]) -> dict[str, list[str]]:
-    """Each arm's targets, one for each seed in order; base and champion stand alone."""
+def targets_by_model(scored: ScoresByModel, arms: Sequence[TrainReport]) -> dict[str, list[str]]:
+    """Each arm's targets, one for each seed in order. Base and champion have one each."""
     models: dict[str, list[str]] = {name: [name] for name in ("base", "candidate", "champion") if name in scored}
     for arm in arms:
         models.setdefault(arm.arm, []).append(arm.name)
@@ -66,8 +66,8 @@ def bootstrap(metric: Metric, facts: Mapping[str, Fact], settings: GateSpec) -> 
     return Bootstrap(clusters_of(metric.row_ids, facts), settings.bootstrap_draws, settings.confidence)
 
 
-def _beside_lora(metric: Metric, candidate: str) -> bool:
-    """Whether there is a LoRA arm that the candidate can be held against."""
+def _has_lora(metric: Metric, candidate: str) -> bool:
+    """Whether there is a LoRA arm to compare the candidate with."""
     return candidate != "lora" and {"lora", candidate} <= metric.values.keys()
 
 
@@ -108,7 +108,7 @@ def _retention(nll: Metric | None, draws: Bootstrap | None, candidate: str) -> E
 
     Token counts cancel. Its value is NaN if LoRA has gained nothing.
     """
-    if nll is None or draws is None or "base" not in nll.values or not _beside_lora(nll, candidate):
+    if nll is None or draws is None or "base" not in nll.values or not _has_lora(nll, candidate):
         return None
     base = nll.first("base")
     return draws.estimate(ratio, base - nll.values[candidate], base - nll.values["lora"])
@@ -124,14 +124,14 @@ def _accuracy_gains(accuracy: Metric | None, draws: Bootstrap | None) -> dict[st
 
 def _drop(accuracy: Metric | None, draws: Bootstrap | None, candidate: str) -> Estimate | None:
     """LoRA's accuracy minus the candidate's."""
-    if accuracy is None or draws is None or not _beside_lora(accuracy, candidate):
+    if accuracy is None or draws is None or not _has_lora(accuracy, candidate):
         return None
     return draws.shares(accuracy.values["lora"] - accuracy.values[candidate])
 
 
 def _flips(accuracy: Metric | None, candidate: str) -> Flips | None:
     """Between the first seeds of LoRA and candidate."""
-    if accuracy is None or not _beside_lora(accuracy, candidate):
+    if accuracy is None or not _has_lora(accuracy, candidate):
         return None
     change = accuracy.first(candidate) - accuracy.first("lora")
     lost, won = int((change < 0).sum()), int((change > 0).sum())

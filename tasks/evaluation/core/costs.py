@@ -1,4 +1,4 @@
-"""What arms cost beside each other, and what articles claim of QLoRA held against it."""
+"""QLoRA's costs compared with LoRA's, and popular claims about QLoRA checked against this run."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,17 +12,17 @@ from tasks.evaluation.core.stats import Bootstrap, ratio
 
 
 class Costs(NamedTuple):
-    """QLoRA against LoRA over the seeds. None where one of them is missing, or where they ran unlike."""
+    """QLoRA against LoRA over the seeds. None where one of them is missing, or where they ran in other conditions."""
 
-    memory_saving: Estimate | None  # of the peak; its ends are the lowest and highest of the seeds
-    weights_saving: float | None
-    speed_ratio: Estimate | None  # tokens per second over LoRA's, from the steps that both took
+    memory_saving: Estimate | None = None  # of the peak; its ends are the lowest and highest of the seeds
+    weights_saving: float | None = None
+    speed_ratio: Estimate | None = None  # tokens per second over LoRA's, from the steps that both took
 
 
 def measure_costs(arms: Sequence[TrainReport], settings: GateSpec) -> Costs:
     pairs = _pairs(arms)
     if not pairs:
-        return Costs(None, None, None)
+        return Costs()
     savings = [1 - qlora.peak_train_bytes / lora.peak_train_bytes for lora, qlora in pairs]
     memory = Estimate(value=float(np.mean(savings)), low=min(savings), high=max(savings), error=0.0)
     lora, qlora = pairs[0]
@@ -38,8 +38,8 @@ def _pairs(arms: Sequence[TrainReport]) -> list[tuple[TrainReport, TrainReport]]
 def _speed(pairs: list[tuple[TrainReport, TrainReport]], settings: GateSpec) -> Estimate | None:
     """Both arms take the same steps on the same rows, so their seconds are paired by step; the first warms up."""
     for lora, qlora in pairs:
-        # On unlike threads or precision the ratio would measure the machine, not the method.
-        if _circumstances(lora) != _circumstances(qlora) or len(lora.loss) < 3:
+        # With other threads or precision the ratio would measure the machine, not the method.
+        if _conditions(lora) != _conditions(qlora) or len(lora.loss) < 3:
             return None
     if len({len(lora.loss) for lora, _ in pairs}) > 1:
         return None  # an arm stopped early: its steps have no partner in another seed
@@ -48,14 +48,14 @@ def _speed(pairs: list[tuple[TrainReport, TrainReport]], settings: GateSpec) -> 
     return Bootstrap(steps, settings.bootstrap_draws, settings.confidence).estimate(ratio, fast, slow)
 
 
-def _circumstances(arm: TrainReport) -> tuple[object, ...]:
+def _conditions(arm: TrainReport) -> tuple[object, ...]:
     return (arm.threads, arm.precision, arm.device, arm.workers, arm.side_by_side, len(arm.loss))
 
 
 def claims(retention: Estimate | None, costs: Costs, arms: Sequence[TrainReport] = ()) -> list[Claim]:
-    """The popular claims about QLoRA against this run's numbers; none where no QLoRA stood beside a LoRA."""
-    beside = max((arm.side_by_side for pair in _pairs(arms) for arm in pair), default=1)
-    slower_than = "more time a token" + (f", up to {beside} arms training side by side" if beside > 1 else "")
+    """The popular claims about QLoRA against this run's numbers; none if the run has no LoRA to compare with."""
+    at_once = max((arm.side_by_side for pair in _pairs(arms) for arm in pair), default=1)
+    slower_than = "more time a token" + (f", up to {at_once} arms training side by side" if at_once > 1 else "")
     if retention is None and costs.memory_saving is None:
         return []
     slower = costs.speed_ratio and Estimate(
@@ -81,6 +81,6 @@ def _claim(claim: str, source: str, found: Estimate | None, span: tuple[float, f
         return Claim(claim=claim, source=source, measured=None, verdict="cannot tell", note="not measured in this run")
     inside = span[0] <= found.low and found.high <= span[1]
     outside = found.high < span[0] or found.low > span[1]
-    told = f"{found.value:.1%} [{found.low:.1%}, {found.high:.1%}] {what}"
+    note = f"{found.value:.1%} [{found.low:.1%}, {found.high:.1%}] {what}"
     verdict = "holds" if inside else "does not hold" if outside else "cannot tell"
-    return Claim.model_validate({"claim": claim, "source": source, "measured": found, "verdict": verdict, "told": told})
+    return Claim.model_validate({"claim": claim, "source": source, "measured": found, "verdict": verdict, "note": note})

@@ -18,12 +18,17 @@ Direction = Literal["at least", "more than", "at most"]
 
 
 def judge(
-    found: Comparison, settings: GateSpec, champion: str | None, has_baseline: bool = True, served: Served | None = None
+    found: Comparison,
+    settings: GateSpec,
+    champion: str | None,
+    *,
+    has_baseline: bool = True,
+    served: Served | None = None,
 ) -> GateReport:
     """All gates of a run.
 
-    champion: what is in production now ("NAME version N"), or None. has_baseline: whether a LoRA arm was trained beside
-    the candidate; a registered version that is evaluated alone has none, and its gates are fewer.
+    champion: what is in production now ("NAME version N"), or None. has_baseline: whether a LoRA arm was trained with
+    the candidate. A registered version that is evaluated alone has none, and fewer gates.
     """
     gates: list[GateResult] = []
     off: list[str] = []
@@ -32,14 +37,14 @@ def judge(
         if threshold is None:
             off.append(f"{setting} is null")
         elif setting in _OF_THE_METHOD and not has_baseline:
-            off.append(f"{setting}: no LoRA arm was trained beside this version")
+            off.append(f"{setting}: no LoRA arm was trained with this version")
         else:
             gates += gate(_Case(found, settings, champion, served), threshold)
     return GateReport(gates=gates, off=off, verdict=overall([gate.verdict for gate in gates]))
 
 
 class _Case(NamedTuple):
-    """What a gate looks at."""
+    """What a gate may use."""
 
     found: Comparison
     settings: GateSpec
@@ -49,7 +54,7 @@ class _Case(NamedTuple):
     def result(
         self, name: str, direction: Direction, threshold: float, actual: Estimate | None, claim: str
     ) -> GateResult:
-        verdict, why = decide(direction, threshold, actual)
+        verdict, why = interval_verdict(direction, threshold, actual)
         if verdict == "inconclusive" and actual:
             why += more_needed(actual, threshold, self.settings.confidence)
         return GateResult(
@@ -58,7 +63,7 @@ class _Case(NamedTuple):
         )  # fmt: skip
 
 
-def decide(direction: Direction, threshold: float, actual: Estimate | None) -> tuple[Verdict, str]:
+def interval_verdict(direction: Direction, threshold: float, actual: Estimate | None) -> tuple[Verdict, str]:
     """pass or fail if the whole interval says so, else inconclusive; and why."""
     if actual is None or not math.isfinite(actual.value):
         return "fail", "the number is missing, and a missing number never passes"
@@ -85,7 +90,7 @@ def more_needed(actual: Estimate, threshold: float, confidence: float) -> str:
         reach = actual.value - actual.low if actual.value > threshold else actual.high - actual.value
         times = max(times, (reach / distance) ** 2)
     if not math.isfinite(times) or times * items > 1e7:
-        return "; the value lies on the threshold, and no number of items would decide"
+        return "; the value is on the threshold, and no number of items would decide"
     # More items leave what seeds differ by as it is, and the other way round.
     if actual.seed_share > 0.5:
         return f"; if it is as measured, about {max(seeds + 1, math.ceil(seeds * times))} seeds decide it (now {seeds})"
@@ -99,7 +104,7 @@ def overall(verdicts: Sequence[Verdict]) -> Verdict:
     return "inconclusive" if "inconclusive" in verdicts else "pass"
 
 
-# --- the gates, in the order they are told ------------------------------------------------------------------
+# --- the gates, in the order of the report ------------------------------------------------------------------
 
 
 def _lora_gain(case: _Case, threshold: float) -> Iterator[GateResult]:
@@ -142,18 +147,20 @@ def _forgetting_nats(case: _Case, threshold: float) -> Iterator[GateResult]:
 def _forgetting_accuracy(case: _Case, threshold: float) -> Iterator[GateResult]:
     tasks = [change for change in case.found.general if change.metric != "nll_nats"]
     if not tasks:
-        yield case.result("keeps_general_knowledge", "at most", threshold, None, "accuracy below the base's")
+        yield case.result(
+            "keeps_general_knowledge", "at most", threshold, actual=None, claim="accuracy below the base's"
+        )
     for change in tasks:
         claim = f"accuracy in {change.task} below the base's"
         yield case.result(f"keeps_{change.task}", "at most", threshold, negated(change.change), claim)
 
 
 def _slices(case: _Case, threshold: float) -> Iterator[GateResult]:
-    """Worse than the floor in any slice is tested in each slice, and by Holm's method told apart from chance."""
+    """No slice may be below the threshold. Each is tested, and Holm's method separates harm from chance."""
     name, claim = "every_slice_gains", "loss of the base minus the candidate's in the worst slice"
     large = [item for item in case.found.slices if item.items >= case.settings.min_slice_items]
     if not large:
-        claim = f"no slice has {case.settings.min_slice_items} items or more, so all items are judged as one"
+        claim = f"no slice has {case.settings.min_slice_items} items or more, so all items are one slice"
         yield case.result(name, "more than", threshold, case.found.gain, claim)
         return
     below = holm({_label(item): _p_below(item.gain, threshold) for item in large})
@@ -164,7 +171,7 @@ def _slices(case: _Case, threshold: float) -> Iterator[GateResult]:
     if missing := [_label(item) for item in large if not math.isfinite(item.gain.value)]:
         verdict, why = "fail", f"the number is missing in {', '.join(missing)}, and a missing number never passes"
     elif all(item.gain.low > threshold for item in large):
-        verdict, why = "pass", f"the whole interval is more than {threshold:g}, as in all {len(large)} slices judged"
+        verdict, why = "pass", f"the whole interval is more than {threshold:g}, as in all {len(large)} slices tested"
     elif harmed := [label for label, p in below.items() if p < alpha]:
         verdict, why = "fail", f"below {threshold:g} in {', '.join(sorted(harmed))}, beyond chance"
     else:
@@ -188,7 +195,7 @@ def _p_below(gain: Estimate, threshold: float) -> float:
 
 
 def _stops(case: _Case, threshold: float) -> Iterator[GateResult]:
-    claim = "share of answers that the candidate ends by itself"
+    claim = "share of answers that the candidate ends with a stop token"
     yield case.result("candidate_stops", "at least", threshold, case.found.stop_rate, claim)
 
 

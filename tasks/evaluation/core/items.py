@@ -1,4 +1,4 @@
-"""What is known of a test item besides its scores: which items say the same, and its slices."""
+"""What is known of a test item in addition to its scores: its cluster, its slices, its distractors."""
 
 import hashlib
 import re
@@ -17,10 +17,10 @@ _SAME_ANSWER_WORDS = 4
 _LENGTHS = ((64, "up to 64 tokens"), (256, "65 to 256 tokens"), (1024, "257 to 1,024 tokens"))
 
 
-def shared(row_id: str, answer: str, cluster: str | None = None) -> list[Key]:
-    """What an item's score depends on beside itself: its answer, but for case and white space, and its cluster.
+def cluster_keys(row_id: str, answer: str, cluster: str | None = None) -> list[Key]:
+    """Keys of what items can share: an answer, but for case and white space, and a cluster of the user's own.
 
-    A shorter answer, such as yes or a class, says nothing of the kind. An item that shares nothing has its own name.
+    A short answer, such as yes or a class, is no key. An item that shares nothing has its own row id as key.
     """
     found: list[Key] = [Cluster(cluster)] if cluster else []
     if len(words(answer)) >= _SAME_ANSWER_WORDS:
@@ -28,7 +28,7 @@ def shared(row_id: str, answer: str, cluster: str | None = None) -> list[Key]:
     return found or [row_id]
 
 
-def slices(source: str, question: str, answer: str, tokens: int, field: str | None = None) -> dict[str, str]:
+def item_slices(source: str, question: str, answer: str, tokens: int, field: str | None = None) -> dict[str, str]:
     """The slice of each kind that an item belongs to. tokens: of question and answer, as the model reads them; field: the
     value of the user's own (data.slice_field)."""
     spoken = language(answer) or language(question) or "unknown"
@@ -41,14 +41,18 @@ _WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
-class TestRow:
+class TestQuestion:
+    """A row of the test split, as distractors are chosen from it."""
+
+    __test__ = False  # its name looks like a test class to pytest
+
     row_id: str
     source: str
     prompt: str
     answer: str
 
 
-def choose_distractors(rows: list[TestRow], wanted: Collection[str]) -> dict[str, list[str]]:
+def choose_distractors(rows: list[TestQuestion], wanted: Collection[str]) -> dict[str, list[str]]:
     """For each row id in `wanted`, CHOICES answers: the true one at a place given by the row's hash, and its nearest
     neighbours among all rows.
 
@@ -73,7 +77,7 @@ def true_place(row_id: str) -> int:
     return hashlib.sha256(f"choice {row_id}".encode()).digest()[0] % CHOICES
 
 
-def _nearest(rows: list[TestRow], index: int, similarity: NDArray[np.float64]) -> list[str]:
+def _nearest(rows: list[TestQuestion], index: int, similarity: NDArray[np.float64]) -> list[str]:
     row = rows[index]
     # Same source first, then nearest first; the row id breaks ties so that the order never depends on the input's.
     order = sorted(

@@ -1,4 +1,4 @@
-"""What a model scored in each item, read from its files, and the values of several models beside each other."""
+"""Per-item scores of a model, read from its files, and one metric of several models on the same items."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Fact:
-    """What is known of a domain item whatever model answers it. cluster: items that share an answer, or a value
+    """What is known of a domain item, the same for every model. cluster: items that share an answer, or a value
     of data.cluster_field, have the same."""
 
     row_id: str
@@ -35,7 +35,7 @@ class Fact:
     field: str = "none"
 
 
-Scored = Mapping[str, Mapping[str, Samples]]  # model -> "task.metric" -> samples
+ScoresByModel = Mapping[str, Mapping[str, Samples]]  # model -> "task.metric" -> samples
 
 
 def read_samples(lines: Iterable[str]) -> dict[str, Samples]:
@@ -75,7 +75,7 @@ class Metric:
         return values
 
 
-def gather(scored: Scored, metric: str, models: Mapping[str, Sequence[str]]) -> Metric | None:
+def gather(scored: ScoresByModel, metric: str, models: Mapping[str, Sequence[str]]) -> Metric | None:
     """A metric of the models; None if none has it. models: arm -> its targets, one for each seed.
 
     Raises DataError if they were not scored on the same items in the same order. An arm that lacks a seed's is left out.

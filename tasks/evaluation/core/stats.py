@@ -29,7 +29,7 @@ def ratio(part: Floats, whole: Floats) -> Floats:
 class Bootstrap:
     """One set of draws for all estimates from the same items, so that they can be compared.
 
-    clusters: the cluster of every item, by any name. confidence: level of each end of an interval by itself.
+    clusters: the cluster of every item, by any name. confidence: level of each end of an interval alone.
     """
 
     def __init__(self, clusters: Sequence[str], draws: int, confidence: float, seed: int = 0) -> None:
@@ -44,7 +44,7 @@ class Bootstrap:
 
     def estimate(self, statistic: Statistic, *columns: Floats) -> Estimate:
         """A statistic of column sums with its interval: of each end the wider of BCa's and of Student's t on the jackknife's
-        error. Either alone misses a little more often than it says (benchmarks/gates.py); one cluster alone tells nothing.
+        error. Either alone misses a little more often than it says (benchmarks/gates.py); one cluster alone shows nothing.
 
         columns: values of I items, or of S seeds by I items, the last one the weights; sums are means over seeds. A value that is not defined (a ratio
         over nothing) is NaN. Draws in which it is not defined count against both ends; too many leave no interval at all.
@@ -126,11 +126,11 @@ def _of(statistic: Statistic, sums_NK: Floats) -> Floats:
 def bca(value: float, left_out_C: Floats, drawn_D: Floats, reach: float) -> Interval:
     """Bias-corrected and accelerated ends (Efron & Tibshirani 1993, equations 14.10, 14.14, 14.15).
 
-    reach: how many standard errors an end would lie away, were there neither bias nor skew.
+    reach: how many standard errors away an end would be, were there neither bias nor skew.
     """
     finite = np.isfinite(drawn_D)
     if not np.isfinite([value, *left_out_C]).all() or np.mean(~finite) >= scipy_stats.norm.cdf(-reach):
-        return (-np.inf, np.inf)  # it is not known, or hangs on a single cluster
+        return (-np.inf, np.inf)  # it is not known, or depends on a single cluster
     below = np.mean(drawn_D[finite] < value) + np.mean(drawn_D[finite] == value) / 2
     edge = 1 / (len(drawn_D) + 1)
     bias = scipy_stats.norm.ppf(np.clip(below, edge, 1 - edge))
@@ -148,8 +148,8 @@ def bca(value: float, left_out_C: Floats, drawn_D: Floats, reach: float) -> Inte
 
 
 def _effective(weight_C: Floats) -> float:
-    """How many clusters of equal weight tell as much (Kish 1965): unlike ones are fewer than they count, and those that weigh
-    nothing, such as all outside of a slice, are none."""
+    """How many clusters of equal weight hold as much information (Kish 1965). Unequal ones count as fewer, and those of weight
+    zero, such as all outside of a slice, as none."""
     return float(weight_C.sum() ** 2 / (weight_C**2).sum()) if weight_C.any() else 0.0
 
 
@@ -177,9 +177,9 @@ def _variance_of_mean(values: Floats) -> float:
 
 
 def proportion(right: Floats, confidence: float, clusters: Sequence[str] | None = None) -> Estimate:
-    """The share of right items (1 or 0) with Wilson's interval; each end a bound at `confidence` by itself.
+    """The share of right items (1 or 0) with Wilson's interval; each end alone is a bound at `confidence`.
 
-    Items of a cluster may all hang on one thing, so no more than the clusters are counted.
+    Items of a cluster may all depend on one thing, so at most the number of clusters counts.
     """
     items = len(set(clusters)) if clusters else len(right)
     share = float(np.mean(right))

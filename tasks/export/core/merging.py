@@ -43,7 +43,7 @@ def rounding(before: Numbers, exact: Numbers, stored: Numbers, stored_before: Nu
     return Rounding(float(error.sum()), float(learned.sum()), exact.size, int((stored == stored_before).sum()))
 
 
-def choose(forms: Sequence[FormMeasured], tolerance_nats: float) -> FormMeasured | None:
+def choose_form(forms: Sequence[FormMeasured], tolerance_nats: float) -> FormMeasured | None:
     """The form nearest to the live model, if it is within the tolerance; what is not a number is not.
 
     Distances that differ by less than a tenth of the tolerance are a tie: the smallest file wins it, then the smallest

@@ -1,4 +1,4 @@
-"""A chat template in the words of an Ollama Modelfile, proven on the conversation that it was derived from."""
+"""A chat template as an Ollama Modelfile, proven on the conversation that it was derived from."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,14 @@ CONVERSATION = [
 ]
 
 
-def modelfile(gguf: str, turns: Sequence[str], system: str, stops: Sequence[str]) -> str | None:
-    """The Modelfile of a GGUF. None if the template cannot be written so: Ollama's has no loop over a conversation here.
+def modelfile(gguf: str, conversations: Sequence[str], system: str, stops: Sequence[str]) -> str | None:
+    """The Modelfile of a GGUF. None if Ollama's template, which has no loop over a conversation here, cannot express it.
 
-    turns: QUESTION and CONVERSATION as the chat template writes them, up to where an answer begins. system: the system
+    conversations: QUESTION and CONVERSATION as the chat template writes them, up to where an answer begins. system: the system
     prompt of training; if empty, the one that the template itself puts first, if any.
     https://docs.ollama.com/modelfile
     """
-    found = _pieces(*turns)
+    found = _pieces(*conversations)
     if found is None:
         return None
     head, asks, answers, ends, own = found
@@ -34,7 +34,7 @@ def modelfile(gguf: str, turns: Sequence[str], system: str, stops: Sequence[str]
 def _pieces(question: str, conversation: str) -> tuple[str, str, str, str, str] | None:
     """Text before the system prompt, before a question, before its answer, after it; and the template's own system prompt.
 
-    None if a later question is not led up to as the first one is.
+    None if the text before a later question differs from that before the first one.
     """
     parts = [conversation]
     for mark in (_SYSTEM, _ASKED, _ANSWER, _NEXT):

@@ -1,11 +1,8 @@
-"""What llama.cpp itself makes of a GGUF: `python -m tasks.export.workers.ask_llama_cpp spec.json out/`.
+"""Run a GGUF in llama.cpp and compare it with the live model: `python -m tasks.export.workers.ask_llama_cpp spec.json out/`.
 
-spec: file, work (where export_model left exam.json and live.npy), positions (most answer tokens to compare), messages (lists
-of messages to be written by the file's chat template). report: name, kl_nats, positions, prompts, same_tokens, turns.
 The engine is the wheel xllamacpp, which serves on a free port of the loopback interface while this process lives.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,37 +12,40 @@ import numpy as np
 import requests
 import xllamacpp
 
+from data_contracts.exports import Runtime
+from data_contracts.jobs.export import LIVE_FILE, TEXTS_FILE, ChatMessages, HeldOutTexts, LlamaCppJob, LlamaCppReport
 from tasks.export.core.merging import partial_kl
 from tasks.runtime.workers.harness import main, say
 
 _LIKELIEST = 200
 _SECONDS = 120.0
 _CONTEXT = 2048
-Exam = dict[str, Any]
 
 
-def ask_llama_cpp(spec: dict[str, Any], out: Path) -> dict[str, Any]:
-    say("note", text="asking llama.cpp what it makes of the file")
-    work = Path(spec["work"])
-    exam: Exam = json.loads((work / "exam.json").read_text())
-    live_NV = np.load(work / "live.npy", mmap_mode="r")
-    server = start(spec["file"])
-    ask = Asker(server.listening_address)
-    positions = list(picked(exam, spec["positions"]))
+def ask_llama_cpp(job: LlamaCppJob, out: Path) -> dict[str, Any]:
+    """Compare next tokens, prompts' token ids and the chat template: a LlamaCppReport."""
+    say("note", text="asking llama.cpp for next tokens of the held-out answers")
+    work = Path(job.work)
+    texts = HeldOutTexts.model_validate_json((work / TEXTS_FILE).read_bytes())
+    live_NV = np.load(work / LIVE_FILE, mmap_mode="r")
+    server = start(job.file)
+    client = LlamaCppClient(server.listening_address)
+    positions = list(picked(texts, job.positions))
     distances = []
     for ids, place in positions:
-        found = ask.likeliest(ids)
+        found = client.likeliest(ids)
         distances.append(partial_kl(live_NV[place, list(found)], np.array(list(found.values()), dtype=np.float32)))
         say("progress", what="asking llama.cpp", done=len(distances), of=len(positions))
-    same = [ask.tokens(text) == ids for text, ids in exam["prompts"]]
-    return {
-        "name": f"llama.cpp, xllamacpp {xllamacpp.__version__}",
-        "kl_nats": float(np.mean(distances)),
-        "positions": len(positions),
-        "prompts": len(same),
-        "same_tokens": sum(same),
-        "turns": [ask.written(messages) for messages in spec["messages"]],
-    }
+    same = [client.tokens(text) == ids for text, ids in texts.prompts]
+    runtime = Runtime(
+        name=f"llama.cpp, xllamacpp {xllamacpp.__version__}",
+        kl_nats=float(np.mean(distances)),
+        positions=len(positions),
+        prompts=len(same),
+        same_tokens=sum(same),
+    )
+    conversations = [client.conversation(messages) for messages in job.messages]
+    return LlamaCppReport(runtime=runtime, conversations=conversations).model_dump(mode="json")
 
 
 def start(file: str) -> Any:
@@ -55,12 +55,12 @@ def start(file: str) -> Any:
     parameters.n_parallel = 1
     parameters.verbosity = -1
     parameters.warmup = False
-    if "OMP_NUM_THREADS" in os.environ:  # as for torch: llama.cpp reads it not
+    if "OMP_NUM_THREADS" in os.environ:  # as for torch: llama.cpp does not read it
         parameters.cpuparams.n_threads = int(os.environ["OMP_NUM_THREADS"])
     return xllamacpp.Server(parameters)
 
 
-class Asker:
+class LlamaCppClient:
     """llama.cpp's own HTTP API. https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md"""
 
     def __init__(self, address: str) -> None:
@@ -68,18 +68,18 @@ class Asker:
 
     def likeliest(self, ids: list[int]) -> dict[int, float]:
         """Log-probability of each of the likeliest next tokens."""
-        told = self._post(
+        reply = self._post(
             "completion",
             {"prompt": ids, "n_predict": 1, "n_probs": _LIKELIEST, "temperature": 0.0, "cache_prompt": True},
         )
-        return {found["id"]: found["logprob"] for found in told["completion_probabilities"][0]["top_logprobs"]}
+        return {found["id"]: found["logprob"] for found in reply["completion_probabilities"][0]["top_logprobs"]}
 
     def tokens(self, text: str) -> list[int]:
-        told = self._post("tokenize", {"content": text, "add_special": False, "parse_special": True})
-        return list(told["tokens"])
+        reply = self._post("tokenize", {"content": text, "add_special": False, "parse_special": True})
+        return list(reply["tokens"])
 
-    def written(self, messages: list[dict[str, str]]) -> str:
-        """A conversation by the chat template in the file."""
+    def conversation(self, messages: ChatMessages) -> str:
+        """Written by the chat template in the file."""
         return str(self._post("apply-template", {"messages": messages})["prompt"])
 
     def _post(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -88,18 +88,17 @@ class Asker:
         return dict(answer.json())
 
 
-def picked(exam: Exam, most: int) -> Iterator[tuple[list[int], int]]:
+def picked(texts: HeldOutTexts, most: int) -> Iterator[tuple[list[int], int]]:
     """(all tokens before, place among the live model's rows) of the first answer tokens of every row in turn."""
     found = 0
-    rows = [(ids, start, place) for (ids, start), place in zip(exam["rows"], exam["places"], strict=True)]
-    each = max(1, most // len(rows))
-    for ids, start, place in rows:
-        for step in range(min(each, len(ids) - start)):
+    each = max(1, most // len(texts.rows))
+    for row, place in zip(texts.rows, texts.places, strict=True):
+        for step in range(min(each, len(row.ids) - row.start)):
             if found == most:
                 return
-            yield ids[: start + step], place + step
+            yield row.ids[: row.start + step], place + step
             found += 1
 
 
 if __name__ == "__main__":
-    main(ask_llama_cpp)
+    main(ask_llama_cpp, LlamaCppJob)

@@ -1,10 +1,5 @@
-"""Read an export back from its files and measure it against the live model: `python -m tasks.export.workers.check_export spec.json out/`.
+"""Read an export back from its files and measure it against the live model: `python -m tasks.export.workers.check_export spec.json out/`."""
 
-spec: format, folder (the export's), file (of a GGUF, else null), work (where export_model left exam.json and live.npy),
-base, method, quantisation or null, threads. report: distance.
-"""
-
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from data_contracts.errors import Problem, StoreError
-from tasks.export.workers.distances import Exam, measure
+from data_contracts.jobs.export import LIVE_FILE, TEXTS_FILE, CheckExportJob, CheckExportReport, HeldOutTexts
+from tasks.export.workers.distances import measure
 from tasks.export.workers.merged_forms import live_model
 from tasks.models.core.adapter_files import CONFIG, WEIGHTS
 from tasks.models.workers.chat_template import load_chat
@@ -23,31 +19,35 @@ from tasks.runtime.workers.device import Device, choose_device
 from tasks.runtime.workers.harness import main, say
 
 
-def check_export(spec: dict[str, Any], out: Path) -> dict[str, Any]:
-    device = choose_device("fp32", spec["threads"])
-    told = json.loads((Path(spec["work"]) / "exam.json").read_text())
+def check_export(job: CheckExportJob, out: Path) -> dict[str, Any]:
+    """Report the distance of the files from the live model. Raises StoreError for another tokenizer."""
+    device = choose_device("fp32", job.threads)
+    work = Path(job.work)
+    texts = HeldOutTexts.model_validate_json((work / TEXTS_FILE).read_bytes())
     say("note", text="reading the written files back")
-    if spec["format"] != "gguf":
-        check_tokenizer(Path(spec["folder"]), told["prompts"])
-    model = load_export(spec, device)
-    distance = measure(model, Exam.of(told), Path(spec["work"]) / "live.npy", "the written files")
-    return {"distance": distance.model_dump()}
+    if job.format != "gguf":
+        check_tokenizer(Path(job.folder), texts.prompts)
+    distance = measure(load_export(job, device), texts, work / LIVE_FILE, "the written files")
+    return CheckExportReport(distance=distance).model_dump(mode="json")
 
 
-def load_export(spec: dict[str, Any], device: Device) -> Any:
-    folder = Path(spec["folder"])
-    if spec["format"] == "adapter":
-        return live_model(spec, device, str(alone(folder, Path(spec["work"]) / "adapter")))
-    if spec["format"] == "merged":
+def load_export(job: CheckExportJob, device: Device) -> Any:
+    """The exported model, from its files."""
+    folder = Path(job.folder)
+    if job.format == "adapter":
+        adapter_folder = copy_adapter(folder, Path(job.work) / "adapter")
+        own = job.model.model_copy(update={"adapter_folder": str(adapter_folder)})
+        return live_model(job.model_copy(update={"model": own}), device)
+    if job.format == "merged":
         return load_base(folder, "lora", device)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=spec["file"], dtype=torch.float32, attn_implementation=ATTENTION, trust_remote_code=False
+        folder, gguf_file=job.file, dtype=torch.float32, attn_implementation=ATTENTION, trust_remote_code=False
     )
     return model.eval().to(device.device)
 
 
-def alone(folder: Path, out: Path) -> Path:
-    """A copy of the adapter without the tokenizer beside it: an adapter is loaded only where nothing else lies."""
+def copy_adapter(folder: Path, out: Path) -> Path:
+    """The adapter without the tokenizer: an adapter is only loaded from a folder that holds nothing else."""
     out.mkdir()
     for name in (CONFIG, WEIGHTS):
         shutil.copyfile(folder / name, out / name)
@@ -64,4 +64,4 @@ def check_tokenizer(folder: Path, prompts: list[tuple[str, list[int]]]) -> None:
 
 
 if __name__ == "__main__":
-    main(check_export)
+    main(check_export, CheckExportJob)

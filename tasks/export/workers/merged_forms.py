@@ -9,9 +9,9 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
 from data_contracts.exports import BYTES_OF_A_WEIGHT, Dtype, FormMeasured, MergeBase
-from data_contracts.reports import Quantisation
+from data_contracts.jobs.export import ExportJob, HeldOutTexts, LiveModelJob
 from tasks.export.core.merging import Rounding, rounding
-from tasks.export.workers.distances import Exam, measure
+from tasks.export.workers.distances import measure
 from tasks.models.workers.chat_template import Chat
 from tasks.models.workers.forms import attach_adapter, form_of, load_form, merge
 from tasks.models.workers.loading import load_base
@@ -22,13 +22,12 @@ _Q8_BLOCK = 32
 _SHARD = "2GB"
 
 
-def live_model(spec: dict[str, Any], device: Device, adapter: str) -> Any:
+def live_model(job: LiveModelJob, device: Device) -> Any:
     """As it was trained and evaluated: the adapter on its base, in 4 bits if that was quantised; or its own weights."""
-    target = {**spec, "adapter": adapter, "merged": False}
-    return attach_adapter(load_form(form_of(target), Path(spec["base"]), device), target)
+    return attach_adapter(load_form(form_of(job.model), Path(job.base), device), job.model)
 
 
-def merged_model(spec: dict[str, Any], base: MergeBase, device: Device, sums: dict[Dtype, Rounding]) -> Any:
+def merged_model(job: LiveModelJob, base: MergeBase, device: Device, sums: dict[Dtype, Rounding]) -> Any:
     """The sum in fp32. sums: what each number format would leave of what was learned is added to it."""
 
     def watch(before: torch.Tensor, exact: torch.Tensor) -> None:
@@ -36,36 +35,39 @@ def merged_model(spec: dict[str, Any], base: MergeBase, device: Device, sums: di
             four = (before, exact, as_stored(exact, kind), as_stored(before, kind))
             sums[kind] += rounding(*(numbers.cpu().numpy() for numbers in four))
 
-    if spec["method"] == "full":
-        return live_model(spec, device, spec["adapter"])
+    live = job.model
+    if live.method == "full":
+        return live_model(job, device)
+    assert live.adapter_folder, "only a fully tuned version has no adapter"
     if base == "full":
-        model: Any = load_base(Path(spec["base"]), "lora", device)
+        model: Any = load_base(Path(job.base), "lora", device)
     else:
-        model = load_base(Path(spec["base"]), "qlora", device, Quantisation(**spec["quantisation"]))
+        assert live.quantisation, "only a quantised base can be dequantised"
+        model = load_base(Path(job.base), "qlora", device, live.quantisation)
         model = model.dequantize(dtype=torch.float32)
-    return merge(model, spec["adapter"], watch)
+    return merge(model, live.adapter_folder, watch)
 
 
 def measured_forms(
-    spec: dict[str, Any], base: MergeBase, exam: Exam, device: Device, live: Path
+    job: ExportJob, base: MergeBase, texts: HeldOutTexts, device: Device, live: Path
 ) -> Iterator[FormMeasured]:
     """Every number format on one base, measured against the live model's log-probabilities."""
-    sums: dict[Dtype, Rounding] = dict.fromkeys(spec["dtypes"], Rounding())
-    model = merged_model(spec, base, device, sums)
+    sums: dict[Dtype, Rounding] = dict.fromkeys(job.dtypes, Rounding())
+    model = merged_model(job, base, device, sums)
     exact = {name: weight.data for name, weight in model.named_parameters()}
     for kind, kept in sums.items():
         for name, weight in model.named_parameters():
-            weight.data = as_stored(exact[name], kind, spec["is_gguf"])
+            weight.data = as_stored(exact[name], kind, only_matrices=job.is_gguf)
         yield FormMeasured(
             base=base,
             dtype=kind,
-            distance=measure(model, exam, live, f"{base} base, {kind}"),
-            delta=None if spec["method"] == "full" else kept.survival(),
+            distance=measure(model, texts, live, f"{base} base, {kind}"),
+            delta=None if job.model.method == "full" else kept.survival(),
             bytes=int(sum(weight.numel() for weight in model.parameters()) * BYTES_OF_A_WEIGHT[kind]),
         )
 
 
-def as_stored(weight: torch.Tensor, kind: Dtype, only_matrices: bool = False) -> torch.Tensor:
+def as_stored(weight: torch.Tensor, kind: Dtype, *, only_matrices: bool = False) -> torch.Tensor:
     """A weight rounded to what it is stored in, in fp32 again. only_matrices: a GGUF keeps all others in fp32."""
     if kind == "fp32" or (only_matrices and weight.ndim < 2):
         return weight
@@ -77,7 +79,7 @@ def as_stored(weight: torch.Tensor, kind: Dtype, only_matrices: bool = False) ->
     return torch.from_numpy(dequantize(numbers, GGMLQuantizationType.Q8_0)).to(weight.device)
 
 
-def save(model: Any, kind: Dtype, chat: Chat, folder: Path) -> None:
+def save_model(model: Any, kind: Dtype, chat: Chat, folder: Path) -> None:
     """Weights in shards, configuration, tokenizer with its chat template: what AutoModelForCausalLM loads."""
     model.to(DTYPES[kind])
     model.config.use_cache = True  # off while it is measured

@@ -10,12 +10,11 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig
 
+from data_contracts.jobs.evaluation import AdaptedModel
 from data_contracts.reports import Quantisation
 from data_contracts.train_spec import LORA_ARMS
 from tasks.models.workers.loading import load_base, scanned_adapter, scanned_weights
 from tasks.runtime.workers.device import Device
-
-Target = dict[str, Any]
 
 
 @dataclass(frozen=True, order=True)
@@ -31,17 +30,13 @@ class ModelForm:
     double_quant: bool = False
 
 
-def form_of(target: Target) -> ModelForm:
-    if target["adapter"] and target["method"] == "full":
-        return ModelForm(own=target["adapter"])
-    if target["adapter"] and target["merged"]:
-        return ModelForm(merged=target["adapter"])
-    quantised = target["quantisation"]
-    return (
-        ModelForm(quant_type=quantised["quant_type"], double_quant=quantised["double_quant"])
-        if quantised
-        else ModelForm()
-    )
+def form_of(target: AdaptedModel) -> ModelForm:
+    if target.adapter_folder and target.method == "full":
+        return ModelForm(own=target.adapter_folder)
+    if target.adapter_folder and target.merged:
+        return ModelForm(merged=target.adapter_folder)
+    quantised = target.quantisation
+    return ModelForm(quant_type=quantised.quant_type, double_quant=quantised.double_quant) if quantised else ModelForm()
 
 
 def loading_note(form: ModelForm, device: Device) -> str:
@@ -58,16 +53,16 @@ def load_form(form: ModelForm, base: Path, device: Device) -> Any:
     return load_base(folder, "qlora", device, Quantisation(quant_type=form.quant_type, double_quant=form.double_quant))
 
 
-def attach_adapter(model: Any, target: Target) -> Any:
+def attach_adapter(model: Any, target: AdaptedModel) -> Any:
     """The model with the target's adapter on it; itself where that is part of its weights, or there is none."""
-    if not target["adapter"] or target["method"] == "full" or target["merged"]:
+    if not target.adapter_folder or target.method == "full" or target.merged:
         return model
-    return PeftModel.from_pretrained(model, scanned_adapter(target["adapter"], model)).eval()
+    return PeftModel.from_pretrained(model, scanned_adapter(target.adapter_folder, model)).eval()
 
 
-def detach_adapter(tuned: Any, target: Target) -> None:
+def detach_adapter(tuned: Any, target: AdaptedModel) -> None:
     """Leave the base as it was before `attach_adapter`."""
-    if isinstance(tuned, PeftModel) and target["method"] in LORA_ARMS:
+    if isinstance(tuned, PeftModel) and target.method in LORA_ARMS:
         tuned.unload()  # a prefix is no part of the model
 
 

@@ -1,8 +1,4 @@
-"""How far two adapters, or two models, lie apart: `python -m tasks.reproduction.workers.compare_adapters spec.json out/`.
-
-spec: then, now (folders of safetensors). report: distance, the largest |now - then| / |then| of a tensor; infinite if one has
-tensors that the other has not.
-"""
+"""The distance of two adapters, or of two models: `python -m tasks.reproduction.workers.compare_adapters spec.json out/`."""
 
 import math
 from pathlib import Path
@@ -11,11 +7,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from data_contracts.jobs.reproduction import AdaptersReport, CompareAdaptersJob
 from tasks.runtime.workers.harness import main
 
 
-def compare(spec: dict[str, Any], out: Path) -> dict[str, Any]:
-    return {"distance": distance(tensors(Path(spec["then"])), tensors(Path(spec["now"])))}
+def compare_adapters(job: CompareAdaptersJob, out: Path) -> dict[str, Any]:
+    """An AdaptersReport."""
+    found = distance(tensors(Path(job.then)), tensors(Path(job.now)))
+    return AdaptersReport(distance=found).model_dump(mode="json")
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -23,6 +22,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def distance(then: dict[str, torch.Tensor], now: dict[str, torch.Tensor]) -> float:
+    """The largest |now - then| / |then| of a tensor; infinite if one has tensors that the other does not have."""
     shapes = [{name: tensor.shape for name, tensor in found.items()} for found in (then, now)]
     if shapes[0] != shapes[1] or not then:
         return math.inf
@@ -38,4 +38,4 @@ def relative(then: torch.Tensor, now: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main(compare)
+    main(compare_adapters, CompareAdaptersJob)

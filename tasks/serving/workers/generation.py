@@ -3,7 +3,7 @@
 import asyncio
 import copy
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +14,15 @@ from transformers.cli.serving.utils import GenerateManager
 from data_contracts.errors import Problem, WorkerError
 
 if TYPE_CHECKING:
-    from tasks.serving.workers.loaded_model import Voice
-from collections.abc import Sequence
+    from tasks.serving.workers.loaded_model import LoadedModel
 
 
 @dataclass(frozen=True)
-class Wish:
-    """How an answer is to be written. temperature 0: the likeliest token each time, as versions are evaluated."""
+class GenerationRequest:
+    """How an answer is written. temperature 0: the likeliest token each time, as versions are evaluated."""
 
     prompt: list[int]
-    most_tokens: int
+    max_tokens: int
     temperature: float = 0.0
     top_p: float | None = None
     seed: int | None = None
@@ -31,38 +30,44 @@ class Wish:
 
 
 class Answer:
-    """Begun when it is made. Its `generate` stands where transformers' manager expects a model's."""
+    """Starts when it is made.
 
-    def __init__(self, voice: "Voice", wish: Wish, manager: GenerateManager) -> None:
-        self.voice, self.wish = voice, wish
-        self.is_whole = False  # ended by itself: a stop token or a stop string
+    transformers' GenerateManager, which has no public counterpart, keeps one thread on which all models run, streams tokens
+    from it and cancels a request between two of them. It calls `generate` of the model it gets. It gets this object instead,
+    whose `generate` switches the version's adapter on, on that thread and just before writing: between two requests another
+    version may have answered on the same base. transformers is pinned below the next major version for this.
+    """
+
+    def __init__(self, loaded: "LoadedModel", request: GenerationRequest, manager: GenerateManager) -> None:
+        self.loaded, self.request = loaded, request
+        self.is_whole = False  # it ended with a stop token or a stop string
         self.was_cut = False
         self.seconds = 0.0
         self._loop, self._written = asyncio.get_running_loop(), asyncio.Event()
-        ids = torch.tensor([wish.prompt], device=voice.model.device)
+        ids = torch.tensor([request.prompt], device=loaded.model.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         model: Any = self
-        self._pieces, self._streamer = manager.generate_streaming(model, voice.tokenizer, inputs, self._config(), "")
+        self._pieces, self._streamer = manager.generate_streaming(model, loaded.tokenizer, inputs, self._config(), "")
 
     def _config(self) -> GenerationConfig:
-        wish = self.wish
-        config: GenerationConfig = copy.deepcopy(self.voice.model.generation_config)
-        config.max_new_tokens, config.max_length = wish.most_tokens, None
-        config.do_sample = wish.temperature > 0
+        request = self.request
+        config: GenerationConfig = copy.deepcopy(self.loaded.model.generation_config)
+        config.max_new_tokens, config.max_length = request.max_tokens, None
+        config.do_sample = request.temperature > 0
         if config.do_sample:
-            config.temperature, config.top_p = wish.temperature, wish.top_p or config.top_p
-        config.eos_token_id, config.pad_token_id = self.voice.stops, self.voice.stops[0]
+            config.temperature, config.top_p = request.temperature, request.top_p or config.top_p
+        config.eos_token_id, config.pad_token_id = self.loaded.stops, self.loaded.stops[0]
         return config
 
-    def generate(self, **asked: Any) -> None:
-        """Runs on the one thread that touches models."""
+    def generate(self, **options: Any) -> None:
+        """Runs on the one thread that touches models. options: what a model's own `generate` takes."""
         started = time.monotonic()
         try:
-            if self.wish.seed is not None:
-                torch.manual_seed(self.wish.seed)
-            with self.voice.speaking() as model:
-                written = model.generate(**asked)
-            self.is_whole = int(written[0, -1]) in self.voice.stops
+            if self.request.seed is not None:
+                torch.manual_seed(self.request.seed)
+            with self.loaded.active() as model:
+                written = model.generate(**options)
+            self.is_whole = int(written[0, -1]) in self.loaded.stops
         finally:
             self.seconds = time.monotonic() - started
             self._loop.call_soon_threadsafe(self._written.set)
@@ -77,24 +82,24 @@ class Answer:
         return self._written.is_set()
 
     def cancel(self) -> None:
-        """Write no further: somebody else waits, or nobody does."""
+        """Write no further: another client waits, or none does."""
         self.was_cut = not self.is_written
         self._streamer.cancel()
 
     async def pieces(self) -> AsyncIterator[str]:
-        """The text as it grows. Whoever stops reading ends the writing."""
-        cutter = Cutter(self.wish.stop)
+        """The text as it grows. A reader that stops reading ends the writing."""
+        trimmer = StopStringTrimmer(self.request.stop)
         try:
             while (piece := await self._pieces.get()) is not None:
                 if not isinstance(piece, str):
-                    raise WorkerError(Problem(piece.msg, self.voice.label))
-                yield cutter.feed(piece)
-                if cutter.found:
+                    raise WorkerError(Problem(piece.msg, self.loaded.label))
+                yield trimmer.feed(piece)
+                if trimmer.found:
                     self._streamer.cancel()
                     break
-            yield cutter.rest()
+            yield trimmer.rest()
             await self._written.wait()
-            self.is_whole = self.is_whole or cutter.found
+            self.is_whole = self.is_whole or trimmer.found
         finally:
             self._streamer.cancel()
 
@@ -102,8 +107,8 @@ class Answer:
         return "".join([piece async for piece in self.pieces()])
 
 
-class Cutter:
-    """What may be the beginning of a stop string is held back until the next piece says."""
+class StopStringTrimmer:
+    """Ends a stream of text before the first stop string. What may be the beginning of one is held back until it is clear."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops, self._held, self.found = stops, "", False
@@ -118,11 +123,11 @@ class Cutter:
         if found:
             self.found, self._held = True, ""
             return text[: min(found)[1]]
-        begun = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        keep = len(text) - max(begun, default=0)
+        partial = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        keep = len(text) - max(partial, default=0)
         self._held = text[keep:]
         return text[:keep]
 
     def rest(self) -> str:
-        """What was held back in vain, at the end of the text."""
+        """What was held back and was no stop string, at the end of the text."""
         return self._held

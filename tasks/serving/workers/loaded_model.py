@@ -14,43 +14,41 @@ from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from data_contracts.errors import Problem, StoreError
+from data_contracts.jobs.serving import BASE, ServedVersion
 from tasks.release.workers.served_model import ServedModel, digest
 
-BASE = "base"
-_SIDE_BY_SIDE = ("lora", "qlora")  # methods of which PEFT keeps several adapters on one base
-Told = dict[str, Any]
-"""A version as the registry knows it: name, version, alias or None, adapter (its folder), meta (file), adapter_sha256."""
+_SHARED_BASE_METHODS = ("lora", "qlora")  # methods of which PEFT keeps several adapters on one base
 
 
 @dataclass(frozen=True, eq=False)
-class Voice:
-    """A version that answers, or the base beneath it. adapter: PEFT's name for it; None: no adapter is to be on."""
+class LoadedModel:
+    """A version that answers, or the base under its adapter. adapter_name: PEFT's; None: without adapter."""
 
     label: str
-    told: Told
+    version: ServedVersion
     meta: dict[str, Any]
     model: Any
     tokenizer: Any
     stops: list[int]
-    adapter: str | None
+    adapter_name: str | None
     since_unix_seconds: float = field(default_factory=time.time)
 
     @property
-    def base(self) -> "Voice | None":
-        """The same model with its adapter off. None if all weights were trained: there is no base beneath them."""
-        return replace(self, label=BASE, adapter=None) if isinstance(self.model, PeftModel) else None
+    def base(self) -> "LoadedModel | None":
+        """The same model with its adapter off. None if all weights were trained: then there is no base."""
+        return replace(self, label=BASE, adapter_name=None) if isinstance(self.model, PeftModel) else None
 
     @contextmanager
-    def speaking(self) -> Iterator[Any]:
-        """The model as it is to answer now."""
+    def active(self) -> Iterator[Any]:
+        """The model with this version's adapter on, or with none for the base."""
         if not isinstance(self.model, PeftModel):
             yield self.model
-        elif self.adapter is None:
+        elif self.adapter_name is None:
             with self.model.disable_adapter():
                 yield self.model
         else:
-            if self.model.active_adapter != self.adapter:
-                self.model.set_adapter(self.adapter)
+            if self.model.active_adapter != self.adapter_name:
+                self.model.set_adapter(self.adapter_name)
             yield self.model
 
     def prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -63,46 +61,44 @@ class Voice:
         return ids
 
 
-def label(told: Told) -> str:
-    """How an answer says who wrote it."""
-    return f"{told['name']}/{told['version']}"
-
-
-def load(told: Told) -> Voice:
+def load_version(version: ServedVersion) -> LoadedModel:
     """A version with a base of its own, in the form it was evaluated in: as mlflow.pyfunc loads it."""
-    _check(told)
+    _check(version)
     one = ServedModel()
-    one.load_context(SimpleNamespace(artifacts={"adapter": told["adapter"], "meta": told["meta"]}))
-    adapter = one.model.active_adapter if isinstance(one.model, PeftModel) else None
-    return Voice(label(told), told, one.meta, one.model, one.tokenizer, one.stops, adapter)
+    artifacts = {"adapter": version.adapter_folder, "meta": version.meta_file}
+    one.load_context(SimpleNamespace(artifacts=artifacts))
+    adapter_name = one.model.active_adapter if isinstance(one.model, PeftModel) else None
+    return LoadedModel(version.label, version, one.meta, one.model, one.tokenizer, one.stops, adapter_name)
 
 
-def beside(host: Voice, told: Told) -> Voice:
-    """A version on the base that another one already answers with."""
-    _check(told)
-    meta = _meta(told)
-    adapter = f"version-{told['version']}-{time.monotonic_ns()}"  # a version that comes back is another adapter to PEFT
-    host.model.load_adapter(told["adapter"], adapter_name=adapter)
+def load_onto(host: LoadedModel, version: ServedVersion) -> LoadedModel:
+    """A version on the base of a loaded one."""
+    _check(version)
+    meta = read_meta(version)
+    # A version that comes back is another adapter to PEFT.
+    adapter_name = f"version-{version.version}-{time.monotonic_ns()}"
+    host.model.load_adapter(version.adapter_folder, adapter_name=adapter_name)
     host.model.eval()
     stops = host.tokenizer.convert_tokens_to_ids(meta["stops"])
-    return Voice(label(told), told, meta, host.model, host.tokenizer, stops, adapter)
+    return LoadedModel(version.label, version, meta, host.model, host.tokenizer, stops, adapter_name)
 
 
-def _form(meta: dict[str, Any], told: Told) -> str:
-    """What two versions must have in common to lie on one base in memory."""
-    kind = "side by side" if meta["method"] in _SIDE_BY_SIDE else told["adapter_sha256"]
+def base_key(meta: dict[str, Any], version: ServedVersion) -> str:
+    """What two versions must have in common to share one base in memory."""
+    kind = "side by side" if meta["method"] in _SHARED_BASE_METHODS else version.adapter_sha256
     return json.dumps([kind, *(meta[key] for key in ("base_digest", "quantisation", "precision"))])
 
 
-def _meta(told: Told) -> dict[str, Any]:
-    return dict(json.loads(Path(told["meta"]).read_text()))
+def read_meta(version: ServedVersion) -> dict[str, Any]:
+    """The version's meta.json, see tasks/release/registry.py."""
+    return dict(json.loads(Path(version.meta_file).read_text()))
 
 
-def _check(told: Told) -> None:
+def _check(version: ServedVersion) -> None:
     """What answers is what was registered: the adapter's weights, or all files where they are all weights."""
-    adapter = Path(told["adapter"])
-    weights = adapter / SAFETENSORS_WEIGHTS_NAME
-    found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else digest(adapter)
-    if found != told["adapter_sha256"]:
+    folder = Path(version.adapter_folder)
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else digest(folder)
+    if found != version.adapter_sha256:
         what = f"its files are not those that were registered: sha256 {found}"
-        raise StoreError(Problem(what, label(told), told["adapter_sha256"], "restore them, or train it again"))
+        raise StoreError(Problem(what, version.label, version.adapter_sha256, "restore them, or train it again"))

@@ -1,4 +1,4 @@
-"""What a client may ask for, in the terms of OpenAI's chat completions; and how it is told what is wrong with it."""
+"""Requests and error bodies of OpenAI's chat completions, as far as they are supported."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -20,8 +20,8 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-class _Asked(BaseModel):
-    """A field that is not known here is taken only if it asks for nothing: null, 0, false, empty."""
+class _Supported(BaseModel):
+    """An unknown field is accepted only if it asks for nothing: null, 0, false, empty."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -33,12 +33,12 @@ class _Asked(BaseModel):
         return self
 
 
-class TextPart(_Asked):
+class TextPart(_Supported):
     type: Literal["text"]
     text: str
 
 
-class Message(_Asked):
+class ChatMessage(_Supported):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
 
@@ -47,22 +47,22 @@ class Message(_Asked):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class StreamOptions(_Asked):
+class StreamOptions(_Supported):
     include_usage: bool = False
 
 
-class PlainText(_Asked):
+class PlainText(_Supported):
     type: Literal["text"]
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=_MOST_STOP_CHARS)]
 
 
-class ChatRequest(_Asked):
+class ChatRequest(_Supported):
     """temperature: greedy if left out, as versions are evaluated (OpenAI's own default is 1)."""
 
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -90,6 +90,6 @@ def read_request(body: bytes) -> ChatRequest:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
-        told = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'body'}: {one['msg']}" for one in found)
+        problems = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'body'}: {one['msg']}" for one in found)
         param = str(found[0]["loc"][0]) if found[0]["loc"] else None
-        raise ApiError(400, "invalid_request", told, param) from None
+        raise ApiError(400, "invalid_request", problems, param) from None
