@@ -64,7 +64,7 @@ def release(
 ) -> Outcome:
     """Bring rows back from quarantine: all that a reason rejected, or some. Who did it and why is kept."""
     spec = prepared_spec(preset, changes)
-    from flows.prepare_data import release as bring_back
+    from flows.prepare_data import release_rows as bring_back
 
     return _page(spec, bring_back(spec, reason, why, rows or []))
 

@@ -93,7 +93,7 @@ def reap(client: SyncPrefectClient, home: Path, seconds: float = 0.0) -> list[st
     return [run.name for run in gone]
 
 
-def reap_beside_a_worker() -> None:
+def reap_with_a_worker() -> None:
     """For a flow that `tunegate up` starts every few minutes: on a server of your own, other machines may be at work."""
     if MARK in os.environ:
         with get_client(sync_client=True) as client:

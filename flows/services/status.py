@@ -2,20 +2,18 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
-from data_contracts.errors import TransientError
 from data_contracts.run_spec import StoreSpec
 from flows.services import state as services_state
 from flows.services.servers import Server, servers
 from flows.services.state import State, services_folder
 from flows.services.supervisor import Supervisor
-from tasks.runtime.console import note, page
+from tasks.runtime.console import page
 from tasks.runtime.store import Store
 
 if TYPE_CHECKING:
@@ -64,12 +62,13 @@ class Deployed:
 
 @dataclass(frozen=True)
 class Status:
-    """services and deployments are empty if nothing was started."""
+    """services and deployments are empty if nothing was started. unfinished: moves of a champion that a killed process left."""
 
     state: State | None
     services: list[Service]
     deployments: list[Deployed]
     models: list["Standing"]
+    unfinished: list[str]
 
     @property
     def healthy(self) -> bool:
@@ -77,8 +76,7 @@ class Status:
 
 
 def look(store: StoreSpec) -> Status:
-    """Ask supervisord, Prefect and the registry. Nothing is started; only a move of a champion that a killed process left
-    is ended."""
+    """Ask supervisord, Prefect and the registry. Nothing is started or changed."""
     folder = services_folder(store)
     state = services_state.read_state(folder)
     if state and state.mlflow_uri:
@@ -91,7 +89,7 @@ def look(store: StoreSpec) -> Status:
 
             with client_of(services_state.prefect_of(folder, state).url) as client:
                 deployments = list(_deployments(client))
-        return Status(state, services, deployments, _models(store))
+        return Status(state, services, deployments, *_champions(store))
 
 
 def _services(store: StoreSpec, folder: Path, state: State) -> list[Service]:
@@ -114,15 +112,12 @@ def _service(name: str, server: Server | None, process: Any) -> Service:
     return Service(name, state, process.pid, url, since)
 
 
-def _models(store: StoreSpec) -> list["Standing"]:
+def _champions(store: StoreSpec) -> tuple[list["Standing"], list[str]]:
     if not store.mlflow_uri and not (Store.of(store).root / "mlflow.db").exists():
-        return []
-    from tasks.release.history import reconcile, standings
+        return [], []
+    from tasks.release.history import champions
 
-    with suppress(TransientError):  # a move is being made this moment
-        for told in reconcile(store, wait_seconds=0):
-            note(told)
-    return standings(store)
+    return champions(store)
 
 
 def _deployments(client: "SyncPrefectClient") -> Iterator[Deployed]:

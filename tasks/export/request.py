@@ -65,14 +65,14 @@ class Subject:
         """The live model, as a worker loads it."""
         quantised = self.version.quantisation
         return {
-            "base": str(self.base), "adapter": self.version.adapter, "method": self.version.method,
+            "base": str(self.base), "adapter": self.version.adapter.folder, "method": self.version.method,
             "quantisation": quantised.model_dump() if quantised else None, "threads": None,
         }  # fmt: skip
 
 
 def subject_of(store: StoreSpec, version: Registered) -> Subject:
     """Raises StoreError if the base or the held-out rows are gone, or are not the ones of its training."""
-    place, files = Store.of(store), Path(version.adapter).parent
+    place, files = Store.of(store), version.artifacts
     meta = json.loads((files / "meta.json").read_text())
     recorded = connect(store).download_artifacts(version.run_id, "dataset.json")
     test = DatasetManifest.model_validate_json(Path(recorded).read_text()).test

@@ -70,7 +70,7 @@ def write_files(subject: Subject, wish: Wish, measured: Measured, work: Path, dr
     forms, chosen = work / _FORMS, measured.chosen
     if wish.format == "adapter":
         shutil.copytree(forms / "tokenizer", draft, dirs_exist_ok=True)
-        shutil.copytree(subject.version.adapter, draft, dirs_exist_ok=True)
+        shutil.copytree(subject.version.adapter.folder, draft, dirs_exist_ok=True)
         _name_base(draft / "adapter_config.json", subject)
     elif wish.format == "merged":
         shutil.copytree(forms / "model", draft, dirs_exist_ok=True)
@@ -108,7 +108,7 @@ def check_files(
     return Exported(
         model=subject.version.label, format=wish.format, base=subject.base_name,
         base_digest=subject.version.base_digest, lineage_sha256=subject.lineage_sha256,
-        adapter_sha256=subject.version.adapter_sha256, tolerance_nats=wish.tolerance_nats, items=measured.items,
+        adapter_sha256=subject.version.adapter.sha256, tolerance_nats=wish.tolerance_nats, items=measured.items,
         tokens=measured.tokens, live=measured.live, forms=measured.forms, chosen=measured.chosen, written=written,
         runtime=runtime, notes=[*notes, *_better_elsewhere(measured), *_unmeasured(subject, wish, written, runtime)],
         files={path.relative_to(draft).as_posix(): digest(path) for path in sorted(draft.rglob("*")) if path.is_file()},

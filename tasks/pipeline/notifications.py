@@ -31,7 +31,7 @@ from data_contracts.run_spec import ModelSpec, RunSpec, StoreSpec
 from data_contracts.verdict import GateReport, GateResult
 from tasks.release import registry
 from tasks.reporting.links import mlflow_page, prefect_page
-from tasks.reporting.markdown import interval, needs, number
+from tasks.reporting.markdown import needs, plain_interval, plain_number
 from tasks.runtime.console import Log, best_effort, warn
 from tasks.runtime.mlflow_client import connect
 from tasks.runtime.store import Store
@@ -258,10 +258,10 @@ def moved(model: ModelVersion, move: Move) -> Message:
 
 
 def _gate(item: GateResult) -> str:
-    spread = f" ({interval(item.interval)})" if item.interval else ""
+    spread = f" ({plain_interval(item.interval)})" if item.interval else ""
     must = f", must be {needs(item)}" if item.direction else ""
     told = "" if item.verdict == "pass" else f": {item.verdict}"
-    return f"- {item.name} {number(item.actual)}{spread}{must}{told}"
+    return f"- {item.name} {plain_number(item.actual)}{spread}{must}{told}"
 
 
 def _problem(problem: Problem) -> str:

@@ -63,18 +63,18 @@ def working_place(store: Store, version: Registered) -> Iterator[Store]:
 
 def recorded_dataset(version: Registered) -> DatasetManifest:
     """The data set as it stands in the version's evidence."""
-    return DatasetManifest.model_validate_json((Path(version.adapter).parent / EVIDENCE / "dataset.json").read_bytes())
+    return DatasetManifest.model_validate_json((version.artifacts / EVIDENCE / "dataset.json").read_bytes())
 
 
 def checked_adapter(version: Registered, then: Lineage) -> AdapterRef:
     """The registered adapter. Raises StoreError if it is not the file that the lineage names."""
-    weights = Path(version.adapter) / ADAPTER_FILE
+    weights = Path(version.adapter.folder) / ADAPTER_FILE
     found = digest(weights if weights.exists() else weights.parent)
     if found != then.training.adapter.sha256:
         what = f"the adapter of {version.label} is not the one that was registered ({found[:_SHOWN]})"
         act = "restore the registry's artifacts from a backup"
         raise StoreError(Problem(what, ADAPTER_FILE, f"sha256 {then.training.adapter.sha256[:_SHOWN]}", act))
-    return AdapterRef(folder=version.adapter, sha256=found)
+    return AdapterRef(folder=version.adapter.folder, sha256=found)
 
 
 def base_again(store: Store, place: Store, spec: RunSpec, then: Lineage) -> BaseModelRef:
@@ -136,7 +136,7 @@ def compare_again(
         return Measured()
     own = {"method": arm.method, "quantisation": arm.quantisation}
     adapters = {"then": checked_adapter(version, then), "now": arm.adapter}
-    folders = {"then": version.adapter, "now": str(place.path(arm.adapter.folder))}
+    folders = {"then": version.adapter.folder, "now": str(place.path(arm.adapter.folder))}
     found = run_worker("tasks.reproduction.workers.compare_adapters", folders, place.files / "compared")
     targets = [EvalTarget(name=name, adapter=adapter, **own) for name, adapter in adapters.items()]
     alone = {"tasks": ["domain_nll"], "forms": [], "sample_questions": 0, "task_folder": None}

@@ -22,11 +22,11 @@ from data_contracts.jobs import Job
 _LOG_LINES_SHOWN = 12
 _SECONDS_BETWEEN_LINES = 15.0
 SECONDS_TO_END = 60.0  # for a worker that was asked to: a step, and a checkpoint
-Event = dict[str, Any]
-Watch = Callable[[Event], None]
+WorkerEvent = dict[str, Any]
+Watch = Callable[[WorkerEvent], None]
 
 
-def _nobody(event: Event) -> None:
+def _nobody(event: WorkerEvent) -> None:
     pass
 
 
@@ -65,7 +65,7 @@ def run_worker(module: str, job: Job | dict[str, Any], out: Path, launch: Launch
         command = [sys.executable, "-m", *_launcher(job), module, str(spec_file), str(out)]
         environment = worker_environment() | ({"CUDA_VISIBLE_DEVICES": launch.gpu} if launch.gpu else {})
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
-        said: dict[str, Event] = {}  # the last of each kind
+        said: dict[str, WorkerEvent] = {}  # the last of each kind
         try:
             follow(child, display.show, launch.watch, lambda event: said.update({event["event"]: event}))
         finally:
@@ -127,7 +127,7 @@ def _end(child: "subprocess.Popen[str]") -> None:
         child.stdout.close()
 
 
-def worker_error(code: int, module: str, out: Path, said: Event | None = None) -> Exception:
+def worker_error(code: int, module: str, out: Path, said: WorkerEvent | None = None) -> Exception:
     """What a worker that ended with this code left as its reason, or said where it had no room for it, as an error of ours."""
     left = out / "error.json"
     if told := json.loads(left.read_text()) if left.exists() else said:
@@ -164,7 +164,7 @@ class Display:
         self.bar.remove_task(self.line)
         _SCREEN.leave()
 
-    def show(self, event: Event) -> None:
+    def show(self, event: WorkerEvent) -> None:
         kind = event["event"]
         if kind == "note":
             self._say(event["text"])

@@ -18,7 +18,7 @@ from data_contracts.errors import ConfigError, Problem
 from data_contracts.run_spec import StoreSpec
 from tasks.release.registry import CHAMPION, Registered, alias_version, resolve
 from tasks.runtime.mlflow_client import connect
-from tasks.runtime.processes import Display, Event, Watch, follow, worker_environment, worker_error
+from tasks.runtime.processes import Display, WorkerEvent, Watch, follow, worker_environment, worker_error
 from tasks.runtime.store import Store
 
 API_KEY = "TUNEGATE_API_KEY"
@@ -83,14 +83,14 @@ class Followed:
 
 
 def _told(found: Registered, asked: Wanted) -> dict[str, Any]:
-    adapter = Path(found.adapter)
+    adapter = Path(found.adapter.folder)
     return {
         "name": found.name,
         "version": found.version,
         "alias": asked.alias,
         "adapter": str(adapter),
         "meta": str(adapter.with_name("meta.json")),
-        "adapter_sha256": found.adapter_sha256,
+        "adapter_sha256": found.adapter.sha256,
     }
 
 
@@ -104,7 +104,7 @@ class Endpoint:
         self.out = place.files / "serving" / uuid.uuid4().hex
         self._environment = {"TUNEGATE_STORE_DIR": str(place.root.resolve())} | worker_environment()
         self._environment |= {API_KEY: key} if key else {}
-        self._changed = threading.Event()
+        self._changed = threading.WorkerEvent()
         self.port: int | None = None
 
     def start(self) -> None:
@@ -161,7 +161,7 @@ class Endpoint:
             follow(self.child, show, self._hear)
         self._changed.set()  # it may have ended before it was ready
 
-    def _hear(self, event: Event) -> None:
+    def _hear(self, event: WorkerEvent) -> None:
         if event["event"] == "ready":
             self.port = event["port"]
             self._changed.set()

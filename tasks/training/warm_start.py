@@ -99,7 +99,7 @@ def origin_at(found: Registered) -> Origin:
         version=found.version,
         method=found.method,
         base_digest=found.base_digest,
-        adapter=AdapterRef(folder=found.adapter, sha256=found.adapter_sha256),
+        adapter=found.adapter,
         trained=found.trained,
     )
 

@@ -24,7 +24,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.task_engine import TaskRunTimeoutError
 
 from data_contracts.errors import ConfigError, DataError, GateError, Problem, StoreError, TransientError, WorkerError
-from data_contracts.failures import KINDS, explained, has_secret, kind_of, may_pass, without_secrets
+from data_contracts.failures import KINDS, explained, has_secret, is_transient, kind_of, without_secrets
 
 TABLE = Path(__file__).parents[2] / "docs" / "failures.md"
 PROBLEM = Problem("something")
@@ -142,13 +142,13 @@ def test_an_error_is_recognised_by_its_kind_and_told_as_ours(name):
     kind = next(kind for kind in KINDS if kind.name == name)
     for error in EXAMPLES[name]:
         assert kind_of(error) is kind, repr(error)
-        assert may_pass(error) is kind.again
+        assert is_transient(error) is kind.again
         told = explained(error)
         if kind.name.startswith("our own"):
             assert told is error
             continue
         assert type(told) is kind.error
-        assert may_pass(told) is kind.again, "what is told and what is tried again must agree"
+        assert is_transient(told) is kind.again, "what is told and what is tried again must agree"
         assert told.problems[0].what.startswith(name)
         assert told.problems[0].act
 
@@ -166,7 +166,7 @@ def test_an_error_is_recognised_by_its_kind_and_told_as_ours(name):
 )
 def test_a_bug_is_not_tried_again_and_stays_what_it_is(bug):
     assert kind_of(bug) is None
-    assert not may_pass(bug)
+    assert not is_transient(bug)
     assert explained(bug) is None
 
 

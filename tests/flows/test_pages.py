@@ -41,7 +41,7 @@ from flows.cli.pages.data import show_data
 from flows.cli.pages.payloads import summary
 from flows.cli.pages.run import show_comparison, show_run
 from tasks.reporting.finished_runs import report_file
-from tasks.reporting.plots import memory
+from tasks.reporting.plots import memory_plot
 from tasks.reporting.tables import memory_parts
 from tasks.runtime.store import Store
 from tests.support.planted import comparison, estimate
@@ -259,7 +259,7 @@ def test_each_bar_of_memory_is_the_peak_part_by_part():
         "logits": 9,
     }
     lora = arm("lora", 500_000_000).model_copy(update={"planned_memory": PlannedMemory(**parts)})
-    (axes,) = memory([lora, arm("qlora", 125_000_000)]).axes
+    (axes,) = memory_plot([lora, arm("qlora", 125_000_000)]).axes
     assert [text.get_text() for text in axes.get_yticklabels()] == [
         "lora, measured",
         "lora, planned",

@@ -124,8 +124,8 @@ def test_every_stage_has_a_condition_that_prefect_calls():
 
 def test_prefect_asks_the_table_after_each_failed_try(tmp_path, monkeypatch):
     asked = []
-    may_pass = policies.may_pass
-    monkeypatch.setattr(policies, "may_pass", lambda error: asked.append(error) or may_pass(error))
+    is_transient = policies.is_transient
+    monkeypatch.setattr(policies, "is_transient", lambda error: asked.append(error) or is_transient(error))
     failing = Stage(tmp_path, lambda: Path("/nowhere").read_text() if failing.calls > 2 else break_off())
     with pytest.raises(FileNotFoundError):  # a bug stays what it is
         failing.run()

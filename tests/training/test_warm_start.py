@@ -392,7 +392,7 @@ def test_the_arms_own_dropout_is_kept_and_nothing_but_weights_is_taken(place, mo
 def champion_files(place, generations):
     """The champion's files in the registry; each is put back."""
     registered = registry.champion(place.model, NAME)
-    files = [Path(registered.adapter) / "adapter_model.safetensors", Path(registered.trained.path)]
+    files = [Path(registered.adapter.folder) / "adapter_model.safetensors", Path(registered.trained.path)]
     before = [file.read_bytes() for file in files]
     yield files
     for file, content in zip(files, before, strict=True):

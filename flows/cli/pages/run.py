@@ -9,8 +9,8 @@ from rich.text import Text
 from data_contracts.reports import EvalReport, ModelVersion, RunReport, Stage
 from tasks.reporting.finished_runs import html_file, store_of
 from tasks.reporting.links import model_uri
-from tasks.reporting.sentences import label_of, started
-from tasks.reporting.tables import cost_rows, models_of, score_rows
+from tasks.reporting.sentences import label_of, start_sentence
+from tasks.reporting.tables import cost_rows, models_by_name, score_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,7 +33,7 @@ def show_run(report: RunReport, console: "Console") -> None:
     show_comparison(report.comparison, console, report.base.note)
     show_gate(report.gate, console)
     show_version(report.model, console)
-    models = models_of(report.arms, report.evaluations)
+    models = models_by_name(report.arms, report.evaluations)
     _show_sample([scores[0] for scores, _ in models.values() if scores], console)
     _show_next(report, console)
 
@@ -58,7 +58,7 @@ def show_verdict(report: RunReport, console: "Console") -> None:
 def show_models(report: RunReport, console: "Console") -> None:
     table = Table(title=f"run {report.run_id}: {report.base.name}", title_justify="left", title_style="bold")
     table.add_column("")
-    models = models_of(report.arms, report.evaluations)
+    models = models_by_name(report.arms, report.evaluations)
     for name in models:
         table.add_column(label_of(name), justify="right")
     for label, cells in score_rows(models, report.comparison):
@@ -69,7 +69,7 @@ def show_models(report: RunReport, console: "Console") -> None:
     console.print(table)
     for arm in report.arms:
         if arm.start:
-            console.print(Text(f"  {arm.name} {started(arm.start)}"), soft_wrap=True)
+            console.print(Text(f"  {arm.name} {start_sentence(arm.start)}"), soft_wrap=True)
 
 
 def show_version(model: ModelVersion, console: "Console") -> None:

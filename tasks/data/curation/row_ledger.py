@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from data_contracts.data_reports import FileRef
 from data_contracts.errors import Problem, StoreError, TransientError
-from data_contracts.failures import may_pass
+from data_contracts.failures import is_transient
 from data_contracts.rows import Message, as_json, from_json
 from tasks.data.curation.core.split import Known, Split
 from tasks.runtime.store import Store
@@ -241,5 +241,5 @@ def connection(store: Store, tables: str = "") -> Iterator[sqlite3.Connection]:
             yield database
     except sqlite3.Error as error:
         act = "check that the disk has room and that no other program holds the file"
-        kind = TransientError if may_pass(error) else StoreError
+        kind = TransientError if is_transient(error) else StoreError
         raise kind(Problem(f"the row ledger failed: {error}", str(store.ledger), act=act)) from error
