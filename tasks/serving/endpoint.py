@@ -18,7 +18,7 @@ from data_contracts.errors import ConfigError, Problem
 from data_contracts.run_spec import StoreSpec
 from tasks.release.registry import CHAMPION, Registered, alias_version, resolve
 from tasks.runtime.mlflow_client import connect
-from tasks.runtime.processes import Display, WorkerEvent, Watch, follow, worker_environment, worker_error
+from tasks.runtime.processes import Display, Watch, WorkerEvent, follow, worker_environment, worker_error
 from tasks.runtime.store import Store
 
 API_KEY = "TUNEGATE_API_KEY"
@@ -104,7 +104,7 @@ class Endpoint:
         self.out = place.files / "serving" / uuid.uuid4().hex
         self._environment = {"TUNEGATE_STORE_DIR": str(place.root.resolve())} | worker_environment()
         self._environment |= {API_KEY: key} if key else {}
-        self._changed = threading.WorkerEvent()
+        self._changed = threading.Event()
         self.port: int | None = None
 
     def start(self) -> None:

@@ -73,7 +73,7 @@ def of_mlflow_database(text: str) -> Exception:
 
 
 EXAMPLES = {
-    "our own, may pass": [TransientError(PROBLEM)],
+    "our own, transient": [TransientError(PROBLEM)],
     "our own, input": [ConfigError(PROBLEM), DataError(PROBLEM)],
     "our own, other": [GateError(PROBLEM), WorkerError(PROBLEM), after(StoreError(PROBLEM), ConnectionError())],
     "offline on purpose": [
@@ -142,13 +142,13 @@ def test_an_error_is_recognised_by_its_kind_and_told_as_ours(name):
     kind = next(kind for kind in KINDS if kind.name == name)
     for error in EXAMPLES[name]:
         assert kind_of(error) is kind, repr(error)
-        assert is_transient(error) is kind.again
+        assert is_transient(error) is kind.retried
         told = explained(error)
         if kind.name.startswith("our own"):
             assert told is error
             continue
         assert type(told) is kind.error
-        assert is_transient(told) is kind.again, "what is told and what is tried again must agree"
+        assert is_transient(told) is kind.retried, "what is told and what is tried again must agree"
         assert told.problems[0].what.startswith(name)
         assert told.problems[0].act
 
@@ -224,5 +224,5 @@ def test_what_looks_like_a_login_is_left_out(text, kept):
 def test_the_documentation_shows_the_table_as_it_is():
     page = TABLE.read_text(encoding="utf-8")
     table = page.partition("| kind | recognised by | then | next act |\n|---|---|---|---|\n")[2].partition("\n\n")[0]
-    rows = [f"| {k.name} | {k.seen} | {'again' if k.again else 'stop'} | {k.act} |" for k in KINDS]
+    rows = [f"| {k.name} | {k.seen} | {'retried' if k.retried else 'stop'} | {k.act} |" for k in KINDS]
     assert table.splitlines() == rows

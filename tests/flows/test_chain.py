@@ -23,7 +23,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from data_contracts.errors import ConfigError, GateError
 from data_contracts.lineage import Lineage
 from data_contracts.run_spec import StoreSpec
-from tasks.release import judgements as judged
+from tasks.release.judgements import newest_judgement
 from tasks.release.registry import resolve
 from tasks.runtime.store import digest
 from tests.support.servers import COMMAND, prefect_server
@@ -373,7 +373,7 @@ def test_the_gate_command_judges_a_registered_version(first, tunegate, place):
     assert decision["verdict"] == {0: "pass", 1: "fail", 3: "inconclusive"}[code]
     assert decision["comparison"]["nll_nats"].keys() >= {"base", "candidate"}
     store = StoreSpec(root=str(place / "store"))
-    kept = judged.newest(store, resolve(store, "models:/tunegate-smoke/1"))
+    kept = newest_judgement(store, resolve(store, "models:/tunegate-smoke/1"))
     assert kept.is_later and kept.verdict == decision["verdict"], "for `tunegate promote`"
     assert kept.answers[0].next_tokens and kept.precision
 
@@ -418,13 +418,13 @@ def test_the_command_checks_a_version_in_a_fresh_process_and_moves_the_champion(
 @pytest.mark.slow
 def test_promotion_needs_a_passed_gate_or_a_reason_and_can_be_rolled_back(second, place, hook):
     from flows.promote import promote, rollback
-    from tasks.release.promotion import promote_version
+    from tasks.release.promotion import Approval, promote_version
     from tasks.release.registry import champion
     from tasks.runtime.mlflow_client import connect
 
     store, name = StoreSpec(root=str(place / "store")), "tunegate-smoke"
     connect(store).set_model_version_tag(name, "2", "tunegate.verdict", "fail")
-    promote_version(store, name, "1", override=True, reason="start of this test")
+    promote_version(store, name, "1", Approval(override=True, reason="start of this test"))
     with pytest.raises(GateError, match="say fail"):
         promote_version(store, name, "2")
     assert champion(store, name).version == "1"
@@ -438,4 +438,4 @@ def test_promotion_needs_a_passed_gate_or_a_reason_and_can_be_rolled_back(second
     ]
     assert "overruled: the gates of tunegate-smoke version 2 say fail" in hook["messages"][-2][1]
     with pytest.raises(ConfigError, match="no challenger"):
-        promote_version(store, "no-such-model", None)
+        promote_version(store, "no-such-model", version=None)

@@ -19,7 +19,7 @@ from tasks.data.curation.curate import curate
 from tasks.data.freshness import decide, drifted, reason_to_retrain, still_changing
 from tasks.data.ingestion.ingest import ingest
 from tasks.data.validation.validate import validate
-from tasks.pipeline.run_lock import Holder, me, turn
+from tasks.pipeline.run_lock import Holder, hold_run_lock
 from tasks.runtime.store import Store
 
 # --- the rule -----------------------------------------------------------------------------------------------
@@ -152,7 +152,9 @@ def test_a_file_that_is_being_written_is_not_read_yet(spec, tmp_path):
 
 
 def hold(root: Path, told: Connection) -> None:
-    with turn(Store(root), me("11111111-1111-1111-1111-111111111111", "first"), "wait", print):
+    with hold_run_lock(
+        Store(root), Holder.this_process("11111111-1111-1111-1111-111111111111", "first"), "wait", print
+    ):
         told.send("ready")
         told.poll(60)
 
@@ -174,11 +176,11 @@ SECOND = Holder("2", "second", "here", 1, "now")
 
 
 def test_a_second_run_skips_if_it_is_told_to(tmp_path, holder):
-    with turn(Store(tmp_path), SECOND, "skip", pytest.fail) as own:
-        assert not own.mine
-        assert own.other is not None
-        assert own.other.name == "first"
-        assert own.other.process == holder[0].pid
+    with hold_run_lock(Store(tmp_path), SECOND, "skip", pytest.fail) as lock:
+        assert not lock.acquired
+        assert lock.busy is not None
+        assert lock.busy.name == "first"
+        assert lock.busy.process == holder[0].pid
 
 
 def test_a_second_run_waits_for_the_first_and_says_for_whom(tmp_path, holder):
@@ -188,26 +190,26 @@ def test_a_second_run_waits_for_the_first_and_says_for_whom(tmp_path, holder):
         told.append(line)
         holder[1].send("end")
 
-    with turn(Store(tmp_path), SECOND, "wait", note) as own:
-        assert own.mine
-        assert own.other is None, "the first one ended well"
+    with hold_run_lock(Store(tmp_path), SECOND, "wait", note) as lock:
+        assert lock.acquired
+        assert lock.crashed is None, "the first one ended well"
     assert "waiting for first (process" in told[0]
 
 
 def test_a_killed_run_frees_the_store_at_once_and_is_known(tmp_path, holder):
     os.kill(holder[0].pid, signal.SIGKILL)
     holder[0].join()
-    with turn(Store(tmp_path), SECOND, "skip", pytest.fail) as own:
-        assert own.mine
-        assert own.other is not None
-        assert own.other.flow_run_id == "11111111-1111-1111-1111-111111111111"
-    with turn(Store(tmp_path), SECOND, "skip", pytest.fail) as own:
-        assert own.other is None, "told once"
+    with hold_run_lock(Store(tmp_path), SECOND, "skip", pytest.fail) as lock:
+        assert lock.acquired
+        assert lock.crashed is not None
+        assert lock.crashed.flow_run_id == "11111111-1111-1111-1111-111111111111"
+    with hold_run_lock(Store(tmp_path), SECOND, "skip", pytest.fail) as lock:
+        assert lock.crashed is None, "told once"
 
 
 def test_a_run_that_ends_with_an_error_is_not_taken_for_killed(tmp_path):
-    with pytest.raises(GateError), turn(Store(tmp_path), SECOND, "wait", pytest.fail):
+    with pytest.raises(GateError), hold_run_lock(Store(tmp_path), SECOND, "wait", pytest.fail):
         raise GateError
-    with turn(Store(tmp_path), SECOND, "wait", pytest.fail) as own:
-        assert own.mine
-        assert own.other is None
+    with hold_run_lock(Store(tmp_path), SECOND, "wait", pytest.fail) as lock:
+        assert lock.acquired
+        assert lock.crashed is None

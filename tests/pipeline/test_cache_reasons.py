@@ -12,8 +12,9 @@ import pytest
 from prefect.tasks import Task
 
 from data_contracts.data_reports import FileRef, Report
-from data_contracts.reports import AdapterRef, Stage
+from data_contracts.reports import AdapterRef, BaseModelRef, Stage
 from data_contracts.run_spec import RunSpec
+from data_contracts.stage_inputs import StageInputs, TrainInputs
 from data_contracts.train_spec import TrainSpec
 from flows.prepare_data import prepare_data
 from tasks.pipeline import cache_reasons as reasons
@@ -124,17 +125,20 @@ def test_what_an_earlier_stage_made_otherwise_runs_the_next_ones_too(run):
 # ------------------------------------------------------------------------------------------------------------
 
 
+BASE = BaseModelRef(name="tiny", digest="b", path="bases/tiny", note="", revision=None, stops=[], chat_template=None)
+
+
 def training(**changes: object) -> dict:
     """Arguments of the training stage."""
     same = {
         "method": "lora",
         "seed": 17,
-        "base": None,
+        "base": BASE,
         "step0": AdapterRef(folder="a", sha256="1"),
         "precision": "auto",
     }
     rows = {"rows": FileRef(path="r", sha256="1"), "validation": FileRef(path="v", sha256="1"), "settings": TrainSpec()}
-    return {**same, **rows, **changes}
+    return {"inputs": TrainInputs.model_validate({**same, **rows, **changes})}
 
 
 def why(place: Path, **changes: object) -> str:
@@ -180,10 +184,20 @@ def test_what_was_kept_and_cannot_be_read_is_like_the_first_time(tmp_path):
 def test_every_argument_of_a_stage_that_earlier_ones_make_has_a_word():
     made, given = set(), set()
     for task in (task for task in vars(stages).values() if isinstance(task, Task)):
-        for name, annotation in get_type_hints(task.fn).items():
+        for name, annotation in one_by_one(task.fn).items():
             (made if has_report(annotation) else given).add(name)
     assert made - {"return", *NOT_IDENTITY} == reasons._MADE.keys()
     assert reasons._GIVEN.keys() <= given
+
+
+def one_by_one(function: Callable[..., object]) -> dict[str, object]:
+    """The annotations of a stage's parameters, those of a group by its fields."""
+    found: dict[str, object] = {}
+    for name, annotation in get_type_hints(function).items():
+        is_group = isinstance(annotation, type) and issubclass(annotation, StageInputs)
+        own = get_type_hints(annotation) if is_group else {name: annotation}
+        found |= {field: hint for field, hint in own.items() if field != "model_config"}
+    return found
 
 
 def has_report(annotation: object) -> bool:

@@ -28,7 +28,7 @@ RUN = """
 import sys, time
 from pathlib import Path
 from prefect import flow
-from flows.runner import Stages
+from flows.runner import Call, Stages
 from tasks.pipeline.policies import stage
 from tasks.pipeline.cache_reasons import Reasons
 from tasks.runtime.store import Store
@@ -44,7 +44,8 @@ task = stage("train")(work)
 @flow(result_storage=Path(sys.argv[1]))
 def run(seconds: float) -> str:
     store = Store(Path(sys.argv[1]))
-    return Stages(Reasons(store, "m", "t")).run(task, store, seconds, label="train lora")
+    (result,) = Stages(Reasons(store, "m", "t")).together([Call.of("train lora", task, store, seconds)])
+    return result
 
 print(run(float(sys.argv[2])))
 print(run(float(sys.argv[2])))  # cached: it asks for no slot

@@ -125,7 +125,7 @@ def first(team, dead, tmp_path_factory) -> Run:
         refusing["failures"] += 6 * [404]
         blocks = [MISSING, dead, save_block("refusing", refusing["url"]), team["block"]]
         state = retrain(root, blocks, reason="120 new rows")
-    wanted, log, deadline = "custom-webhook/refusing was not told 'm version 1", "", time.monotonic() + 20
+    wanted, log, deadline = "custom-webhook/refusing was not sent 'm version 1", "", time.monotonic() + 20
     while wanted not in log and time.monotonic() < deadline:  # it is sent every two seconds
         time.sleep(0.2)
         log = log_of(state)
@@ -183,7 +183,7 @@ def test_a_block_that_is_missing_is_told_before_the_first_stage_and_fails_nothin
 
 def test_a_webhook_that_is_down_or_refuses_is_told_on_stderr_and_in_the_log(first):
     for block, error in (("dead", "ConnectError"), ("refusing", "HTTPStatusError 404")):
-        told = f"custom-webhook/{block} was not told 'm version 1: PASS': {error}\n    limit: 3 tries"
+        told = f"custom-webhook/{block} was not sent 'm version 1: PASS': {error}\n    limit: 3 tries"
         assert told in first.stderr
         assert told in first.log
 
@@ -198,20 +198,20 @@ def test_no_secret_of_a_block_is_in_what_prefect_or_a_terminal_shows(first):
 
 
 def test_what_may_pass_is_tried_again_and_a_status_is_told_without_the_address(hook, capfd):
-    message = notifications.Message("subject", "body")
+    message = notifications.Notice("subject", "body")
     hook["failures"] += [503, 429]
     notify._send([hook["block"]], message)
     assert hook["messages"] == [("subject", "body")]
     hook["failures"] += [500, 500, 500]
     notify._send([hook["block"]], message)
     told = capfd.readouterr().err
-    assert "custom-webhook/team was not told 'subject': HTTPStatusError 500" in told
+    assert "custom-webhook/team was not sent 'subject': HTTPStatusError 500" in told
     assert SECRET not in told
 
 
 def test_a_block_of_another_kind_is_told_apart(capfd):
     Secret(value="x").save("plain", overwrite=True)
-    notify._send(["secret/plain"], notifications.Message("subject", "body"))
+    notify._send(["secret/plain"], notifications.Notice("subject", "body"))
     assert "secret/plain cannot notify\n    limit: a notification block" in capfd.readouterr().err
 
 
@@ -259,7 +259,7 @@ def test_an_apprise_url_sends_e_mail_by_smtp():
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"mailto://127.0.0.1:{server.server_address[1]}?from=a@example.org&to=b@example.org&format=text"
         notify.AppriseUrl(url=url).save("mail", overwrite=True)
-        notify._send(["apprise-url/mail"], notifications.Message("m version 1: PASS", "line one\nline two"))
+        notify._send(["apprise-url/mail"], notifications.Notice("m version 1: PASS", "line one\nline two"))
         server.shutdown()
     assert "Subject: m version 1: PASS" in server.mail
     assert "\r\nline one\r\nline two\r\n" in server.mail
@@ -275,9 +275,11 @@ def gate(name: str, verdict: str, actual: float | None = 0.5) -> GateResult:
     )
 
 
-def verdict_of(verdict: str, gates: list[GateResult], root: Path, champion: str | None) -> notifications.Message:
+def verdict_of(verdict: str, gates: list[GateResult], root: Path, champion: str | None) -> notifications.Notice:
     report = planted(root).model_copy(update={"gate": GateReport(gates=gates, off=[], verdict=verdict)})
-    return notifications.verdict(report, "r", champion, root / "report.html", "http://m/#/runs/1", "http://p/runs/1")
+    return notifications.verdict_notice(
+        report, "r", champion, root / "report.html", "http://m/#/runs/1", "http://p/runs/1"
+    )
 
 
 def test_a_verdict_names_the_gates_that_decide_and_who_is_champion(tmp_path):
@@ -313,7 +315,7 @@ def test_a_verdict_names_the_gates_that_decide_and_who_is_champion(tmp_path):
     ],
 )
 def test_a_failure_shows_no_text_that_could_hold_a_secret(error, told):
-    assert notifications.failed("m", "r", ["in stage x"], error, None).body.splitlines() == [
+    assert notifications.failed_notice("m", "r", ["in stage x"], error, None).body.splitlines() == [
         "in stage x",
         told,
         "Prefect: run r, `tunegate up` serves its page",
@@ -341,11 +343,11 @@ HOSTILE = "a|b<script>x</script>[l](http://e)\n# h"
 
 
 def show_all(report: RunReport, root: Path) -> None:
-    artifacts.show_data(Store(root), report.dataset)
+    artifacts.publish_data(Store(root), report.dataset)
     for arm in report.arms:
-        artifacts.show_training(arm)
-    artifacts.show_verdict(report.arms, report.evaluations, report.comparison, report.gate)
-    artifacts.show_report(report)
+        artifacts.publish_training(arm)
+    artifacts.publish_verdict(report.arms, report.evaluations, report.comparison, report.gate)
+    artifacts.publish_report(report)
 
 
 def hostile(report: RunReport) -> RunReport:
@@ -452,9 +454,9 @@ def test_live_training_is_updated_seldom_and_ends_at_100_percent(tmp_path, monke
 def test_an_artifact_that_cannot_be_made_raises_nothing(tmp_path, capfd):
     live = artifacts.LiveTraining("qlora")
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):  # nothing listens there
-        artifacts.show_data(Store(tmp_path), planted(tmp_path).dataset)
+        artifacts.publish_data(Store(tmp_path), planted(tmp_path).dataset)
         for step in (1, 2, 3):
             live.show({"event": "step", "step": step, "of": 3, "loss_nats": 4.0})
     told = capfd.readouterr().err
-    assert "warning: show_data: not shown in Prefect: ConnectError" in told
+    assert "warning: publish_data: not shown in Prefect: ConnectError" in told
     assert told.count("warning: _update: not shown") == 1, "none is tried after one that failed"

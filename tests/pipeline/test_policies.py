@@ -13,7 +13,7 @@ from tasks.runtime.store import Store
 
 
 class Failed:
-    """A Prefect state, as far as a retry condition looks at it."""
+    """A Prefect state, as far as a retry condition reads it."""
 
     def __init__(self, error):
         self.error = error
@@ -24,7 +24,7 @@ class Failed:
 
 
 @pytest.mark.parametrize(
-    ("error", "again"),
+    ("error", "retried"),
     [
         (TransientError(Problem("killed by signal 9")), True),
         (ConnectionError("refused"), True),
@@ -33,12 +33,12 @@ class Failed:
         (ValueError("a bug"), False),
     ],
 )
-def test_only_an_error_that_may_pass_is_retried(error, again):
+def test_only_a_transient_error_is_retried(error, retried):
     task = stage("gate")(lambda: None)
-    assert task.retry_condition_fn(task, None, Failed(error)) is again
+    assert task.retry_condition_fn(task, None, Failed(error)) is retried
 
 
-def test_a_key_does_not_depend_on_where_the_store_lies():
+def test_a_key_does_not_depend_on_where_the_store_is():
     keys = {stage_key("curate", {"store": Store(Path(root)), "spec": CurateSpec()}) for root in ("a", "b")}
     assert len(keys) == 1
 

@@ -23,6 +23,7 @@ from data_contracts.errors import ConfigError, DataError, StoreError
 from data_contracts.lineage import LINEAGE_TAG, Lineage, Reproduction, result_of
 from data_contracts.reports import BaseModelRef, ModelVersion, RecordedRun, TrainReport
 from data_contracts.run_spec import RunSpec
+from data_contracts.stage_inputs import RunResult
 from data_contracts.train_spec import arms_of
 from flows.reproduce import recorded_spec, reproduce_flow
 from tasks.data.curation import row_ledger as ledger
@@ -33,7 +34,7 @@ from tasks.data.validation.validate import validate
 from tasks.models.base import init_adapter, start_settings
 from tasks.release import lineage as lineages
 from tasks.release import registry
-from tasks.release.lineage import Made
+from tasks.release.lineage import Registration
 from tasks.release.register import register_version
 from tasks.runtime.mlflow_client import connect, open_experiment
 from tasks.runtime.store import Store, digest, without_place
@@ -88,7 +89,7 @@ class Place:
         inputs = ("lora", 17, self.base, step0, self.data.train, self.data.validation, own.settings, "fp32")
         return train_arm(self.store, "train-" + "0" * 16, *inputs, False, lambda event: None, "lora", None)
 
-    def everything(self) -> Made:
+    def everything(self) -> Registration:
         import mlflow
 
         client = connect(self.spec.store)
@@ -99,12 +100,14 @@ class Place:
         samples.write_text('{"task": "domain_nll", "metric": "nll_nats", "row_id": "a", "value": 2.0, "tokens": 3}\n')
         own = {"samples": self.store.ref(samples), "facts": self.store.ref(samples)}
         found = planted(self.store.root)
-        return Made(
-            spec=self.spec, key="register-1", code="c" * 64, base=self.base, arm=self.arm, arms=[self.arm],
-            evaluations=[scores("base", 4.0), scores("lora", 2.0).model_copy(update=own)], dataset=self.data,
+        result = RunResult(
+            base=self.base, dataset=self.data, candidate=self.arm, arms=[self.arm],
+            evaluations=[scores("base", 4.0), scores("lora", 2.0).model_copy(update=own)],
             comparison=found.comparison.model_copy(update={"candidate": "lora", "released": "lora"}), gate=found.gate,
-            rival=None, recorded=RecordedRun(mlflow_run_id=run.info.run_id, arm_run_ids={"lora": run.info.run_id}),
+            champion=None,
         )  # fmt: skip
+        recorded = RecordedRun(mlflow_run_id=run.info.run_id, arm_run_ids={"lora": run.info.run_id})
+        return Registration(self.spec, result, recorded, key="register-1", code="c" * 64)
 
     @property
     def lineage(self) -> Lineage:
@@ -183,7 +186,7 @@ def test_the_lineage_says_what_it_was_made_from(place):
     assert found.training.settings["rank"] == 4 and found.training.seed == 17
     assert (found.machine.threads, found.machine.precision, found.machine.device) == (1, "fp32", "cpu")
     assert found.machine.packages["torch"] and found.code.digest == "c" * 64
-    assert (found.judgement.verdict, found.judgement.nll_nats, found.judgement.rival) == ("pass", 2.0, None)
+    assert (found.judgement.verdict, found.judgement.nll_nats, found.judgement.champion) == ("pass", 2.0, None)
 
 
 def test_no_file_of_it_tells_where_on_this_machine_anything_lay(place):

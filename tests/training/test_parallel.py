@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import pytest
 
-from data_contracts.data_reports import DatasetManifest
+from data_contracts.data_reports import DatasetManifest, FileRef
 from data_contracts.errors import ConfigError, DataError, StoreError, TunegateError
 from data_contracts.reports import BaseModelRef, Slot, TrainReport
 from data_contracts.run_spec import RunSpec, StoreSpec
-from data_contracts.train_spec import TrainSpec, arms_of
+from data_contracts.stage_inputs import TrainInputs
+from data_contracts.train_spec import Arm, TrainSpec, arms_of
 from tasks.evaluation.core.costs import claims, measure_costs
 from tasks.models.base import adapter_ref
 from tasks.pipeline.policies import stage_key
@@ -154,21 +155,27 @@ class Place:
         names = {name: self.store.ref(self.store.files / f"{name}.jsonl") for name in ("train", "validation")}
         return dataset().model_copy(update=names)
 
+    def inputs(self, arm: Arm, rows: FileRef) -> TrainInputs:
+        return TrainInputs(
+            method=arm.method, seed=arm.seed, base=self.base, step0=self.step0, rows=rows,
+            validation=self.data().validation, settings=arm.settings, precision="auto",
+        )  # fmt: skip
+
     def train(self, slots: list[Slot], lost: str | None = None, **settings) -> Trained:
         """lost: the arm whose rows are gone."""
         from prefect import flow
 
         from flows.runner import Stages
-        from flows.train_arms import Begin, train_arms
+        from flows.train_arms import PlannedArm, train_arms
 
         spec = RunSpec(train=TrainSpec(**SHORT | settings), store=StoreSpec(root=str(self.store.root)))
         arms, data = arms_of(spec.train), self.data()
         gone = data.train.model_copy(update={"path": "gone.jsonl", "sha256": "0"})
-        begins = [Begin(self.step0, gone if arm.name == lost else data.train, None) for arm in arms]
+        planned = [PlannedArm(arm, self.inputs(arm, gone if arm.name == lost else data.train), None) for arm in arms]
 
         @flow(result_storage=self.store.root / "results")
         def alone() -> list[TrainReport]:
-            return train_arms(Stages.of(spec), spec, self.base, data, arms, begins, slots)
+            return train_arms(Stages.of(spec), self.store, planned, slots)
 
         (self.store.root / "results").mkdir(exist_ok=True)
         trained = alone()
