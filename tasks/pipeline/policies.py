@@ -21,7 +21,7 @@ from prefect.context import TaskRunContext
 from pydantic import BaseModel
 
 from data_contracts.data_reports import FileRef
-from data_contracts.errors import TunegateError
+from data_contracts.errors import TransientError, TunegateError
 from data_contracts.failures import explained, has_secret, is_transient
 from data_contracts.reports import AdapterRef, BaseModelRef
 from data_contracts.run_spec import RunSpec, StoreSpec
@@ -206,7 +206,7 @@ def explaining(function: Callable[P, R]) -> Callable[P, R]:
 def _counted(error: TunegateError) -> TunegateError:
     """Log that it will be retried; after the last try the error says how many there were."""
     context = TaskRunContext.get()
-    if context is None or not is_transient(error):
+    if context is None or not isinstance(error, TransientError):
         return error
     tries, most = context.task_run.run_count, 1 + context.task.retries
     if tries >= most:

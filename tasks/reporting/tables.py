@@ -65,7 +65,7 @@ _SCORES: list[tuple[str, Callable[[Sequence[EvalReport]], str]]] = [
     ("benchmark accuracy", lambda e: _mean([item.accuracy for item in e])),
     ("  word overlap alone", lambda e: _mean([item.lexical_baseline_accuracy for item in e])),
     ("answers: ROUGE-L", lambda e: _mean([score_of(item, "rouge_l") for item in e])),
-    ("  ended by itself", lambda e: _mean([score_of(item, "stopped") for item in e])),
+    ("  ended with a stop token", lambda e: _mean([score_of(item, "stopped") for item in e])),
     ("ms per written token", lambda e: _mean([item.ms_per_token for item in e], ".0f")),
     ("held-out items", lambda e: str(e[0].items) if e else _NONE),
 ]

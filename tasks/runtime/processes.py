@@ -1,4 +1,4 @@
-"""Run a worker as a child process: its memory returns on exit, and whatever kills it becomes an error with a cause."""
+"""Run a worker as a child process: its memory returns on exit, and what kills it becomes an error with a cause."""
 
 import json
 import os
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_contracts.errors import ERRORS, Problem, TransientError, WorkerError
 from data_contracts.jobs import Job
+from tasks.runtime.core.files import write_atomically
 
 _LOG_LINES_SHOWN = 12
 _SECONDS_BETWEEN_LINES = 15.0
@@ -35,7 +36,7 @@ class Launch:
     """How a worker is started and shown."""
 
     title: str | None = None  # what progress calls it; its module's name if None
-    force: bool = False  # from the start, whatever an earlier one left
+    force: bool = False  # from the start, without what an earlier one left
     watch: Watch = _nobody  # gets each of its events
     gpu: str | None = None  # the only one it sees
 
@@ -57,7 +58,7 @@ def run_worker(module: str, job: Job | dict[str, Any], out: Path, launch: Launch
     out.mkdir(parents=True, exist_ok=True)
     (out / "error.json").unlink(missing_ok=True)
     report_file.unlink(missing_ok=True)
-    spec_file.write_text(text)
+    write_atomically(spec_file, text)
     with (
         (out / "worker.log").open("a") as log,
         Display(launch.title or module.rpartition(".")[2].replace("_", " ")) as display,
@@ -130,11 +131,11 @@ def _end(child: "subprocess.Popen[str]") -> None:
 def worker_error(code: int, module: str, out: Path, said: WorkerEvent | None = None) -> Exception:
     """What a worker that ended with this code left as its reason, or said where it had no room for it, as an error of ours."""
     left = out / "error.json"
-    if told := json.loads(left.read_text()) if left.exists() else said:
-        return ERRORS[told["error"]](*(Problem(**problem) for problem in told["problems"]))
+    if cause := json.loads(left.read_text()) if left.exists() else said:
+        return ERRORS[cause["error"]](*(Problem(**problem) for problem in cause["problems"]))
     log = out / "worker.log"
     if code < 0:
-        act = "it goes on from its last checkpoint; if memory ran out: lower train.batch_tokens, or free some"
+        act = "it resumes from its last checkpoint; if memory ran out: lower train.batch_tokens, or free some"
         return TransientError(Problem(f"killed by signal {-code}", module, act=act))
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES_SHOWN:])
     return WorkerError(Problem(f"ended with code {code}:\n{tail}", module, act=f"read {log}"))
@@ -189,8 +190,8 @@ class Display:
         self.bar.update(self.line, description=what, completed=done, total=of, note=note)
         if self.bar.disable and time.monotonic() - self.last_line > _SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
-            told = f"{done} of {of}" if of else f"{done}"
-            self._print(f"  {what}: {told} {note}")
+            progress = f"{done} of {of}" if of else f"{done}"
+            self._print(f"  {what}: {progress} {note}")
 
 
 class _Screen:

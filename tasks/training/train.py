@@ -50,7 +50,7 @@ def train_arm(
         seed=seed,
         adapter=adapter_ref(store, out / "adapter"),
         step0_sha256=step0.sha256 if step0 else None,
-        side_by_side=slot.beside if slot else 1,
+        side_by_side=slot.arms_at_once if slot else 1,
         useful_tokens_per_s=report["train_tokens"] / report["train_seconds"],
         loss=loss,
     )

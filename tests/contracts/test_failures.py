@@ -1,4 +1,4 @@
-"""Each kind of error is recognised wherever it hides, and told with its next act and without secrets.
+"""Each kind of error is recognised wherever it hides, and reported with its next act and without secrets.
 
 Run: pytest tests/contracts/test_failures.py
 """
@@ -41,8 +41,8 @@ def after(error: Exception, cause: Exception, how: str = "cause") -> Exception:
             if how == "hidden":
                 raise error from None
             raise error  # noqa: B904 what MLflow does
-    except type(error) as told:
-        return told
+    except type(error) as raised:
+        return raised
 
 
 def of_requests(code: int) -> Exception:
@@ -143,14 +143,14 @@ def test_an_error_is_recognised_by_its_kind_and_told_as_ours(name):
     for error in EXAMPLES[name]:
         assert kind_of(error) is kind, repr(error)
         assert is_transient(error) is kind.retried
-        told = explained(error)
+        reported = explained(error)
         if kind.name.startswith("our own"):
-            assert told is error
+            assert reported is error
             continue
-        assert type(told) is kind.error
-        assert is_transient(told) is kind.retried, "what is told and what is tried again must agree"
-        assert told.problems[0].what.startswith(name)
-        assert told.problems[0].act
+        assert type(reported) is kind.error
+        assert is_transient(reported) is kind.retried, "what is reported and what is retried must agree"
+        assert reported.problems[0].what.startswith(name)
+        assert reported.problems[0].act
 
 
 @pytest.mark.parametrize(

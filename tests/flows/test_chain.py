@@ -56,7 +56,7 @@ def environment(place) -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def hook(environment) -> Iterator[dict]:
-    """A webhook that every run tells; this process speaks with the commands' Prefect server too."""
+    """A webhook that every run notifies; this process speaks with the commands' Prefect server too."""
     with webhook() as state, temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}):
         save_block("team", state["url"])
         yield state
@@ -67,8 +67,8 @@ def tunegate(place, environment, hook):
     """Run the command in an empty folder; answer with (exit code, JSON, stderr)."""
 
     def run(*arguments: str) -> tuple[int, dict, str]:
-        told = NOTIFY if arguments[0] == "run" else []
-        command = [*COMMAND, *arguments, *told, "--json", "--set", f"store.root={place / 'store'}"]
+        notified = NOTIFY if arguments[0] == "run" else []
+        command = [*COMMAND, *arguments, *notified, "--json", "--set", f"store.root={place / 'store'}"]
         done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, check=False)
         return done.returncode, json.loads(done.stdout), done.stderr
 
@@ -292,7 +292,7 @@ def test_nothing_is_written_to_home(first, place):
 
 
 def test_a_second_run_does_nothing_and_prefect_calls_it_skipped(first, tunegate, place, hook):
-    told = len(hook["messages"])
+    sent = len(hook["messages"])
     code, again, _ = tunegate("run", "smoke")
     assert code == 0
     with closing(sqlite3.connect(place / "prefect" / "prefect.db")) as prefect:
@@ -301,7 +301,7 @@ def test_a_second_run_does_nothing_and_prefect_calls_it_skipped(first, tunegate,
     assert set(statuses(again).values()) == {"cached"}
     assert again["model"] == first["model"]
     assert again["mlflow_run_id"] == first["mlflow_run_id"]
-    assert len(hook["messages"]) == told, "there is nothing to tell"
+    assert len(hook["messages"]) == sent, "there is nothing to send"
     before, after = artifacts_of(first), artifacts_of(again)
     assert {key: item.data for key, item in after.items() if key != "report"} == {
         key: item.data for key, item in before.items() if key != "report"
@@ -407,11 +407,11 @@ def test_the_ledger_says_who_made_the_version_champion_and_on_what_evidence(firs
 def test_the_command_checks_a_version_in_a_fresh_process_and_moves_the_champion(second, tunegate):
     first, other = ("promote", "tunegate-smoke", "--override", "--reason", "to see"), ("rollback", "tunegate-smoke")
     for version in ("1", "2"):
-        code, told, errors = tunegate(*first, "--version", version)
+        code, payload, errors = tunegate(*first, "--version", version)
         assert code == 0, errors
-    code, told, errors = tunegate(*other)
-    assert (code, told["move"]["before"], told["move"]["to"]) == (0, "2", "1"), errors
-    check = told["move"]["evidence"]["check"]
+    code, payload, errors = tunegate(*other)
+    assert (code, payload["move"]["before"], payload["move"]["to"]) == (0, "2", "1"), errors
+    check = payload["move"]["evidence"]["check"]
     assert check["refusals"] == [] and check["difference_nats"] < check["tolerance_nats"]
 
 

@@ -205,22 +205,22 @@ def page_of(report: RunReport, capfd: pytest.CaptureFixture[str]) -> str:
 
 
 def test_the_summary_holds_what_scripts_were_promised(tmp_path):
-    told = summary(planted(tmp_path))
+    printed = summary(planted(tmp_path))
     assert {"run_id", "mlflow_run_id", "snapshot", "arms", "comparison", "gates", "verdict", "model", "stages"} <= set(
-        told
+        printed
     )
-    assert {"id", "rows_in", "kept", "quarantined", "duplicates", "splits"} <= set(told["snapshot"])
-    (lora, qlora) = told["arms"]
+    assert {"id", "rows_in", "kept", "quarantined", "duplicates", "splits"} <= set(printed["snapshot"])
+    (lora, qlora) = printed["arms"]
     assert {"method", "seed", "step0_sha256", "weights_bytes", "peak_rss_bytes", "train_tokens"} <= set(lora)
     assert {"useful_tokens_per_s", "seconds"} <= set(lora)
     assert (lora["adapter_sha256"], qlora["adapter_sha256"]) == ("lora" * 8, "qlora" * 8)
     assert (lora["mlflow_run_id"], qlora["mlflow_run_id"]) == ("child-l", "child-q")
-    assert (lora["eval"]["nll_nats"], qlora["eval"]["nll_nats"], told["base"]["eval"]["nll_nats"]) == (2.0, 2.2, 4.0)
-    assert {"retention", "gain", "memory_saving", "speed_ratio"} <= set(told["comparison"])
-    assert set(told["comparison"]["retention"]) >= {"value", "low", "high"}
-    assert set(told["gates"][0]) == {"name", "direction", "threshold", "actual", "interval", "verdict", "why"}
-    assert {"name", "version", "aliases"} <= set(told["model"])
-    assert told["stages"][0] == {"name": "ingest", "status": "cached", "seconds": 0.1, "why": ""}
+    assert (lora["eval"]["nll_nats"], qlora["eval"]["nll_nats"], printed["base"]["eval"]["nll_nats"]) == (2.0, 2.2, 4.0)
+    assert {"retention", "gain", "memory_saving", "speed_ratio"} <= set(printed["comparison"])
+    assert set(printed["comparison"]["retention"]) >= {"value", "low", "high"}
+    assert set(printed["gates"][0]) == {"name", "direction", "threshold", "actual", "interval", "verdict", "why"}
+    assert {"name", "version", "aliases"} <= set(printed["model"])
+    assert printed["stages"][0] == {"name": "ingest", "status": "cached", "seconds": 0.1, "why": ""}
 
 
 def test_the_page_sets_the_models_side_by_side_and_ends_with_what_to_do(tmp_path, capfd):
@@ -288,9 +288,9 @@ def test_compare_shows_the_newest_run_or_the_one_named(tmp_path, capfd):
     store = ["--set", f"store.root={tmp_path}", "--json"]
     for args, expected in (([], "run-new"), (["--run", "run-old"], "run-old"), (["--run", "mlflow-run-o"], "run-old")):
         assert main(["compare", *args, *store]) == 0
-        told = json.loads(capfd.readouterr().out)
-        assert told["run_id"] == expected
-        assert told["comparison"]["speed_ratio"]["value"] is None
+        printed = json.loads(capfd.readouterr().out)
+        assert printed["run_id"] == expected
+        assert printed["comparison"]["speed_ratio"]["value"] is None
     assert main(["compare", "--run", "run", *store]) == 2
     assert "2 runs begin with 'run'" in capfd.readouterr().err
     assert main(["compare", "--run", "other", *store]) == 2
@@ -318,14 +318,14 @@ def test_runs_are_set_beside_each_other_and_compared_where_they_answered_the_sam
         )
     store = ["--set", f"store.root={tmp_path}"]
     assert main(["compare", "--run", "run-a", "--run", "run-b", *store, "--json"]) == 0
-    told = json.loads(capfd.readouterr().out)
-    assert told["against_first"][1]["value"] == pytest.approx(0.5)
+    printed = json.loads(capfd.readouterr().out)
+    assert printed["against_first"][1]["value"] == pytest.approx(0.5)
     assert main(["compare", "--run", "run-a", "--run", "run-b", *store]) == 0
     assert "+0.500 [+0.500, +0.500]" in capfd.readouterr().out
     assert main(["compare", "--run", "no-such", "--run", "run-b", "--run", "nor-this", *store]) == 2
-    told = capfd.readouterr().err
-    assert "no-such" in told
-    assert "nor-this" in told
+    printed = capfd.readouterr().err
+    assert "no-such" in printed
+    assert "nor-this" in printed
 
 
 def test_a_store_that_was_moved_is_read_where_it_is(tmp_path, capfd):

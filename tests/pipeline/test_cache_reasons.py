@@ -1,4 +1,4 @@
-"""Why a stage ran, told by real runs of the data stages: new rows, a setting, code, libraries, a lost result.
+"""Why a stage ran, shown by real runs of the data stages: new rows, a setting, code, libraries, a lost result.
 
 Run: pytest tests/pipeline/test_cache_reasons.py
 """
@@ -49,8 +49,8 @@ def run(place, prefect) -> Callable[..., dict[str, str]]:
 
     def run(force: bool = False, **changes: dict) -> dict[str, str]:
         settings = WRITTEN | {"data": {"source": [str(place / "rows.jsonl")]}, "store": {"root": str(place / "store")}}
-        told = prepare_data(RunSpec.model_validate({**settings, **changes}), force)[1]
-        return {stage.name: f"{stage.status} {stage.why}".strip() for stage in told}
+        stages = prepare_data(RunSpec.model_validate({**settings, **changes}), force)[1]
+        return {stage.name: f"{stage.status} {stage.why}".strip() for stage in stages}
 
     return run
 
@@ -142,9 +142,9 @@ def training(**changes: object) -> dict:
 
 
 def why(place: Path, **changes: object) -> str:
-    told = Reasons(Store(place), "m", "retrain")
-    told.keep("train", "train lora", training())
-    return told.why("train", "train lora", training(**changes))
+    reasons_kept = Reasons(Store(place), "m", "retrain")
+    reasons_kept.keep("train", "train lora", training())
+    return reasons_kept.why("train", "train lora", training(**changes))
 
 
 def test_training_tells_its_settings_before_what_follows_from_others(tmp_path):
@@ -165,20 +165,20 @@ def test_at_most_three_differences_are_told_one_by_one(tmp_path):
 
 
 def test_another_version_of_a_library_is_told_with_both(tmp_path, monkeypatch):
-    told = Reasons(Store(tmp_path), "m", "retrain")
+    reasons_kept = Reasons(Store(tmp_path), "m", "retrain")
     monkeypatch.setattr(reasons, "library_versions", lambda names: dict.fromkeys(names, "2.12"))
-    told.keep("train", "train lora", training())
+    reasons_kept.keep("train", "train lora", training())
     monkeypatch.setattr(reasons, "library_versions", lambda names: dict.fromkeys(names, "2.12") | {"torch": "2.13"})
-    assert told.why("train", "train lora", training()) == "torch 2.12 -> 2.13"
+    assert reasons_kept.why("train", "train lora", training()) == "torch 2.12 -> 2.13"
 
 
 def test_what_was_kept_and_cannot_be_read_is_like_the_first_time(tmp_path):
-    told = Reasons(Store(tmp_path), "a/b", "retrain")
-    told.keep("train", "train lora", training())
+    reasons_kept = Reasons(Store(tmp_path), "a/b", "retrain")
+    reasons_kept.keep("train", "train lora", training())
     (file,) = (tmp_path / "store" / "keys").rglob("*.json")
     assert file.relative_to(tmp_path / "store" / "keys").as_posix() == "a%2Fb/retrain/train lora.json"
     file.write_text("{")
-    assert told.why("train", "train lora", training()) == reasons.FIRST
+    assert reasons_kept.why("train", "train lora", training()) == reasons.FIRST
 
 
 def test_every_argument_of_a_stage_that_earlier_ones_make_has_a_word():

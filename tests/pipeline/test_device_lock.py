@@ -120,9 +120,9 @@ def wait_until(done: Callable[[], bool], seconds: float = 100) -> None:
 @pytest.mark.slow
 def test_two_runs_share_the_device_one_after_the_other(no_limit, prefect, tmp_path):
     runs = [start(tmp_path / name, prefect) for name in ("a", "b")]
-    told = [run.communicate(timeout=120) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], told
-    spans = sorted(tuple(map(float, out.splitlines()[0].split())) for out, _ in told)
+    ends = [run.communicate(timeout=120) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], ends
+    spans = sorted(tuple(map(float, out.splitlines()[0].split())) for out, _ in ends)
     assert all(before[1] <= after[0] for before, after in pairwise(spans)), spans
     limit = no_limit.read_global_concurrency_limit_by_name(LIMIT)
     assert (limit.limit, limit.active_slots) == (1, 0)

@@ -119,7 +119,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def first(team, dead, tmp_path_factory) -> Run:
-    """A run that tells four blocks: one is not there, one's server is down, one's server refuses, one works."""
+    """A run that notifies four blocks: one is not there, one's server is down, one's server refuses, one works."""
     root, text = tmp_path_factory.mktemp("first"), io.StringIO()
     with redirect_stderr(text), webhook() as refusing:
         refusing["failures"] += 6 * [404]
@@ -183,9 +183,9 @@ def test_a_block_that_is_missing_is_told_before_the_first_stage_and_fails_nothin
 
 def test_a_webhook_that_is_down_or_refuses_is_told_on_stderr_and_in_the_log(first):
     for block, error in (("dead", "ConnectError"), ("refusing", "HTTPStatusError 404")):
-        told = f"custom-webhook/{block} was not sent 'm version 1: PASS': {error}\n    limit: 3 tries"
-        assert told in first.stderr
-        assert told in first.log
+        line = f"custom-webhook/{block} was not sent 'm version 1: PASS': {error}\n    limit: 3 tries"
+        assert line in first.stderr
+        assert line in first.log
 
 
 def test_no_secret_of_a_block_is_in_what_prefect_or_a_terminal_shows(first):
@@ -204,9 +204,9 @@ def test_what_may_pass_is_tried_again_and_a_status_is_told_without_the_address(h
     assert hook["messages"] == [("subject", "body")]
     hook["failures"] += [500, 500, 500]
     notify._send([hook["block"]], message)
-    told = capfd.readouterr().err
-    assert "custom-webhook/team was not sent 'subject': HTTPStatusError 500" in told
-    assert SECRET not in told
+    printed = capfd.readouterr().err
+    assert "custom-webhook/team was not sent 'subject': HTTPStatusError 500" in printed
+    assert SECRET not in printed
 
 
 def test_a_block_of_another_kind_is_told_apart(capfd):
@@ -284,9 +284,9 @@ def verdict_of(verdict: str, gates: list[GateResult], root: Path, champion: str 
 
 def test_a_verdict_names_the_gates_that_decide_and_who_is_champion(tmp_path):
     gates = [gate(f"g{n}", "fail") for n in range(4)] + [gate("fine", "pass"), gate("open", "inconclusive")]
-    told = verdict_of("fail", gates, tmp_path, "7")
-    assert told.subject == "m version 1: FAIL"
-    assert told.body.splitlines() == [
+    notice = verdict_of("fail", gates, tmp_path, "7")
+    assert notice.subject == "m version 1: FAIL"
+    assert notice.body.splitlines() == [
         "1 of 6 gates passed on 15 held-out items",
         *(f"- g{n} 0.500 (0.400 to 0.600), must be at least 0.9: fail" for n in range(3)),
         "champion now: version 7",
@@ -305,7 +305,7 @@ def test_a_verdict_names_the_gates_that_decide_and_who_is_champion(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "line"),
     [
         (
             WorkerError(Problem(f"ended with code 1:\n{SECRET}", "tasks.x.workers.y", act="read worker.log")),
@@ -314,10 +314,10 @@ def test_a_verdict_names_the_gates_that_decide_and_who_is_champion(tmp_path):
         (ValueError(f"POST https://hooks/{SECRET}"), "- ValueError; next: read the run's log"),
     ],
 )
-def test_a_failure_shows_no_text_that_could_hold_a_secret(error, told):
+def test_a_failure_shows_no_text_that_could_hold_a_secret(error, line):
     assert notifications.failed_notice("m", "r", ["in stage x"], error, None).body.splitlines() == [
         "in stage x",
-        told,
+        line,
         "Prefect: run r, `tunegate up` serves its page",
     ]
 
@@ -457,6 +457,6 @@ def test_an_artifact_that_cannot_be_made_raises_nothing(tmp_path, capfd):
         artifacts.publish_data(Store(tmp_path), planted(tmp_path).dataset)
         for step in (1, 2, 3):
             live.show({"event": "step", "step": step, "of": 3, "loss_nats": 4.0})
-    told = capfd.readouterr().err
-    assert "warning: publish_data: not shown in Prefect: ConnectError" in told
-    assert told.count("warning: _update: not shown") == 1, "none is tried after one that failed"
+    printed = capfd.readouterr().err
+    assert "warning: publish_data: not shown in Prefect: ConnectError" in printed
+    assert printed.count("warning: _update: not shown") == 1, "none is tried after one that failed"

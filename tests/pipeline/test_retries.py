@@ -103,7 +103,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def ask_mlflow(monkeypatch) -> Callable[[str], str]:
-    """Ask a tracking server for an experiment by MLflow's own client, which shall not try again by itself."""
+    """Ask a tracking server for an experiment by MLflow's own client, whose own retries are off."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     from mlflow import MlflowClient
 
@@ -191,7 +191,7 @@ def test_a_locked_database_is_waited_for(tmp_path):
             with connection:
                 connection.execute("insert into t values (1)")
         finally:
-            holder.close()  # whoever holds it lets go before the next try
+            holder.close()  # released before the next try
         return "written"
 
     trial = Stage(tmp_path, write)
@@ -201,7 +201,7 @@ def test_a_locked_database_is_waited_for(tmp_path):
 
 @pytest.fixture
 def worker(tmp_path, monkeypatch) -> Callable[[str], dict]:
-    """A real worker process that does what it is told."""
+    """A real worker process that does what its spec says."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
 
@@ -300,4 +300,4 @@ def test_a_stage_out_of_time_stops_and_says_how_to_go_on(tmp_path):
     trial = Stage(tmp_path, lambda: [time.sleep(0.05) for _ in range(100)], timeout_seconds=0.2)
     error = trial.error()
     assert (type(error), trial.calls) == (InfrastructureError, 1)
-    assert "goes on from there" in error.problems[0].act
+    assert "resumes from there" in error.problems[0].act

@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ class Place:
         self.arm = self.trained()
         self.made = self.everything()
         self.version = register_version(self.made)
-        self.files = Path(registry.resolve(self.spec.store, URI).adapter).parent
+        self.files = registry.resolve(self.spec.store, URI).artifacts
 
     def split(self) -> DatasetManifest:
         snapshot = ingest(self.store, self.spec.data)
@@ -229,7 +230,7 @@ def test_the_environment_is_a_lock_that_pip_reads(place):
 
 def test_the_same_key_makes_no_second_version_and_a_crash_leaves_none(place, monkeypatch):
     assert register_version(place.made).version == "1"
-    made = place.made._replace(key="register-2")
+    made = replace(place.made, key="register-2")
     with monkeypatch.context() as patch:
         patch.setattr("mlflow.MlflowClient.create_model_version", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -287,7 +288,7 @@ def test_the_licence_of_a_base_is_what_its_card_says(tmp_path, card, licence):
 
 
 def test_a_path_is_told_by_its_last_part_and_a_hub_id_as_it_is():
-    told = [
+    names = [
         "/data/rows.jsonl",
         "~/rows.jsonl",
         "file:///data/rows.jsonl",
@@ -296,7 +297,7 @@ def test_a_path_is_told_by_its_last_part_and_a_hub_id_as_it_is():
         "builtin:x",
         "a/b",
     ]
-    assert [without_place(name) for name in told] == ["rows.jsonl"] * 3 + told[3:]
+    assert [without_place(name) for name in names] == ["rows.jsonl"] * 3 + names[3:]
 
 
 # --- made again ---------------------------------------------------------------------------------------------

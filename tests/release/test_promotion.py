@@ -74,7 +74,7 @@ def test_a_line_that_was_changed_is_found(written, number):
     lines[number] = lines[number].replace('"note":""', '"note":"nothing to see"')
     file_of(written).write_text("".join(lines))
     problem = ledgers.read(written).problem
-    if number == 5:  # nothing follows it in the file: the registry's tags are what tells
+    if number == 5:  # nothing follows it in the file: only the registry's tags show it
         assert problem is None
     else:
         assert f"line {number + 2}:" in problem and "the line before it was changed or taken out" in problem
@@ -128,8 +128,8 @@ def test_a_ledger_from_before_it_was_chained_goes_on(tmp_path):
 
 
 def test_a_ledger_that_another_process_holds_is_waited_for_and_then_told(written):
-    told = pytest.raises(TransientError, match="another process is moving a champion")
-    with ledgers.opened(written), told, ledgers.opened(written, wait_seconds=0):
+    refused = pytest.raises(TransientError, match="another process is moving a champion")
+    with ledgers.opened(written), refused, ledgers.opened(written, wait_seconds=0):
         pass
 
 
@@ -158,11 +158,11 @@ def test_the_champions_that_stand_are_those_that_were_not_rolled_back(acts, stan
 
 @pytest.fixture(scope="module")
 def registry(tiny_base, tmp_path_factory) -> Registry:
-    """Versions 1 to 4, by seed; 1 and 2 stood against nobody, 3 against 1, and 4 failed."""
+    """Versions 1 to 4, by seed; 1 and 2 were compared with no champion, 3 with 1, and 4 failed."""
     found = Registry(tmp_path_factory.mktemp("moves"), tiny_base)
     found.version(1)
     found.version(2)
-    found.version(3, rival=1)
+    found.version(3, compared_with=1)
     found.version(4, verdict="fail")
     return found
 
@@ -227,7 +227,7 @@ def test_a_tag_alone_is_no_judgement(fresh):
     with pytest.raises(GateError, match="say fail and pass: its tag and its report differ"):
         promote_version(fresh.store, NAME, "4")
     client.set_model_version_tag(NAME, "4", "tunegate.verdict", "fail")
-    other = fresh.version(5, judged=fresh.adapter(1))
+    other = fresh.version(5, judgement_of=fresh.adapter(1))
     with pytest.raises(GateError, match=f"no gate report is kept for moves version {other}") as found:
         promote_version(fresh.store, NAME, other)
     assert found.value.problems[0].act == f"judge it: tunegate gate --model models:/moves/{other}"
@@ -286,8 +286,8 @@ def test_an_override_needs_a_reason_and_is_shown_everywhere(fresh, capfd):
         champion_baseline(fresh.store, NAME, fresh.adapter(2), base).label == "moves version 4 (champion by override)"
     )
     show_history(history.promotion_history(fresh.store, NAME), page(sys.stdout))
-    told = capfd.readouterr().out
-    assert "override" in told and "[b]we[/b]" in " ".join(told.split())
+    printed = capfd.readouterr().out
+    assert "override" in printed and "[b]we[/b]" in " ".join(printed.split())
     rollback_version(fresh.store, NAME)
     assert history.champions(fresh.store).standings[0].override == ""
 
@@ -299,7 +299,7 @@ class Base:
 
 def test_rolled_back_twice_it_is_the_one_before_the_one_before_and_then_there_is_none(fresh):
     for version in ("1", "3", "2"):
-        promote_version(fresh.store, NAME, version, Approval(override=version == "2", reason="no rival of it"))
+        promote_version(fresh.store, NAME, version, Approval(override=version == "2", reason="of this test"))
     rollback_version(fresh.store, NAME)
     assert now(fresh) == "3"
     rollback_version(fresh.store, NAME)
@@ -311,7 +311,7 @@ def test_rolled_back_twice_it_is_the_one_before_the_one_before_and_then_there_is
 
 
 def test_a_version_that_is_gone_is_not_gone_back_to(fresh):
-    gone = fresh.version(7, rival=1)
+    gone = fresh.version(7, compared_with=1)
     for version in ("1", gone):
         promote_version(fresh.store, NAME, version)
     promote_version(fresh.store, NAME, "2", Approval(override=True, reason="of this test"))
@@ -335,7 +335,7 @@ def test_the_last_line_changed_is_told_by_the_registry(fresh):
     intended = json.loads(lines[0])
     intended["move"]["who"] = "nobody"
     first = json.dumps(intended)
-    done = json.loads(lines[1]) | {"after": hashlib.sha256(first.encode()).hexdigest()}  # chained anew, and well
+    done = json.loads(lines[1]) | {"after": hashlib.sha256(first.encode()).hexdigest()}  # chained again, and well
     file_of(fresh.place).write_text(f"{first}\n{json.dumps(done)}\n")
     assert ledgers.read(fresh.place).problem is None
     (problem,) = history.promotion_history(fresh.store, NAME).problems
@@ -394,14 +394,14 @@ def processes():
 
 
 def test_of_several_promoters_exactly_one_wins_and_the_others_say_who(fresh, processes):
-    start, told = processes.Barrier(3), processes.Queue()
+    start, ends_of = processes.Barrier(3), processes.Queue()
     found = [
-        processes.Process(target=try_to_promote, args=(fresh.store.root, version, start, told))
+        processes.Process(target=try_to_promote, args=(fresh.store.root, version, start, ends_of))
         for version in ("1", "2", "3")
     ]
     for one in found:
         one.start()
-    ends = dict(told.get(timeout=120) for _ in found)
+    ends = dict(ends_of.get(timeout=120) for _ in found)
     for one in found:
         one.join()
     (winner,) = [version for version, end in ends.items() if end == "won"]
@@ -463,11 +463,11 @@ def test_a_query_shows_what_a_killed_move_left_as_unfinished_and_changes_no_byte
 def dies(processes, fresh: Registry, write: int, torn: bool) -> None:
     promote_version(fresh.store, NAME, "1")
     killed(processes, fresh, "3", write, torn)
-    told = history.reconcile(fresh.store)
+    lines = history.reconcile(fresh.store)
     is_consistent(fresh)
     took = write > ALIAS
     assert now(fresh) == ("3" if took else "1")
-    assert [("complete now" in line, "nothing was moved" in line) for line in told] == (
+    assert [("complete now" in line, "nothing was moved" in line) for line in lines] == (
         [] if write == BEFORE else [(took, not took)]
     )
     promote_version(fresh.store, NAME, "3")
@@ -557,7 +557,7 @@ def test_what_was_evaluated_is_told_from_another_adapter(answered, check_here):
 def test_a_check_refuses_what_is_slow_or_large_or_cannot_be_compared(answered, check_here):
     blind = answered.model_copy(update={"next_tokens": None})
     found = check_here("1", blind, max_ms_per_token=1e-6, max_memory_gb=1e-3)
-    assert [told.split(":")[0].split(",")[-1].strip() for told in found.refusals] == [
+    assert [line.split(":")[0].split(",")[-1].strip() for line in found.refusals] == [
         "its evaluation kept no log-probabilities to compare with",
         "gates.max_ms_per_token is 1e-06",
         "gates.max_memory_gb is 0.001",

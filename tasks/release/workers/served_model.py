@@ -1,7 +1,7 @@
 """The registered model: an adapter on its base, or all weights, answered through mlflow.pyfunc (models-from-code).
 
 MLflow copies this file into every model version and runs it on its own, so it imports nothing of Tunegate. `meta.json`
-beside the adapter names the base, the form it is loaded in (full precision or 4 bits, as evaluated), and the sha256 of
+next to the adapter names the base, the form it is loaded in (full precision or 4 bits, as evaluated), and the sha256 of
 the adapter's files and of the base: with others nothing is loaded. The base itself is found, in this order: in
 $TUNEGATE_BASE_DIR; in a store above this model or above the working directory; on the hub, if it came from there. torch is
 imported when a model is loaded, not when it is logged.
@@ -84,7 +84,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):
 
 def checked_adapter(folder: Path, files: dict[str, str]) -> Path:
     """The adapter's folder. Raises ValueError unless it holds the named files, as they were registered, and nothing else:
-    a pickle, code or a link beside them could run or be read in their place."""
+    a pickle, code or a link next to them could run or be read in their place."""
     found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
     wrong = sorted(found.keys() ^ files.keys())
     wrong += [
