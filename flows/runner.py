@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, ParamSpec, Self, TypeVar, cast
+from typing import Any, Generic, Literal, Self, cast
 
 from prefect import Flow, Task
 from prefect.client.schemas.objects import State
@@ -25,14 +25,12 @@ from data_contracts.reports import Stage
 from data_contracts.run_spec import RunSpec
 from tasks.pipeline.cache_reasons import FORCED, Reasons
 from tasks.pipeline.device_lock import device_slot
-from tasks.pipeline.policies import POLICIES, stage_key
+from tasks.pipeline.policies import POLICIES, P, R, stage_key
 from tasks.runtime.console import page
 from tasks.runtime.store import Store
 
-P = ParamSpec("P")
-R = TypeVar("R")
-Status = Literal["ran", "cached", "skipped", "failed"]
-_COLOURS: dict[Status, str] = {"ran": "green", "cached": "cyan", "skipped": "yellow", "failed": "red"}
+StageStatus = Literal["ran", "cached", "skipped", "failed"]
+_COLOURS: dict[StageStatus, str] = {"ran": "green", "cached": "cyan", "skipped": "yellow", "failed": "red"}
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ class Stages:
         _print(status, name, seconds, why)
 
 
-def _print(status: Status, name: str, seconds: float, why: str = "") -> None:
+def _print(status: StageStatus, name: str, seconds: float, why: str = "") -> None:
     """One line on stderr, and one in the run's log."""
     line = Text.assemble((f"{status:>7}", _COLOURS[status]), f"  {name:<16} {seconds:7.1f} s  {why}".rstrip())
     page(sys.stderr).print(line, soft_wrap=True)

@@ -197,7 +197,7 @@ def _packages(lineage: Lineage) -> Iterator["Component"]:
 
     licences = LicenseFactory()
     for name, version in lineage.machine.packages.items():
-        address = PackageURL("pypi", None, name, version)
+        address = PackageURL(type="pypi", name=name, version=version)
         licence = distribution_licence(name)
         known = [] if licence == UNKNOWN else [licences.make_from_string(licence)]
         yield Component(name=name, version=version, bom_ref=str(address), purl=address, licenses=known)

@@ -138,7 +138,7 @@ def test_every_kind_has_an_example_and_no_other():
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_error_is_recognised_by_its_kind_and_told_as_ours(name):
+def test_an_error_is_recognised_by_its_kind_and_becomes_ours(name):
     kind = next(kind for kind in KINDS if kind.name == name)
     for error in EXAMPLES[name]:
         assert kind_of(error) is kind, repr(error)
@@ -185,7 +185,7 @@ def test_the_chain_of_an_error_may_be_a_circle():
         (of_requests(401), "check the login"),
     ],
 )
-def test_who_is_not_logged_in_is_told_which_login_to_set(error, act):
+def test_an_error_of_a_missing_login_says_which_login_to_set(error, act):
     assert act in explained(error).problems[0].act
 
 

@@ -142,7 +142,7 @@ def test_every_automatic_choice_has_its_reason_in_the_log_the_run_and_the_report
             assert reason in first["log"]
 
 
-def test_memory_is_told_part_by_part_in_the_run_and_the_report(first, place):
+def test_memory_is_shown_part_by_part_in_the_run_and_the_report(first, place):
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{place / 'store' / 'mlflow.db'}")
@@ -258,7 +258,7 @@ def artifacts_of(result: dict) -> dict:
     return shown(run.id)
 
 
-def test_the_run_is_told_when_it_starts_and_with_its_verdict(first, hook):
+def test_a_notice_is_sent_at_the_start_and_with_the_verdict(first, hook):
     (start, begun), (verdict, ended) = hook["messages"]
     assert start == "tunegate-smoke: retrain started"
     assert "trains lora, qlora on builtin:tiny-llama" in begun
@@ -343,7 +343,7 @@ def second(first, tunegate, place, environment) -> dict:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_from_its_checkpoint(second):
+def test_a_killed_run_resumes_from_its_checkpoint(second):
     assert second["arms"][0]["resumed_from_step"] > 0
     assert second["arms"][0]["steps"] == 60
 

@@ -175,7 +175,7 @@ def holder(tmp_path):
 SECOND = Holder("2", "second", "here", 1, "now")
 
 
-def test_a_second_run_skips_if_it_is_told_to(tmp_path, holder):
+def test_a_second_run_skips_if_its_settings_say_so(tmp_path, holder):
     with hold_run_lock(Store(tmp_path), SECOND, "skip", pytest.fail) as lock:
         assert not lock.acquired
         assert lock.busy is not None

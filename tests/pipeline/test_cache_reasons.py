@@ -104,7 +104,7 @@ def test_what_a_failure_is_called_shapes_no_result(run, copy_of_code):
     assert set(run().values()) == {"cached"}
 
 
-def test_a_lost_result_and_a_forced_run_are_told_as_such(place, run):
+def test_a_lost_result_and_a_forced_run_are_reasons(place, run):
     run()
     for file in (place / "store" / "store" / "results").glob("curate-*"):
         file.unlink()
@@ -147,7 +147,7 @@ def why(place: Path, **changes: object) -> str:
     return reasons_kept.why("train", "train lora", training(**changes))
 
 
-def test_training_tells_its_settings_before_what_follows_from_others(tmp_path):
+def test_training_names_its_settings_before_what_follows_from_others(tmp_path):
     assert why(tmp_path) == reasons.GONE
     assert why(tmp_path, settings=TrainSpec(learning_rate=4e-3)) == "train.learning_rate 0.0002 -> 0.004"
     assert why(tmp_path, rows=FileRef(path="r", sha256="2"), validation=FileRef(path="v", sha256="2")) == "data changed"
@@ -158,13 +158,13 @@ def test_training_tells_its_settings_before_what_follows_from_others(tmp_path):
     assert why(tmp_path, rows=FileRef(path="elsewhere", sha256="1"), settings=TrainSpec(threads=1)) == reasons.GONE
 
 
-def test_at_most_three_differences_are_told_one_by_one(tmp_path):
+def test_at_most_three_differences_are_named_one_by_one(tmp_path):
     settings = TrainSpec(learning_rate=4e-3, rank=8, alpha=16, epochs=7, dropout=0.2)
     assert why(tmp_path, settings=settings).endswith(" and 2 more")
     assert why(tmp_path, settings=settings).count("->") == 3
 
 
-def test_another_version_of_a_library_is_told_with_both(tmp_path, monkeypatch):
+def test_another_version_of_a_library_is_shown_with_both(tmp_path, monkeypatch):
     reasons_kept = Reasons(Store(tmp_path), "m", "retrain")
     monkeypatch.setattr(reasons, "library_versions", lambda names: dict.fromkeys(names, "2.12"))
     reasons_kept.keep("train", "train lora", training())

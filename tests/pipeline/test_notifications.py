@@ -138,7 +138,7 @@ def log_of(state: State) -> str:
         return "\n".join(line["message"] for line in client.request("POST", "/logs/filter", json=asked).json())
 
 
-def test_a_retrain_tells_its_start_with_the_reason_and_its_verdict(first):
+def test_a_retrain_sends_its_start_with_the_reason_and_its_verdict(first):
     (start, begun), (verdict, ended) = first.messages
     assert start == "tunegate-model: retrain started"
     assert begun.startswith(
@@ -152,7 +152,7 @@ def test_a_retrain_tells_its_start_with_the_reason_and_its_verdict(first):
     assert str(first.state.state_details.flow_run_id) in ended
 
 
-def test_a_run_that_finds_all_done_tells_nothing(first, hook):
+def test_a_run_that_finds_all_done_sends_nothing(first, hook):
     assert retrain(first.root, [hook["block"]], reason="120 new rows").name == "Skipped"
     assert hook["messages"] == []
 
@@ -168,12 +168,12 @@ def test_a_failure_names_the_stage_the_problem_and_the_next_act(hook, tmp_path):
     ]
 
 
-def test_a_spec_that_is_wrong_fails_its_run_and_is_told(hook, tmp_path):
+def test_a_spec_that_is_wrong_fails_its_run_and_is_sent(hook, tmp_path):
     assert retrain(tmp_path, [hook["block"]], spec={"train": {"rank": 0}}).is_failed()
     assert [subject for subject, _ in hook["messages"]] == ["tunegate-model: retrain FAILED"]
 
 
-def test_a_block_that_is_missing_is_told_before_the_first_stage_and_fails_nothing(first):
+def test_a_block_that_is_missing_is_reported_before_the_first_stage_and_fails_nothing(first):
     assert first.state.name == "Completed"
     warning = f"warning: schedule.notify: no block {MISSING}\n    next: create it: docs/notifications.md shows how"
     assert first.stderr.index(warning) < first.stderr.index("ran  compare")
@@ -181,7 +181,7 @@ def test_a_block_that_is_missing_is_told_before_the_first_stage_and_fails_nothin
     assert f"no block {MISSING}" in first.log
 
 
-def test_a_webhook_that_is_down_or_refuses_is_told_on_stderr_and_in_the_log(first):
+def test_a_webhook_that_is_down_or_refuses_is_reported_on_stderr_and_in_the_log(first):
     for block, error in (("dead", "ConnectError"), ("refusing", "HTTPStatusError 404")):
         line = f"custom-webhook/{block} was not sent 'm version 1: PASS': {error}\n    limit: 3 tries"
         assert line in first.stderr
@@ -197,7 +197,7 @@ def test_no_secret_of_a_block_is_in_what_prefect_or_a_terminal_shows(first):
     assert SECRET not in first.stderr + first.log + "".join(shown)
 
 
-def test_what_may_pass_is_tried_again_and_a_status_is_told_without_the_address(hook, capfd):
+def test_what_is_transient_is_retried_and_a_status_is_shown_without_the_address(hook, capfd):
     message = notifications.Notice("subject", "body")
     hook["failures"] += [503, 429]
     notify._send([hook["block"]], message)
@@ -209,13 +209,13 @@ def test_what_may_pass_is_tried_again_and_a_status_is_told_without_the_address(h
     assert SECRET not in printed
 
 
-def test_a_block_of_another_kind_is_told_apart(capfd):
+def test_a_block_of_another_kind_is_reported(capfd):
     Secret(value="x").save("plain", overwrite=True)
     notify._send(["secret/plain"], notifications.Notice("subject", "body"))
     assert "secret/plain cannot notify\n    limit: a notification block" in capfd.readouterr().err
 
 
-def test_a_champion_moved_by_hand_is_told_to_whom_the_newest_run_would_tell(hook, tmp_path):
+def test_a_champion_moved_by_hand_notifies_the_blocks_of_the_newest_run(hook, tmp_path):
     for name, notified, age in (("new", [hook["block"]], 0), ("old", [MISSING], 100)):
         report = planted(tmp_path, name)
         report.spec["model"]["name"], report.spec["schedule"]["notify"] = "m", notified

@@ -238,7 +238,7 @@ def test_a_network_failure_within_a_worker_is_tried_again(tmp_path, worker):
 # --- tried once ---------------------------------------------------------------------------------------------
 
 
-def test_who_is_not_logged_in_is_asked_once_and_told_what_to_set(tmp_path, ask_mlflow):
+def test_without_a_login_a_server_is_asked_once_and_the_error_says_what_to_set(tmp_path, ask_mlflow):
     with answering([401]) as (address, asked):
         trial = Stage(tmp_path, lambda: ask_mlflow(address.replace("//", "//me:geheim@")))
         error = trial.error()

@@ -190,7 +190,7 @@ def test_the_lineage_says_what_it_was_made_from(place):
     assert (found.judgement.verdict, found.judgement.nll_nats, found.judgement.champion) == ("pass", 2.0, None)
 
 
-def test_no_file_of_it_tells_where_on_this_machine_anything_lay(place):
+def test_no_file_of_it_names_a_folder_of_this_machine(place):
     texts = [
         path for path in place.files.parent.rglob("*") if path.suffix not in (".safetensors", ".png") and path.is_file()
     ]
@@ -287,7 +287,7 @@ def test_the_licence_of_a_base_is_what_its_card_says(tmp_path, card, licence):
     assert _licence(tmp_path, "org/name", "abc" if card is None else None) == licence  # the hub is out of reach here
 
 
-def test_a_path_is_told_by_its_last_part_and_a_hub_id_as_it_is():
+def test_of_a_path_the_last_part_stays_and_a_hub_id_as_it_is():
     names = [
         "/data/rows.jsonl",
         "~/rows.jsonl",

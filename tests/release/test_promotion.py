@@ -108,7 +108,7 @@ def test_half_a_line_of_a_killed_process_is_taken_away(written):
     assert [one.id for one in ledgers.read(written).unfinished] == ["m4"]
 
 
-def test_a_ledger_from_before_it_was_chained_goes_on(tmp_path):
+def test_a_ledger_from_before_it_was_chained_is_continued(tmp_path):
     store = Store(tmp_path)
     store.files.mkdir(parents=True)
     early = {"name": NAME, "act": "promote", "from": None, "to": "1", "reason": "gates: pass", "unix_seconds": 1.0}
@@ -127,7 +127,7 @@ def test_a_ledger_from_before_it_was_chained_goes_on(tmp_path):
     assert "line 4" in ledgers.read(store).problem, "such a line is only at the beginning"
 
 
-def test_a_ledger_that_another_process_holds_is_waited_for_and_then_told(written):
+def test_a_ledger_that_another_process_holds_is_waited_for_and_then_reported(written):
     refused = pytest.raises(TransientError, match="another process is moving a champion")
     with ledgers.opened(written), refused, ledgers.opened(written, wait_seconds=0):
         pass
@@ -320,7 +320,7 @@ def test_a_version_that_is_gone_is_not_gone_back_to(fresh):
     assert now(fresh) == "1"
 
 
-def test_an_alias_set_past_tunegate_is_told_and_rolled_back(fresh):
+def test_an_alias_set_past_tunegate_is_reported_and_rolled_back(fresh):
     promote_version(fresh.store, NAME, "1")
     connect(fresh.store).set_registered_model_alias(NAME, CHAMPION, "4")
     (problem,) = history.promotion_history(fresh.store, NAME).problems
@@ -329,7 +329,7 @@ def test_an_alias_set_past_tunegate_is_told_and_rolled_back(fresh):
     assert now(fresh) == "1" and history.promotion_history(fresh.store, NAME).problems == []
 
 
-def test_the_last_line_changed_is_told_by_the_registry(fresh):
+def test_a_changed_last_line_is_found_by_the_registry(fresh):
     promote_version(fresh.store, NAME, "1")
     lines = file_of(fresh.place).read_text().splitlines()
     intended = json.loads(lines[0])
@@ -342,7 +342,7 @@ def test_the_last_line_changed_is_told_by_the_registry(fresh):
     assert "the registry has another record of the promote to version 1" in problem
 
 
-def test_moves_that_the_file_lost_are_told_and_written_anew_from_the_registry(fresh):
+def test_moves_that_the_file_lost_are_reported_and_rebuilt_from_the_registry(fresh):
     promote_version(fresh.store, NAME, "1")
     promote_version(fresh.store, NAME, "3")
     whole = file_of(fresh.place).read_text().splitlines(keepends=True)
@@ -545,7 +545,7 @@ def check_here(registry, monkeypatch):
     return check
 
 
-def test_what_was_evaluated_is_told_from_another_adapter(answered, check_here):
+def test_what_was_evaluated_is_distinguished_from_another_adapter(answered, check_here):
     same = check_here("1", answered)
     assert (same.refusals, same.answered_alike, same.questions) == ([], 1, 1)
     assert same.difference_nats < 1e-4 and same.ms_per_token > 0 and same.peak_bytes > 1e8

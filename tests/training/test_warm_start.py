@@ -384,7 +384,7 @@ def test_the_arms_own_dropout_is_kept_and_nothing_but_weights_is_taken(place, mo
     assert files == ["adapter_config.json", "adapter_model.safetensors"]
     config = json.loads((place.store.path(start.adapter.folder) / "adapter_config.json").read_text())
     assert config["lora_dropout"] == 0.2
-    assert start.adapter.sha256 == registry.champion(place.model, NAME).adapter_sha256
+    assert start.adapter.sha256 == registry.champion(place.model, NAME).adapter.sha256
 
 
 # --- what is broken -----------------------------------------------------------------------------------------

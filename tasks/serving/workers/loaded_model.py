@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from data_contracts.errors import Problem, StoreError
-from tasks.release.workers.served_model import ServedModel, digest
+from tasks.release.workers.served_model import ServedModel, folder_digest
 
 BASE = "base"
 _SIDE_BY_SIDE = ("lora", "qlora")  # methods of which PEFT keeps several adapters on one base
@@ -102,7 +102,7 @@ def _check(told: Told) -> None:
     """What answers is what was registered: the adapter's weights, or all files where they are all weights."""
     adapter = Path(told["adapter"])
     weights = adapter / SAFETENSORS_WEIGHTS_NAME
-    found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else digest(adapter)
+    found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else folder_digest(adapter)
     if found != told["adapter_sha256"]:
         what = f"its files are not those that were registered: sha256 {found}"
         raise StoreError(Problem(what, label(told), told["adapter_sha256"], "restore them, or train it again"))
