@@ -67,7 +67,7 @@ class Training(Report):
     adapter: AdapterRef  # folder relative to the store
     step0_sha256: str | None
     start: Start | None
-    # Of `train`, as this arm read them. Versions made before 0.2 call them dials.
+    # Of `train`, as this arm read them; the second name is that of versions made before 0.2.
     settings: Annotated[dict[str, Any], Field(validation_alias=AliasChoices("settings", "dials"))]
 
 
@@ -78,7 +78,7 @@ class Judgement(Report):
     items_sha256: str
     nll_nats: float | None
     candidate: str
-    # The version it was compared with; None: none was in production. Versions made before 0.2 call it rival.
+    # The version it was compared with; None: none was in production. The second name is that of versions made before 0.2.
     champion: Annotated[str | None, Field(validation_alias=AliasChoices("champion", "rival"))]
 
 

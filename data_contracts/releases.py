@@ -20,7 +20,7 @@ class KeptDecision(Report):
 
     decision: Decision
     adapter_sha256: str
-    # Of the version it was compared with; None: of none. Kept before 0.2 as the rival's.
+    # Of the version it was compared with; None: of none. The second name is that of judgements kept before 0.2.
     champion_adapter_sha256: Annotated[
         str | None, Field(validation_alias=AliasChoices("champion_adapter_sha256", "rival_adapter_sha256"))
     ]

@@ -14,7 +14,7 @@ from prefect.tasks import Task
 from data_contracts.data_reports import FileRef, Report
 from data_contracts.reports import AdapterRef, BaseModelRef, Stage
 from data_contracts.run_spec import RunSpec
-from data_contracts.stage_inputs import StageInputs, TrainInputs
+from data_contracts.stage_inputs import RunResult, StageInputs, TrainInputs
 from data_contracts.train_spec import TrainSpec
 from flows.prepare_data import prepare_data
 from tasks.pipeline import cache_reasons as reasons
@@ -23,6 +23,7 @@ from tasks.pipeline.cache_reasons import Reasons
 from tasks.pipeline.policies import NOT_IDENTITY
 from tasks.runtime import fingerprint
 from tasks.runtime.store import Store
+from tests.flows.test_pages import planted
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = {"model": {"name": "m"}, "curate": {"decontaminate": False}}
@@ -162,6 +163,33 @@ def test_at_most_three_differences_are_named_one_by_one(tmp_path):
     settings = TrainSpec(learning_rate=4e-3, rank=8, alpha=16, epochs=7, dropout=0.2)
     assert why(tmp_path, settings=settings).endswith(" and 2 more")
     assert why(tmp_path, settings=settings).count("->") == 3
+
+
+def recording(root: Path, spec: RunSpec, **changes: object) -> dict:
+    """Arguments of the stage that records a run."""
+    found = planted(root)
+    values = {name: getattr(found, name) for name in ("base", "dataset", "arms", "evaluations", "comparison", "gate")}
+    result = RunResult(**values, candidate=found.arms[0], champion="m version 1")
+    return {"spec": spec, "result": result.model_copy(update=changes)}
+
+
+def test_of_a_runs_result_every_part_counts_as_an_argument_of_its_own(tmp_path):
+    spec, elsewhere = RunSpec(), {"folder": "elsewhere"}
+    stored = Reasons(Store(tmp_path), "m", "retrain")
+    stored.keep("record", "record", recording(tmp_path, spec))
+
+    def why(spec: RunSpec = spec, **changes: object) -> str:
+        return stored.why("record", "record", recording(tmp_path, spec, **changes))
+
+    found = planted(tmp_path)
+    moved = [arm.model_copy(update={"adapter": arm.adapter.model_copy(update=elsewhere)}) for arm in found.arms]
+    assert why(arms=moved) == reasons.GONE, "files, adapters and bases count by their content"
+    assert why(arms=[]) == "adapter changed"
+    assert why(champion="m version 2") == "champion m version 1 -> m version 2"
+    assert (
+        why(gate=found.gate.model_copy(update={"verdict": "fail"}), evaluations=[]) == "scores changed, verdict changed"
+    )
+    assert why(RunSpec(train=TrainSpec(learning_rate=4e-3))) == "train.learning_rate 0.0002 -> 0.004"
 
 
 def test_another_version_of_a_library_is_shown_with_both(tmp_path, monkeypatch):
