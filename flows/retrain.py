@@ -11,7 +11,7 @@ from data_contracts.train_spec import candidate_arm
 from data_contracts.verdict import Served
 from flows.prepare_data import data_stages
 from flows.runner import Stages, in_store, skipped
-from flows.services.crashed_runs import bury, hold
+from flows.services.crashed_runs import hold, mark_crashed
 from flows.train_arms import plan_arms, train_arms
 from tasks.data import watermark
 from tasks.evaluation.evaluate import task_files
@@ -47,7 +47,7 @@ def retrain_flow(spec: RunSpec, force: bool = False, reason: str = BY_HAND) -> R
         if not lock.acquired:
             return skipped(result=None, why=f"at work already: {lock.busy or 'another run'}")
         if lock.crashed:
-            bury(lock.crashed)
+            mark_crashed(lock.crashed)
         return chain(Stages.of(spec, force=force), spec, reason)
 
 

@@ -37,7 +37,7 @@ _SECONDS_TO_START = 600.0
 _held: dict[UUID, FileLock] = {}
 
 
-def bury(dead: Holder) -> None:
+def mark_crashed(dead: Holder) -> None:
     """Set the run of a killed process to Crashed; nothing to do if this server does not know it or it has ended."""
     with get_client(sync_client=True) as client:
         try:

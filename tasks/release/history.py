@@ -102,12 +102,13 @@ def kept_champions(moves: list[Move]) -> list[str]:
 
 
 def champions(store: StoreSpec) -> Champions:
-    """Every model of the registry with its champion and challenger, by name, and every unfinished move of this store."""
+    """The standings of every model, and every unfinished move of this store."""
     ledger = ledgers.read(Store.of(store))
-    return Champions(_standings(store), [unfinished_line(move) for move in ledger.unfinished])
+    return Champions(standings(store), [unfinished_line(move) for move in ledger.unfinished])
 
 
-def _standings(store: StoreSpec) -> list[Standing]:
+def standings(store: StoreSpec) -> list[Standing]:
+    """Every model of the registry with its champion and challenger, by name."""
     client = connect(store)
     found: list[Standing] = []
     for model in client.search_registered_models():

@@ -1,14 +1,20 @@
 """Stage keys change with content and code, not with places. Run: pytest tests/pipeline/test_policies.py"""
 
+import ast
+import inspect
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
+from prefect import Task
 
 from data_contracts.data_reports import FileRef
 from data_contracts.data_spec import CurateSpec
 from data_contracts.errors import ConfigError, Problem, TransientError
+from data_contracts.stage_inputs import HASHED_ONLY
 from data_contracts.train_spec import TrainSpec
-from tasks.pipeline.policies import stage, stage_key
+from tasks.pipeline import stages
+from tasks.pipeline.policies import POLICIES, stage, stage_key
 from tasks.runtime.store import Store
 
 
@@ -56,3 +62,25 @@ def test_settings_that_change_the_result_change_the_key_and_others_do_not():
 
     assert key() == key(threads=1) == key(checkpoint_steps=7) == key(methods=["qlora"])
     assert key() != key(learning_rate=1e-5)
+
+
+def test_every_parameter_of_a_stage_is_read_or_marked_as_hashed_only():
+    tasks = [task for task in vars(stages).values() if isinstance(task, Task)]
+    assert len(tasks) == len(POLICIES)
+    marked = 0
+    for task in tasks:
+        function = inspect.unwrap(task.fn)
+        hints = get_type_hints(function, include_extras=True)
+        hashed_only = {name for name, hint in hints.items() if HASHED_ONLY in getattr(hint, "__metadata__", ())}
+        tree = ast.parse(inspect.getsource(function))
+        read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        assert hints.keys() - {"return"} - read == hashed_only, task.name
+        marked += len(hashed_only)
+    assert marked > 0
+
+
+def test_no_stage_takes_more_than_six_parameters_and_none_is_untyped():
+    for task in (task for task in vars(stages).values() if isinstance(task, Task)):
+        parameters = inspect.signature(task.fn).parameters
+        assert len(parameters) <= 6, task.name
+        assert Any not in get_type_hints(task.fn).values(), task.name
