@@ -104,6 +104,15 @@ def choose_start_stage(store: Store, inputs: StartInputs, share: float) -> Start
     )
 
 
+@stage("check_tasks")
+def check_tasks_stage(
+    store: Store, base: BaseModelRef, test: FileRef, spec: EvaluateSpec,
+    task_files: Annotated[FileRef | None, HASHED_ONLY], max_tokens: int,
+) -> list[str]:  # fmt: skip
+    """task_files: the user's own lm-eval tasks, which the step finds by the spec's folder."""
+    return evaluation.check_tasks(store, base, test, spec, max_tokens)
+
+
 def train_key(inputs: TrainInputs) -> str:
     """Two arms with the same key are one training."""
     return stage_key("train", {"inputs": inputs})
@@ -120,15 +129,6 @@ def train_stage(store: Store, inputs: TrainInputs, slot: Slot | None = None) -> 
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------
-
-
-@stage("check_tasks")
-def check_tasks_stage(
-    store: Store, base: BaseModelRef, test: FileRef, spec: EvaluateSpec,
-    task_files: Annotated[FileRef | None, HASHED_ONLY], max_tokens: int,
-) -> list[str]:  # fmt: skip
-    """task_files: the user's own lm-eval tasks, which the step finds by the spec's folder."""
-    return evaluation.check_tasks(store, base, test, spec, max_tokens)
 
 
 @stage("evaluate")

@@ -21,7 +21,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from data_contracts.data_reports import DatasetManifest
 from data_contracts.errors import ConfigError, DataError, StoreError
-from data_contracts.lineage import LINEAGE_TAG, Lineage, Reproduction, result_of
+from data_contracts.lineage import LINEAGE_TAG, Judgement, Lineage, Reproduction, result_of
+from data_contracts.releases import KeptDecision
 from data_contracts.reports import BaseModelRef, ModelVersion, RecordedRun, TrainReport
 from data_contracts.run_spec import RunSpec
 from data_contracts.stage_inputs import RunResult
@@ -476,3 +477,13 @@ def test_the_distance_of_adapters_is_that_of_their_worst_tensor():
     assert distance(then, then | {"a": torch.tensor([3.0, 4.5])}) == pytest.approx(0.1)
     for now in ({"a": then["a"]}, then | {"b": torch.ones(2)}, then | {"a": torch.tensor([math.nan, 4.0])}):
         assert distance(then, now) == math.inf
+
+
+def test_what_was_kept_before_0_2_is_read_with_its_champion(tmp_path):
+    judgement = {"verdict": "pass", "items_sha256": "i", "nll_nats": 2.0, "candidate": "lora", "rival": "m version 1"}
+    assert Judgement.model_validate(judgement).champion == "m version 1"
+    found = planted(tmp_path)
+    decision = {"model": "models:/m/2", "name": "m", "version": "2", "rival": "m version 1"}
+    decision |= {"gate": found.gate.model_dump(), "comparison": found.comparison.model_dump()}
+    kept = {"adapter_sha256": "b", "rival_adapter_sha256": "a", "answers": [], "precision": None, "unix_seconds": 1.0}
+    assert KeptDecision.model_validate(kept | {"decision": decision}).champion_adapter_sha256 == "a"

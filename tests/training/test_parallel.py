@@ -36,7 +36,7 @@ SHORT = {
 
 def test_free_cores_are_divided_evenly_with_the_reason():
     slots = share_out(TrainSpec(parallel=3), [], free=8, cores=16)
-    assert [(slot.gpu, slot.threads, slot.beside) for slot in slots] == [(None, 2, 3)] * 3
+    assert [(slot.gpu, slot.threads, slot.arms_at_once) for slot in slots] == [(None, 2, 3)] * 3
     assert slots[0].why == "the share of each of 3 arms in 8 free cores"
     assert share_out(TrainSpec(parallel=2), [], free=1, cores=2)[0].threads == 1
     assert share_out(TrainSpec(parallel=2, threads=4), [], free=1, cores=8)[1].why == "set by train.threads"
@@ -85,11 +85,11 @@ def test_ray_needs_one_cluster_for_all_arms_and_gives_each_what_it_asks_for():
     with pytest.raises(ConfigError, match="RAY_ADDRESS"):
         on_cluster(TrainSpec(parallel=2, engine="ray"), None)
     asked = on_cluster(TrainSpec(parallel=2, workers=2, engine="ray", threads=4), "10.0.0.1:6379")
-    assert [(slot.gpu, slot.threads, slot.beside) for slot in asked] == [(None, 4, 2)] * 2
+    assert [(slot.gpu, slot.threads, slot.arms_at_once) for slot in asked] == [(None, 4, 2)] * 2
 
 
 def test_how_many_train_at_a_time_is_no_part_of_what_is_trained():
-    slot = Slot(gpu="1", threads=1, why="", beside=2)
+    slot = Slot(gpu="1", threads=1, why="", arms_at_once=2)
     keys = {stage_key("train", {"settings": TrainSpec(parallel=n), "slot": slot if n > 1 else None}) for n in (1, 2)}
     assert len(keys) == 1
 
