@@ -2,13 +2,13 @@
 
 TunegateError
 ├── GateError             exit 1: a gate said no, so nothing was changed
-├── InputError            exit 2: what you gave is wrong; trying again changes nothing
+├── InputError            exit 2: what you gave is wrong; a retry changes nothing
 │   ├── ConfigError         a preset, a `--set`, a model or a task name
 │   └── DataError           rows, files, the data contract
 └── InfrastructureError   exit 4: the machine, a server or a library failed
     ├── StoreError          disk, database or registry
     ├── WorkerError         a child process failed or was killed
-    └── TransientError      may pass if tried again; the only kind that is retried
+    └── TransientError      the only kind that is retried
 """
 
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ class WorkerError(InfrastructureError):
 
 
 class TransientError(InfrastructureError):
-    """May pass if tried again."""
+    """Transient: a retry may succeed."""
 
 
 ERRORS: dict[str, type[TunegateError]] = {

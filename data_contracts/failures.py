@@ -1,7 +1,7 @@
-"""What an error of another library means: may it pass, what is it called, what is the next act. One table, `KINDS`.
+"""What an error of another library means: is it transient, what is it called, what is the next act. One table, `KINDS`.
 
-Everybody reads it: the retry condition of the stages, workers as they end, the command. Errors are recognised by their names,
-numbers and texts, along `__cause__` and `__context__`, so nothing is imported for it. docs/failures.md shows it.
+The retry condition of the stages, the workers' harness and the command read it. Errors are recognised by their names, numbers
+and texts, along `__cause__` and `__context__`, so nothing is imported for it. docs/failures.md shows it.
 """
 
 import errno
@@ -28,12 +28,12 @@ Test = Callable[[BaseException], bool]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One row: what it is called, whether it is tried again, as which of our errors it is told, how it is recognised (as
-    a test and in words), and the next act."""
+class FailureKind:
+    """One row: what it is called, whether it is retried, which of our errors it becomes, how it is recognised (as a test and
+    in words), and the next act."""
 
     name: str
-    again: bool
+    retried: bool
     error: type[TunegateError]
     test: Test
     seen: str
@@ -51,12 +51,12 @@ def is_a(*names: str) -> Test:
     return test
 
 
-def status(*codes: int) -> Test:
+def http_status(*codes: int) -> Test:
     """Whether a server answered with one of these HTTP statuses."""
     return lambda error: _status(error) in codes
 
 
-def number(*numbers: int) -> Test:
+def os_error(*numbers: int) -> Test:
     """Whether the operating system refused with one of these numbers."""
     return lambda error: isinstance(error, OSError) and error.errno in numbers
 
@@ -74,8 +74,8 @@ def either(*tests: Test) -> Test:
 def _status(error: BaseException) -> int | None:
     candidates = [getattr(getattr(error, "response", None), "status_code", None)]
     candidates += [getattr(error, name, None) for name in ("status_code", "code")]
-    told = getattr(error, "get_http_status_code", None)  # MLflow's: 500 for whatever it has no code for
-    candidates += [found for found in [told() if callable(told) else None] if found != 500]
+    method = getattr(error, "get_http_status_code", None)  # MLflow's: 500 for an error that it has no code for
+    candidates += [found for found in [method() if callable(method) else None] if found != 500]
     return next((found for found in candidates if isinstance(found, int) and 400 <= found <= 599), None)
 
 
@@ -103,10 +103,10 @@ def _is_network(error: BaseException) -> bool:
     )(error)  # fmt: skip
 
 
-AGAIN: Final = True
+RETRY: Final = True
 STOP: Final = False
 _ROOM: Final = either(
-    number(errno.ENOSPC, errno.EDQUOT),
+    os_error(errno.ENOSPC, errno.EDQUOT),
     text("disk is full|no space left on device|disk quota exceeded", _DATABASE),
     text(
         rf"\[Errno ({errno.ENOSPC}|{errno.EDQUOT})\]|\(os error ({errno.ENOSPC}|{errno.EDQUOT})\)"
@@ -114,66 +114,67 @@ _ROOM: Final = either(
 )
 _MEMORY: Final = either(
     is_a("MemoryError", "torch.OutOfMemoryError"),
-    number(errno.ENOMEM),
+    os_error(errno.ENOMEM),
     text("can't allocate memory", is_a("RuntimeError")),
 )
 _LOGIN: Final = either(
-    status(401, 403, 407), text("password authentication failed|no password supplied|access denied for user", _DATABASE)
+    http_status(401, 403, 407),
+    text("password authentication failed|no password supplied|access denied for user", _DATABASE),
 )
-_PERMISSION: Final = either(is_a("PermissionError"), number(errno.EROFS), text("readonly database", _DATABASE))
+_PERMISSION: Final = either(is_a("PermissionError"), os_error(errno.EROFS), text("readonly database", _DATABASE))
 
 # From the most to the least certain: the first row that fits anything in an error's chain counts.
 KINDS: Final = (
-    Kind("our own, may pass", AGAIN, TransientError, is_a("data_contracts.TransientError"),
-         "`TransientError`: a worker killed by a signal (it goes on from its checkpoint), busy, or without the hub",
+    FailureKind("our own, transient", RETRY, TransientError, is_a("data_contracts.TransientError"),
+         "`TransientError`: a worker killed by a signal (it resumes from its checkpoint), busy, or without the hub",
          "as it says"),
-    Kind("our own, input", STOP, InputError, is_a("data_contracts.InputError"),
+    FailureKind("our own, input", STOP, InputError, is_a("data_contracts.InputError"),
          "`ConfigError`, `DataError`: a setting, rows, the contract; a loss that is NaN or climbs; memory too small for one row",
          "as it says"),
-    Kind("our own, other", STOP, InfrastructureError, is_a("data_contracts.TunegateError"),
+    FailureKind("our own, other", STOP, InfrastructureError, is_a("data_contracts.TunegateError"),
          "`GateError`, `StoreError`, `WorkerError`: a gate said no, the disk, a worker that ended badly",
          "as it says"),
-    Kind("offline on purpose", STOP, ConfigError, is_a("OfflineModeIsEnabled"),
+    FailureKind("offline on purpose", STOP, ConfigError, is_a("OfflineModeIsEnabled"),
          "`OfflineModeIsEnabled` of huggingface_hub",
          "go online (unset HF_HUB_OFFLINE), or give a folder or file of this machine"),
-    Kind("the time for this stage is over", STOP, InfrastructureError, is_a("TaskRunTimeoutError", "FlowRunTimeoutError"),
+    FailureKind("the time for this stage is over", STOP, InfrastructureError, is_a("TaskRunTimeoutError", "FlowRunTimeoutError"),
          "`TaskRunTimeoutError`, `FlowRunTimeoutError` of Prefect",
-         "the same command goes on from there; the limit lies in tasks/pipeline/policies.py"),
-    Kind("the disk is full", STOP, StoreError, _ROOM,
+         "the same command resumes from there; the limit is in tasks/pipeline/policies.py"),
+    FailureKind("the disk is full", STOP, StoreError, _ROOM,
          "ENOSPC, EDQUOT, or their text in another error; a database that says so",
-         "make room, or move the store with --set store.root=DIR; the same command then goes on"),
-    Kind("out of memory", STOP, ConfigError, _MEMORY,
+         "make room, or move the store with --set store.root=DIR; the same command then resumes"),
+    FailureKind("out of memory", STOP, ConfigError, _MEMORY,
          "`MemoryError`, `torch.OutOfMemoryError`, ENOMEM; training first computes its step in 2, 4, ... parts",
          "lower train.batch_tokens, train.max_tokens or evaluate.batch_tokens, or free some memory"),
-    Kind("its certificate is not trusted", STOP, ConfigError,
+    FailureKind("its certificate is not trusted", STOP, ConfigError,
          either(is_a("SSLCertVerificationError"), text("CERTIFICATE_VERIFY_FAILED")),
          "`SSLCertVerificationError`, or its text in another error",
          "name your authority's file in SSL_CERT_FILE and REQUESTS_CA_BUNDLE"),
-    Kind("not logged in", STOP, ConfigError, _LOGIN,
+    FailureKind("not logged in", STOP, ConfigError, _LOGIN,
          "HTTP 401, 403, 407; a database that refuses a password",
          "check the login that this server wants"),  # or one of _LOGINS
-    Kind("not there", STOP, ConfigError, status(404, 410),
+    FailureKind("not there", STOP, ConfigError, http_status(404, 410),
          "HTTP 404, 410",
          "check the name and the address"),
-    Kind("not permitted", STOP, StoreError, _PERMISSION,
+    FailureKind("not permitted", STOP, StoreError, _PERMISSION,
          "`PermissionError`, EROFS; a database that may only be read",
          "give a place you may write to: --set store.root=DIR"),
-    Kind("held by another program", AGAIN, TransientError,
+    FailureKind("held by another program", RETRY, TransientError,
          either(text("database (table |schema )?is (locked|busy)"), is_a("filelock.Timeout")),
          "sqlite: database is locked or busy; `Timeout` of filelock",
-         "end the program that holds it; the same command then goes on"),
-    Kind("the database is away", AGAIN, TransientError, _is_disconnected,
+         "end the program that holds it; the same command then resumes"),
+    FailureKind("the database is away", RETRY, TransientError, _is_disconnected,
          "`OperationalError`, `InterfaceError`: refused, closed, restarting, too many connections",
-         "start it; the same command then goes on"),
-    Kind("the database failed", STOP, StoreError, _DATABASE,
+         "start it; the same command then resumes"),
+    FailureKind("the database failed", STOP, StoreError, _DATABASE,
          "any other error of sqlite3, SQLAlchemy or a driver",
          "read what it says; after an upgrade of MLflow: mlflow db upgrade URI"),
-    Kind("the server is busy or failing", AGAIN, TransientError, status(408, 425, 429, *range(500, 600)),
+    FailureKind("the server is busy or failing", RETRY, TransientError, http_status(408, 425, 429, *range(500, 600)),
          "HTTP 408, 425, 429, 5xx",
-         "wait until the server is well; the same command then goes on"),
-    Kind("the network failed", AGAIN, TransientError, _is_network,
+         "wait until the server is well; the same command then resumes"),
+    FailureKind("the network failed", RETRY, TransientError, _is_network,
          "refused or broken connections, time-outs, unknown hosts: Python, requests, urllib3, httpx, aiohttp",
-         "check the address and the connection; the same command then goes on"),
+         "check the address and the connection; the same command then resumes"),
 )  # fmt: skip
 
 _LOGINS: Final = {
@@ -183,20 +184,20 @@ _LOGINS: Final = {
 }
 
 
-def kind_of(error: BaseException) -> Kind | None:
-    """The row of the table; None for what it does not know: a bug, which is not tried again."""
+def kind_of(error: BaseException) -> FailureKind | None:
+    """The row of the table; None for what it does not know: a bug, which is not retried."""
     chain = list(_chain(error))
     return next((kind for kind in KINDS if any(kind.test(link) for link in chain)), None)
 
 
-def may_pass(error: BaseException) -> bool:
-    """Whether trying again makes sense."""
+def is_transient(error: BaseException) -> bool:
+    """Whether a retry makes sense."""
     kind = kind_of(error)
-    return kind is not None and kind.again
+    return kind is not None and kind.retried
 
 
 def explained(error: BaseException, place: Path | None = None) -> TunegateError | None:
-    """The error as one of ours, with what to do next; ours as it is; None for a bug. `place`: where the store lies.
+    """The error as one of ours, with what to do next; ours as it is; None for a bug. `place`: the store's root.
 
     Raise it `from None` if `has_secret(error)`, else `from error`.
     """
@@ -215,7 +216,7 @@ def explained(error: BaseException, place: Path | None = None) -> TunegateError 
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what led to it. What one of our own errors came from is told by it."""
+    """The error and what led to it. The chain ends at one of our own errors, which names its cause itself."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
@@ -251,8 +252,8 @@ def _room(path: Path) -> str:
 
 def _line(error: BaseException) -> str:
     lines = without_secrets(str(error)).strip().splitlines()
-    told = lines[0].strip() if lines else ""
-    return (told[: _TEXT_CHARS - 3] + "...") if len(told) > _TEXT_CHARS else told or type(error).__name__
+    first = lines[0].strip() if lines else ""
+    return (first[: _TEXT_CHARS - 3] + "...") if len(first) > _TEXT_CHARS else first or type(error).__name__
 
 
 _SECRETS: Final = (

@@ -2,7 +2,7 @@
 
 The version holds this as `artifacts/evidence/lineage.json`; its sha256 is the version's tag `tunegate.lineage_sha256`, and it
 names the sha256 of every other file of the version. So the registry vouches for one file, and that file for all others.
-No path of any machine stands in it: places are relative to the version or to the store.
+It holds no path of any machine: places are relative to the version or to the store.
 """
 
 from typing import Annotated, Any, Literal
@@ -67,18 +67,19 @@ class Training(Report):
     adapter: AdapterRef  # folder relative to the store
     step0_sha256: str | None
     start: Start | None
-    # Of `train`, as this arm read them. Versions made before 0.2 call them dials.
+    # Of `train`, as this arm read them; the second name is that of versions made before 0.2.
     settings: Annotated[dict[str, Any], Field(validation_alias=AliasChoices("settings", "dials"))]
 
 
 class Judgement(Report):
-    """What its gates said, of which items. The reports themselves lie beside this file, as their sha256 in `files` says."""
+    """What its gates said, of which items. The reports themselves are next to this file, under their sha256 in `files`."""
 
     verdict: Verdict
     items_sha256: str
     nll_nats: float | None
     candidate: str
-    rival: str | None  # the version it had to stand against
+    # The version it was compared with; None: none was in production. The second name is that of versions made before 0.2.
+    champion: Annotated[str | None, Field(validation_alias=AliasChoices("champion", "rival"))]
 
 
 class Lineage(Report):
@@ -106,7 +107,7 @@ MAX_LOSS_DIFFERENCE_NATS = 0.005
 
 
 class Compared(Report):
-    """One thing as it was and as it is now. explains: if it differs, the adapter may differ for it."""
+    """One thing as it was and as it is now. explains: if it differs, the adapter may differ because of it."""
 
     what: str
     then: str
@@ -136,8 +137,9 @@ class Reproduction(Report):
 
     def payload(self) -> dict[str, Any]:
         """For --json: each thing compared says itself whether it is the same."""
-        told = self.model_dump(mode="json")
-        return told | {"compared": [item.model_dump() | {"same": item.same} for item in self.compared]}
+        return self.model_dump(mode="json") | {
+            "compared": [item.model_dump() | {"same": item.same} for item in self.compared]
+        }
 
 
 def result_of(distance: float | None, loss_then_nats: float | None, loss_now_nats: float | None) -> Result:

@@ -1,6 +1,8 @@
 """What moves the champion: a judgement that is kept with its version, and the entries of the promotion ledger."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AliasChoices, Field
 
 from data_contracts.data_reports import Note, Report
 from data_contracts.reports import ModelVersion, ReleaseCheck, SampleAnswer
@@ -18,7 +20,10 @@ class KeptDecision(Report):
 
     decision: Decision
     adapter_sha256: str
-    rival_adapter_sha256: str | None  # None: it stood against nobody
+    # Of the version it was compared with; None: of none. The second name is that of judgements kept before 0.2.
+    champion_adapter_sha256: Annotated[
+        str | None, Field(validation_alias=AliasChoices("champion_adapter_sha256", "rival_adapter_sha256"))
+    ]
     answers: list[SampleAnswer]
     precision: str | None
     unix_seconds: float
@@ -53,7 +58,7 @@ class Move(Report):
 
 
 class Moved(Report):
-    """What became of the wish to move the champion. move is None if the version was champion already."""
+    """The end of a request to move the champion. move is None if the version was champion already."""
 
     model: ModelVersion
     move: Move | None
@@ -63,7 +68,7 @@ Step = Literal["intended", "done", "undone"]
 
 
 class Line(Report):
-    """One line of the promotion ledger: what is about to be done, or what became of it."""
+    """One line of the promotion ledger: a move that is about to be made, or how it ended."""
 
     after: str  # sha256 of the line before; of nothing for the first
     step: Step
@@ -73,8 +78,8 @@ class Line(Report):
     move: Move | None  # None: it was written when the move was intended
 
 
-class Entry(Report):
-    """A move and what became of it. elsewhere: the registry has it and this store's ledger has not."""
+class MoveEntry(Report):
+    """A move and its last step; "intended": it is unfinished. elsewhere: the registry has it and this store's ledger has not."""
 
     move: Move
     step: Step
@@ -87,13 +92,13 @@ class History(Report):
 
     name: str
     champion: str | None
-    entries: list[Entry]
-    reconciled: list[str]  # unfinished moves that were set right just now
+    entries: list[MoveEntry]
+    unfinished: list[str]  # moves that a killed process left; the next promote, rollback or retrain ends them
     problems: list[str]
 
 
-class Given(Report):
-    """An answer. tokens: the stop token too; seconds: of writing, not of waiting; stopped: ended by itself."""
+class ShadowAnswer(Report):
+    """An answer. tokens: the stop token too; seconds: of writing, not of waiting; stopped: ended with a stop token."""
 
     version: str
     answer: str
@@ -107,8 +112,8 @@ class Pair(Report):
 
     unix_seconds: float
     messages: list[dict[str, str]]
-    champion: Given
-    challenger: Given
+    champion: ShadowAnswer
+    challenger: ShadowAnswer
 
 
 class Side(Report):

@@ -19,7 +19,7 @@ class BaseModelRef(Report):
 
     name: str  # what the user asked for
     digest: str
-    path: str  # relative to the store; a link if the files lie elsewhere
+    path: str  # relative to the store; a link if the files are elsewhere
     note: str  # what "full precision" means for this base
     revision: str | None
     stops: list[str]  # tokens that end an answer
@@ -35,7 +35,7 @@ class AdapterRef(Report):
 
 
 class Origin(Report):
-    """The registered version that a warm start may go on from, in the champion's line; or why there is none."""
+    """The registered version that a warm start may resume from, in the champion's line; or why there is none."""
 
     note: Note  # the version by name; or why an arm starts from scratch
     version: str | None = None
@@ -46,7 +46,7 @@ class Origin(Report):
 
 
 class Start(Report):
-    """Where the training of an arm begins that was to go on from the champion, and on which rows."""
+    """Where the training of an arm begins that was to resume from the champion, and on which rows."""
 
     version: str | None  # of the model; None: from scratch, on all training rows
     note: Note  # that version by name; or why from scratch
@@ -71,7 +71,7 @@ class Slot(Report):
     gpu: str | None  # as CUDA_VISIBLE_DEVICES names it; None: on the CPU
     threads: int
     why: str
-    side_by_side: int  # arms at the same time, this one included
+    arms_at_once: int  # that train at the same time, this one included
 
 
 class LossPoint(Report):
@@ -125,7 +125,7 @@ class TrainReport(Report):
     resumed_from_step: int
     train_rows: int
     rows_too_long: int
-    too_long: Literal["left out", "truncated", "split"]  # what became of them
+    too_long: Literal["left out", "truncated", "split"]  # what was done with them
     train_tokens: int
     completion_tokens: int
     trainable_parameters: int
@@ -183,7 +183,7 @@ class SampleAnswer(Report):
 
 
 class TaskScore(Report):
-    """One lm-eval metric; per-item values lie in the samples file, and intervals are computed from those."""
+    """One lm-eval metric; per-item values are in the samples file, and intervals are computed from those."""
 
     task: str
     metric: str

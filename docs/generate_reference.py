@@ -244,7 +244,7 @@ chain of causes counts. What is in no row is a bug: exit code 4, and a traceback
             kind.name,
             kind.seen,
             f"`{kind.error.__name__}`, {kind.error.exit_code}",
-            "retried" if kind.again else "stops",
+            "retried" if kind.retried else "stops",
             kind.act,
         ]
         for kind in KINDS

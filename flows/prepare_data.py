@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from prefect import flow
 
@@ -11,6 +10,7 @@ from data_contracts.errors import ConfigError, DataError, Problem
 from data_contracts.reports import Stage
 from data_contracts.rows import LEAKS, UNREADABLE, Reason, action_of
 from data_contracts.run_spec import DOMAIN_TASKS, RunSpec
+from data_contracts.stage_inputs import CurationInputs, ValidationInputs
 from flows.runner import Stages, in_store
 from flows.services.crashed_runs import hold
 from tasks.data.curation import row_ledger as ledger
@@ -25,14 +25,13 @@ from tasks.runtime.store import Store
 
 def prepare_data(spec: RunSpec, force: bool = False) -> tuple[DatasetManifest, list[Stage]]:
     """Ingest, validate and split only."""
-    prepared: tuple[DatasetManifest, list[Stage]] = in_store(prepare_data_flow, spec)(spec, force)
-    return prepared
+    return in_store(prepare_data_flow, spec)(spec, force)
 
 
 @flow(name="prepare-data", result_serializer="json", on_running=[hold])
-def prepare_data_flow(spec: RunSpec, force: bool = False) -> Any:
+def prepare_data_flow(spec: RunSpec, force: bool = False) -> tuple[DatasetManifest, list[Stage]]:
     """The data set and how each stage went."""
-    run = Stages.of(spec, force)
+    run = Stages.of(spec, force=force)
     dataset = data_stages(run, spec)
     return run.end((dataset, run.done))
 
@@ -43,28 +42,34 @@ def data_stages(run: Stages, spec: RunSpec) -> DatasetManifest:
     store.check_room()
     scope, engine = spec.model.name, spec.data.engine
     snapshot = ingested(run, store, spec)
-    released = [(row.row_id, row.reason) for row in ledger.releases(store, scope)]
-    before = ledger.batch_before(store, scope, snapshot.id)
-    promises = promised(spec.rules, spec.contract)
-    validated = run.run(stages.check, store, snapshot, spec.rules, spec.contract, promises, released, before, engine)
+    inputs = ValidationInputs(
+        snapshot=snapshot,
+        rules=spec.rules,
+        contract=spec.contract,
+        released=[(row.row_id, row.reason) for row in ledger.releases(store, scope)],
+        reference=ledger.batch_before(store, scope, snapshot.id),
+    )
+    validated = run.run(stages.validate_stage, store, inputs, promised(spec.rules, spec.contract), engine)
     further = sorted(set(spec.evaluate.tasks) - set(DOMAIN_TASKS))
     wanted = further and spec.curate.decontaminate
-    items = run.run(stages.benchmarks, store, further, task_files(spec.evaluate)) if wanted else None
-    contradictions = action_of(Reason.CONTRADICTION, spec.rules.actions)
-    dataset: DatasetManifest = run.run(
-        stages.curate, store, validated, spec.curate, scope, contradictions, items, engine
+    curation = CurationInputs(
+        validated=validated,
+        scope=scope,
+        contradictions=action_of(Reason.CONTRADICTION, spec.rules.actions),
+        benchmarks=run.run(stages.benchmarks_stage, store, further, task_files(spec.evaluate)) if wanted else None,
     )
-    artifacts.show_data(store, dataset)
+    dataset = run.run(stages.curate_stage, store, curation, spec.curate, engine)
+    artifacts.publish_data(store, dataset)
     write_data_state(store, scope, DataState(snapshot=snapshot, validated=validated, dataset=dataset))
     return dataset
 
 
 def ingested(run: Stages, store: Store, spec: RunSpec) -> Snapshot:
-    snapshot: Snapshot = run.run(stages.ingest, store, spec.data, source_digests(spec.data))
-    return snapshot
+    """The sources' rows as they are now."""
+    return run.run(stages.ingest_stage, store, spec.data, source_digests(spec.data))
 
 
-def release(spec: RunSpec, reason: str, why: str, rows: list[str]) -> tuple[DatasetManifest, list[Stage]]:
+def release_rows(spec: RunSpec, reason: str, why: str, rows: list[str]) -> tuple[DatasetManifest, list[Stage]]:
     """Overrule `reason` for the quarantined rows whose id begins with one of `rows` (all, if none is given).
 
     Raises ConfigError if the reason cannot be overruled or no such row is there.
@@ -85,7 +90,7 @@ def release(spec: RunSpec, reason: str, why: str, rows: list[str]) -> tuple[Data
 def _check(reason: str, why: str) -> None:
     problems = []
     if not why.strip():
-        problems.append(Problem("--why is empty", "data release", act='say it for whoever asks later: --why "..."'))
+        problems.append(Problem("--why is empty", "data release", act='give it for anyone who asks later: --why "..."'))
     if reason not in set(Reason):
         known = ", ".join(sorted(set(Reason) - UNREADABLE - LEAKS))
         problems.append(Problem(f"no such reason: {reason}", "data release", known))
@@ -95,7 +100,7 @@ def _check(reason: str, why: str) -> None:
             Problem(f"{reason} cannot be overruled: there is no usable conversation", "data release", act=act)
         )
     elif Reason(reason) in LEAKS:
-        act = "nothing is wrong with the rows; they lie too near to what is measured"
+        act = "nothing is wrong with the rows; they are too near to what is measured"
         problems.append(Problem(f"{reason} cannot be overruled: a held-out item would leak", "data release", act=act))
     if problems:
         raise ConfigError(*problems)

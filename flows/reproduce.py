@@ -57,7 +57,7 @@ def reproduction_spec(store: StoreSpec, uri: str, changes: list[str]) -> tuple[R
         raise ConfigError(*wrong)
     version = registry.resolve(store, uri, "reproduce")
     registry.recorded_lineage(store, version)
-    loaded = load_spec(str(Path(version.adapter).parent / EVIDENCE / SPEC_FILE), changes)
+    loaded = load_spec(str(version.artifacts / EVIDENCE / SPEC_FILE), changes)
     spec = loaded.spec.model_copy(update={"store": store})
     return spec, spec.train.threads if "train.threads" in keys else None
 

@@ -1,30 +1,27 @@
 """The whole chain: raw data to a gated, registered model. Reads top to bottom."""
 
-from typing import Any
-
 from prefect import flow
 from prefect.runtime import flow_run
-from prefect.states import Completed
 
 from data_contracts.data_reports import DatasetManifest, FileRef
 from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget, RunReport, Slot, TrainReport
 from data_contracts.run_spec import DOMAIN_TASKS, RunSpec, ServingForm
-from data_contracts.train_spec import arms_of, candidate_arm
+from data_contracts.stage_inputs import EvaluationInputs, RunResult
+from data_contracts.train_spec import candidate_arm
 from data_contracts.verdict import Served
 from flows.prepare_data import data_stages
-from flows.runner import Stages, in_store
+from flows.runner import Stages, in_store, skipped
 from flows.services.crashed_runs import hold, mark_crashed
-from flows.train_arms import beginnings, train_arms
+from flows.train_arms import plan_arms, train_arms
 from tasks.data import watermark
 from tasks.evaluation.evaluate import task_files
 from tasks.models.base import base_identity
 from tasks.pipeline import notifications as notify
 from tasks.pipeline import stages
-from tasks.pipeline.run_lock import me, turn
-from tasks.release import champion as rivals
-from tasks.release import history as moves
+from tasks.pipeline.run_lock import Holder, hold_run_lock
 from tasks.release import registry
-from tasks.release.champion import Rival
+from tasks.release.champion import ChampionBaseline, champion_baseline
+from tasks.release.history import reconcile
 from tasks.reporting import prefect_artifacts as artifacts
 from tasks.runtime.console import note
 from tasks.runtime.store import Store
@@ -35,63 +32,73 @@ BY_HAND = "started by hand"
 
 def retrain(spec: RunSpec, force: bool = False, reason: str = BY_HAND) -> RunReport | None:
     """Run the flow with its results kept in the spec's store; None if it gave way to another run."""
-    report: RunReport | None = in_store(retrain_flow, spec)(spec, force, reason)
-    return report
+    return in_store(retrain_flow, spec)(spec, force, reason)
 
 
 @flow(
     name="retrain", result_serializer="json", on_running=[hold, notify.run_begins], on_completion=[notify.run_ends],
     on_failure=[notify.run_fails], on_crashed=[notify.run_fails],
 )  # fmt: skip
-def retrain_flow(spec: RunSpec, force: bool = False, reason: str = BY_HAND) -> Any:
-    """The run's RunReport, or a state named Skipped if another run works in this store and `when_busy` says so."""
+def retrain_flow(spec: RunSpec, force: bool = False, reason: str = BY_HAND) -> RunReport | None:
+    """The run's report; None, in a state named Skipped, if another run works in this store and `when_busy` says so."""
     store = Store.of(spec.store)
-    with turn(store, me(flow_run.id, flow_run.name), spec.schedule.when_busy, note) as own:
-        if not own.mine:
-            return Completed(name="Skipped", message=f"at work already: {own.other or 'another run'}", data=None)
-        if own.other:
-            mark_crashed(own.other)
-        return chain(Stages.of(spec, force), spec, reason)
+    holder = Holder.this_process(flow_run.id, flow_run.name)
+    with hold_run_lock(store, holder, spec.schedule.when_busy, note) as lock:
+        if not lock.acquired:
+            return skipped(result=None, why=f"at work already: {lock.busy or 'another run'}")
+        if lock.crashed:
+            mark_crashed(lock.crashed)
+        return chain(Stages.of(spec, force=force), spec, reason)
 
 
-def chain(run: Stages, spec: RunSpec, reason: str) -> Any:
+def chain(run: Stages, spec: RunSpec, reason: str) -> RunReport:
     """Every stage, in order."""
     store = Store.of(spec.store)
-    for line in moves.reconcile(spec.store):
+    for line in reconcile(spec.store):
         note(line)
-    slots = slots_of(spec.train)
     dataset = data_stages(run, spec)
-    base, arms = train_stages(run, spec, dataset, slots)
-
+    base, arms = train_stages(run, spec, dataset, slots_of(spec.train))
     candidate = released_of(arms)
-    rival = rivals.rival(spec.store, spec.model.name, candidate.adapter, base)
-    targets = [target_of(arm) for arm in arms] + forms_of(candidate, spec.evaluate.forms)
-    evaluations = evaluate(run, spec, base, dataset.test, targets, rival)
-    scores = next(report for report in evaluations if report.target == candidate.name)
+    baseline = champion_baseline(spec.store, spec.model.name, candidate.adapter, base)
 
-    comparison = run.run(stages.compare, store, arms, evaluations, candidate.arm, candidate.name, spec.gates)
-    served = serve(run, spec, base, dataset.test, target_of(candidate))
-    gates = run.run(stages.gate, comparison, spec.gates, rival.label if rival else None, True, served)
-    artifacts.show_verdict(arms, evaluations, comparison, gates)
-    recorded = run.run(stages.record, spec, dataset, arms, evaluations, comparison, gates)
-    told = rival.label if rival else None
-    made_of = (base, candidate, arms, evaluations, dataset, comparison, gates, told, recorded)
-    model = run.run(stages.register, spec, *made_of)
-    answer = run.run(stages.load_back, spec.store, model, scores, spec.evaluate.sample_tokens)
-    if gates.verdict == "pass":
-        run.run(stages.promote, spec.store, model, answer, rival.version if rival else None)
-    else:
-        run.skip("promote", f"the verdict is {gates.verdict}: the version stays challenger")
-    page = run.run(stages.write_report, store, spec, dataset, arms, evaluations, comparison, gates, recorded, model)
-    report = RunReport(
-        run_id=f"{flow_run.name}-{flow_run.id[:8]}", reason=reason, spec=spec.model_dump(mode="json"), dataset=dataset,
-        base=base, arms=arms, evaluations=evaluations, comparison=comparison, gate=gates, recorded=recorded,
-        model=registry.version_now(spec.store, model), loaded_back=answer, stages=run.done, html=page,
+    scoring = evaluation_inputs(spec, base, dataset.test)
+    targets = [target_of(arm) for arm in arms] + forms_of(candidate, spec.evaluate.forms)
+    evaluations = score_models(run, spec, scoring, targets, baseline)
+    comparison = run.run(stages.compare_stage, store, arms, evaluations, candidate.arm, candidate.name, spec.gates)
+    served = measure_serving(run, spec, scoring, target_of(candidate))
+    champion = baseline.label if baseline else None
+    gate = run.run(stages.gate_stage, comparison, spec.gates, champion, has_baseline=True, served=served)
+    artifacts.publish_verdict(arms, evaluations, comparison, gate)
+    result = RunResult(
+        base=base, dataset=dataset, candidate=candidate, arms=arms, evaluations=evaluations, comparison=comparison,
+        gate=gate, champion=champion,
     )  # fmt: skip
+    report = release_stages(run, spec, result, baseline, reason)
     store.write_report(report)
     watermark.finish(store, spec.model.name, dataset.snapshot_id, report.run_id)
-    artifacts.show_report(report)
+    artifacts.publish_report(report)
     return run.end(report)
+
+
+def release_stages(
+    run: Stages, spec: RunSpec, result: RunResult, baseline: ChampionBaseline | None, reason: str
+) -> RunReport:
+    """Record, register, load back, promote if the gates passed, report."""
+    store = Store.of(spec.store)
+    recorded = run.run(stages.record_stage, spec, result)
+    model = run.run(stages.register_stage, spec, result, recorded)
+    answer = run.run(stages.load_back_stage, spec.store, model, result.scores, spec.evaluate.sample_tokens)
+    if result.gate.verdict == "pass":
+        run.run(stages.promote_stage, spec.store, model, answer, baseline.version if baseline else None)
+    else:
+        run.skip("promote", f"the verdict is {result.gate.verdict}: the version stays challenger")
+    page = run.run(stages.report_stage, store, spec, result, recorded, model)
+    return RunReport(
+        run_id=f"{flow_run.name}-{flow_run.id[:8]}", reason=reason, spec=spec.model_dump(mode="json"),
+        dataset=result.dataset, base=result.base, arms=result.arms, evaluations=result.evaluations,
+        comparison=result.comparison, gate=result.gate, recorded=recorded,
+        model=registry.version_now(spec.store, model), loaded_back=answer, stages=run.done, html=page,
+    )  # fmt: skip
 
 
 def train_stages(
@@ -99,13 +106,13 @@ def train_stages(
 ) -> tuple[BaseModelRef, list[TrainReport]]:
     """Every arm over the same rows in the same order, unless a warm start has its own; LoRA's from the same adapter."""
     store = Store.of(spec.store)
-    base = run.run(stages.prepare_base, store, spec.model.base, spec.model.revision, base_identity(spec.model))
-    planned = arms_of(spec.train)
-    begins = beginnings(run, spec, base, data, planned)
+    identity = base_identity(spec.model)
+    base = run.run(stages.prepare_base_stage, store, spec.model.base, spec.model.revision, identity)
+    planned = plan_arms(run, spec, base, data)
     if set(spec.evaluate.tasks) - set(DOMAIN_TASKS):
-        own = task_files(spec.evaluate)
-        run.run(stages.check_tasks, store, base, data.test, spec.evaluate, own, spec.train.max_tokens)
-    return base, train_arms(run, spec, base, data, planned, begins, slots)
+        own, settings = task_files(spec.evaluate), spec.evaluate
+        run.run(stages.check_tasks_stage, store, base, data.test, settings, own, spec.train.max_tokens)
+    return base, train_arms(run, store, planned, slots)
 
 
 def released_of(arms: list[TrainReport]) -> TrainReport:
@@ -127,24 +134,25 @@ def forms_of(arm: TrainReport, forms: list[ServingForm]) -> list[EvalTarget]:
     return [EvalTarget(name=f"{arm.name}-on-{form}", merged=form == "merged", **own) for form in forms]
 
 
-def evaluate(
-    run: Stages, spec: RunSpec, base: BaseModelRef, test: FileRef, targets: list[EvalTarget], rival: Rival | None
-) -> list[EvalReport]:
-    """Score the base, every target and the rival on the frozen items."""
-    store = Store.of(spec.store)
-    targets = [EvalTarget(name="base", method="lora"), *targets]
-    targets += [rival.target] if rival and rival.target else []
-    settings = (spec.evaluate, task_files(spec.evaluate), spec.train.max_tokens, spec.model.precision)
-    reports: list[EvalReport] = run.run(
-        stages.evaluate, store, base, test, targets, *settings, spec.gates.confidence, spec.train.threads
+def evaluation_inputs(spec: RunSpec, base: BaseModelRef, test: FileRef) -> EvaluationInputs:
+    """What every evaluation of a run shares."""
+    return EvaluationInputs(
+        base=base, test=test, spec=spec.evaluate, max_tokens=spec.train.max_tokens, precision=spec.model.precision
     )
-    return reports
 
 
-def serve(run: Stages, spec: RunSpec, base: BaseModelRef, test: FileRef, target: EvalTarget) -> Served | None:
+def score_models(
+    run: Stages, spec: RunSpec, inputs: EvaluationInputs, targets: list[EvalTarget], baseline: ChampionBaseline | None
+) -> list[EvalReport]:
+    """Score the base, every target and the champion on the frozen items."""
+    targets = [EvalTarget(name="base", method="lora"), *targets]
+    targets += [baseline.target] if baseline and baseline.target else []
+    own, confidence = task_files(spec.evaluate), spec.gates.confidence
+    return run.run(stages.evaluate_stage, Store.of(spec.store), inputs, targets, own, confidence, spec.train.threads)
+
+
+def measure_serving(run: Stages, spec: RunSpec, inputs: EvaluationInputs, target: EvalTarget) -> Served | None:
     """The candidate alone in a process, measured; only if a gate asks for it."""
     if spec.gates.max_ms_per_token is None and spec.gates.max_memory_gb is None:
         return None
-    store, settings = Store.of(spec.store), (spec.evaluate, spec.train.max_tokens, spec.model.precision)
-    served: Served = run.run(stages.serve_alone, store, base, test, target, *settings, spec.train.threads)
-    return served
+    return run.run(stages.serve_alone_stage, Store.of(spec.store), inputs, target, spec.train.threads)

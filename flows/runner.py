@@ -1,4 +1,7 @@
-"""Run the stages of a flow one after the other, tell each one's end and why it ran, and remember how it went."""
+"""Runs the stages of a flow one after the other, prints how each ended and why it ran, and keeps that for the run's report.
+
+Typed through Prefect's own `Task[P, R]`: a wrong argument of a stage is an error of mypy.
+"""
 
 import inspect
 import sys
@@ -6,8 +9,9 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Literal, Self, cast
 
+from prefect import Flow, Task
 from prefect.client.schemas.objects import State
 from prefect.futures import wait
 from prefect.logging import get_run_logger
@@ -21,11 +25,34 @@ from data_contracts.reports import Stage
 from data_contracts.run_spec import RunSpec
 from tasks.pipeline.cache_reasons import FORCED, Reasons
 from tasks.pipeline.device_lock import device_slot
-from tasks.pipeline.policies import POLICIES, stage_key
+from tasks.pipeline.policies import POLICIES, P, R, stage_key
 from tasks.runtime.console import page
 from tasks.runtime.store import Store
 
-_COLOURS = {"ran": "green", "cached": "cyan", "skipped": "yellow", "failed": "red"}
+StageStatus = Literal["ran", "cached", "skipped", "failed"]
+_COLOURS: dict[StageStatus, str] = {"ran": "green", "cached": "cyan", "skipped": "yellow", "failed": "red"}
+
+
+@dataclass(frozen=True)
+class Call(Generic[R]):
+    """One run of a stage that is still to come, under the label that a person reads."""
+
+    task: Task[..., R]
+    label: str
+    arguments: dict[str, Any]
+
+    @staticmethod
+    def of(label: str, task: Task[P, R], *args: P.args, **kwargs: P.kwargs) -> "Call[R]":
+        """Raises TypeError, here and not in Prefect, if the arguments are not the task's."""
+        return Call(task, label, dict(inspect.signature(task.fn).bind(*args, **kwargs).arguments))
+
+    @property
+    def stage(self) -> str:
+        return str(self.task.name)
+
+    @property
+    def key(self) -> str:
+        return stage_key(self.stage, self.arguments)
 
 
 @dataclass
@@ -37,29 +64,28 @@ class Stages:
     done: list[Stage] = field(default_factory=list)
 
     @classmethod
-    def of(cls, spec: RunSpec, force: bool = False, flow: str = "retrain") -> "Stages":
+    def of(cls, spec: RunSpec, *, force: bool = False, flow: str = "retrain") -> Self:
         """flow: what its stages are compared with; the data stages of a retrain are the same alone."""
         return cls(Reasons(Store.of(spec.store), spec.model.name, flow), force)
 
-    def run(self, task: Any, *args: Any, label: str | None = None) -> Any:
-        """Run one Prefect task and return its result; what it raised is raised here."""
-        (result,) = self.together(task, [(label or task.name, args)])
+    def run(self, task: Task[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run one stage under its own name and return its result; what it raised is raised here."""
+        (result,) = self.together([Call.of(str(task.name), task, *args, **kwargs)])
         return result
 
-    def together(self, task: Any, calls: Sequence[tuple[str, Sequence[Any]]]) -> list[Any]:
-        """Run a task with several inputs at the same time, each under its label; results in the order of the calls.
+    def together(self, calls: Sequence[Call[R]]) -> list[R]:
+        """Run calls of one stage at the same time; results in the order of the calls.
 
         What fails lets the others finish; then everything that went wrong is raised at once.
         """
-        named = [(name, inspect.signature(task.fn).bind(*args).arguments) for name, args in calls]
-        with self._device(task.name, named):
+        with self._device(calls):
             started = time.time()
-            states = self._states(task, calls)
-        results: list[Any] = []
+            states = self._states(calls)
+        results: list[R] = []
         errors: list[Exception] = []
-        for (name, arguments), state in zip(named, states, strict=True):
+        for call, state in zip(calls, states, strict=True):
             try:
-                results.append(self._ended(task.name, name, arguments, state, started))
+                results.append(self._ended(call, state, started))
             except Exception as error:
                 if len(calls) == 1:
                     raise
@@ -71,52 +97,53 @@ class Stages:
     def skip(self, name: str, why: str) -> None:
         self._note(name, "skipped", 0.0, why)
 
-    def end(self, result: Any) -> Any:
+    def end(self, result: R) -> R:
         """What the flow returns: its result, in a state named Skipped if no stage had anything to do."""
         if any(stage.status == "ran" for stage in self.done):
             return result
-        return Completed(name="Skipped", message="nothing new: every stage was done before", data=result)
+        return skipped(result, "nothing new: every stage was done before")
 
-    def _states(self, task: Any, calls: Sequence[tuple[str, Sequence[Any]]]) -> list[State[Any]]:
-        named = [(task.with_options(refresh_cache=self.force, task_run_name=name), args) for name, args in calls]
-        if len(named) == 1:
-            ((own, args),) = named
-            return [own(*args, return_state=True)]
-        futures = [own.submit(*args) for own, args in named]
+    def _states(self, calls: Sequence[Call[R]]) -> list[State[R]]:
+        named = [call.task.with_options(refresh_cache=self.force, task_run_name=call.label) for call in calls]
+        if len(calls) == 1:
+            return [named[0](**calls[0].arguments, return_state=True)]
+        futures = [own.submit(**call.arguments) for own, call in zip(named, calls, strict=True)]
         wait(futures)
         return [future.state for future in futures]
 
-    def _ended(self, stage: str, name: str, arguments: dict[str, Any], state: State[Any], started: float) -> Any:
-        """Tell how a task ended, and why it ran; return its result, or raise what it raised. started: seconds since 1970."""
+    def _ended(self, call: Call[R], state: State[R], started: float) -> R:
+        """Print how a call ended, and why it ran; return its result, or raise what it raised. started: seconds since 1970."""
         seconds = max(0.0, state.timestamp.timestamp() - started)
         if state.is_failed() or state.is_crashed():
-            self._tell("failed", name, seconds)
-        result = _result(state, name)
-        status = "cached" if state.name == "Cached" else "ran"
-        why = "" if status == "cached" else FORCED if self.force else self.reasons.why(stage, name, arguments)
-        self.reasons.keep(stage, name, arguments)
-        self._note(name, status, seconds, why)
+            _print("failed", call.label, seconds)
+        result = _result(state, call.label)
+        is_cached = state.name == "Cached"
+        why = ""
+        if not is_cached:
+            why = FORCED if self.force else self.reasons.why(call.stage, call.label, call.arguments)
+        self.reasons.keep(call.stage, call.label, call.arguments)
+        self._note(call.label, "cached" if is_cached else "ran", seconds, why)
         return result
 
-    def _device(self, stage: str, named: Sequence[tuple[str, dict[str, Any]]]) -> AbstractContextManager[None]:
+    def _device(self, calls: Sequence[Call[R]]) -> AbstractContextManager[None]:
         """One slot of the device for all of them, if this stage needs one and not all are cached. Taken out here, so that
         waiting costs a stage none of its time."""
-        if not POLICIES[stage].device:
+        if not POLICIES[calls[0].stage].device:
             return nullcontext()
-        store, asked = get_result_store(), [name for name, _ in named]
-        cached = not self.force and all(store.exists(stage_key(stage, arguments)) for _, arguments in named)
-        return nullcontext() if cached else device_slot(", ".join(asked))
+        store = get_result_store()
+        cached = not self.force and all(store.exists(call.key) for call in calls)
+        return nullcontext() if cached else device_slot(", ".join(call.label for call in calls))
 
-    def _note(self, name: str, status: Any, seconds: float, why: str = "") -> None:
+    def _note(self, name: str, status: Literal["ran", "cached", "skipped"], seconds: float, why: str) -> None:
         self.done.append(Stage(name=name, status=status, seconds=round(seconds, 3), why=why))
-        self._tell(status, name, seconds, why)
+        _print(status, name, seconds, why)
 
-    def _tell(self, status: str, name: str, seconds: float, why: str = "") -> None:
-        colour = _COLOURS[status]
-        console = page(sys.stderr)
-        line = Text.assemble((f"{status:>7}", colour), f"  {name:<16} {seconds:7.1f} s  {why}".rstrip())
-        console.print(line, soft_wrap=True)
-        get_run_logger().info("%s: %s%s", name, status, f", {why}" if why else "")
+
+def _print(status: StageStatus, name: str, seconds: float, why: str = "") -> None:
+    """One line on stderr, and one in the run's log."""
+    line = Text.assemble((f"{status:>7}", _COLOURS[status]), f"  {name:<16} {seconds:7.1f} s  {why}".rstrip())
+    page(sys.stderr).print(line, soft_wrap=True)
+    get_run_logger().info("%s: %s%s", name, status, f", {why}" if why else "")
 
 
 def _as_one(errors: list[Exception]) -> Exception:
@@ -127,7 +154,7 @@ def _as_one(errors: list[Exception]) -> Exception:
     return type(own[0])(*(problem for error in own for problem in error.problems))
 
 
-def _result(state: Any, name: str) -> Any:
+def _result(state: State[R], name: str) -> R:
     try:
         return state.result()
     except Exception as error:
@@ -138,8 +165,14 @@ def _result(state: Any, name: str) -> Any:
         raise known from error
 
 
-def in_store(flow_: Any, spec: RunSpec) -> Any:
+def skipped(result: R, why: str) -> R:
+    """A flow's result in a state named Skipped. Prefect unwraps a state that a flow returns: the caller gets the result."""
+    return cast(R, Completed(name="Skipped", message=why, data=result))
+
+
+def in_store(flow: Flow[P, R], spec: RunSpec) -> Flow[P, R]:
+    """The flow with its results kept in the spec's store."""
     # Paths are resolved: the flow's results must be found again from any working directory.
     results = Store.of(spec.store).files.resolve() / "results"
     results.mkdir(parents=True, exist_ok=True)
-    return flow_.with_options(result_storage=results)
+    return flow.with_options(result_storage=results)

@@ -1,74 +1,86 @@
 """Every arm of a run, one after the other or several at the same time."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
-from data_contracts.data_reports import DatasetManifest, FileRef
+from data_contracts.data_reports import DatasetManifest
 from data_contracts.reports import AdapterRef, BaseModelRef, Slot, Start, TrainReport
 from data_contracts.run_spec import RunSpec
-from data_contracts.train_spec import LORA_ARMS, Arm
-from flows.runner import Stages
+from data_contracts.stage_inputs import StartInputs, TrainInputs
+from data_contracts.train_spec import LORA_ARMS, Arm, arms_of
+from flows.runner import Call, Stages
 from tasks.models.base import start_settings
 from tasks.pipeline import stages
 from tasks.reporting import prefect_artifacts as artifacts
-from tasks.reporting.sentences import started
+from tasks.reporting.sentences import start_sentence
 from tasks.runtime.console import note
 from tasks.runtime.store import Store
 from tasks.training.warm_start import origin_of, start_from_scratch
 
 
-class Begin(NamedTuple):
-    """adapter: None starts from the base itself; start: None if no warm start was asked for."""
+@dataclass(frozen=True)
+class PlannedArm:
+    """An arm and all that decides what it learns. start: None if no warm start was asked for."""
 
-    adapter: AdapterRef | None
-    rows: FileRef
+    arm: Arm
+    inputs: TrainInputs
     start: Start | None
 
 
-def train_arms(
-    run: Stages, spec: RunSpec, base: BaseModelRef, data: DatasetManifest, arms: list[Arm], begins: list[Begin],
-    slots: list[Slot],
-) -> list[TrainReport]:  # fmt: skip
+def plan_arms(run: Stages, spec: RunSpec, base: BaseModelRef, data: DatasetManifest) -> list[PlannedArm]:
+    """Every arm with its first adapter and its rows. LoRA's arms share a fresh adapter, and so what a warm start puts in
+    its place."""
+    arms = arms_of(spec.train)
+    fresh = fresh_adapters(run, Store.of(spec.store), base, arms, spec.model.precision)
+    starts = warm_starts(run, spec, base, data, arms, fresh)
+    return [
+        PlannedArm(
+            arm, _inputs(arm, base, data, spec.model.precision, (start and start.adapter) or adapter, start), start
+        )
+        for arm, adapter, start in zip(arms, fresh, starts, strict=True)
+    ]
+
+
+def _inputs(
+    arm: Arm, base: BaseModelRef, data: DatasetManifest, precision: str, step0: AdapterRef | None, start: Start | None
+) -> TrainInputs:
+    return TrainInputs(
+        method=arm.method,
+        seed=arm.seed,
+        base=base,
+        step0=step0,
+        rows=start.rows if start else data.train,
+        validation=data.validation,
+        settings=arm.settings,
+        precision=precision,
+    )
+
+
+def train_arms(run: Stages, store: Store, planned: list[PlannedArm], slots: list[Slot]) -> list[TrainReport]:
     """In the order of the arms. slots: where those of a group train; none if each trains alone."""
     if slots:
         note(f"{len(slots)} arms train at a time, each on {slots[0].threads} threads: {slots[0].why}")
-    store = Store.of(spec.store)
-    calls = [
-        (
-            arm,
-            (
-                arm.method,
-                arm.seed,
-                base,
-                begin.adapter,
-                begin.rows,
-                data.validation,
-                arm.settings,
-                spec.model.precision,
-            ),
-        )
-        for arm, begin in zip(arms, begins, strict=True)
-    ]
     trained: list[TrainReport] = []
-    for group in groups([stages.train_key(*inputs) for _, inputs in calls], max(1, len(slots))):
-        named = []
+    for group in groups([stages.train_key(own.inputs) for own in planned], max(1, len(slots))):
+        calls = []
         for place, number in enumerate(group):
-            arm, inputs = calls[number]
             slot = slots[place] if slots else None
-            named.append((f"train {arm.name}", (store, *_with_threads(inputs, trained, slot), slot)))
-        for number, report in zip(group, run.together(stages.train_arm, named), strict=True):
+            inputs = _with_threads(planned[number].inputs, trained, slot)
+            calls.append(Call.of(f"train {planned[number].arm.name}", stages.train_stage, store, inputs, slot))
+        for number, report in zip(group, run.together(calls), strict=True):
             # The same training may be known under another name: as one of several seeds, or as a variant.
-            own = {"name": arms[number].name, "arm": arms[number].arm, "start": begins[number].start}
-            trained.append(report.model_copy(update=own))
-            artifacts.show_training(trained[-1])
+            own = planned[number]
+            named = {"name": own.arm.name, "arm": own.arm.arm, "start": own.start}
+            trained.append(report.model_copy(update=named))
+            artifacts.publish_training(trained[-1])
     return trained
 
 
-def _with_threads(inputs: tuple[Any, ...], trained: list[TrainReport], slot: Slot | None) -> tuple[Any, ...]:
-    """Arms on unlike threads could not be compared for speed: all take what was free for the first."""
+def _with_threads(inputs: TrainInputs, trained: list[TrainReport], slot: Slot | None) -> TrainInputs:
+    """Arms on different numbers of threads could not be compared for speed: all take what was free for the first."""
     if slot or not trained:
         return inputs
-    *before, settings, precision = inputs
-    return (*before, settings.model_copy(update={"threads": trained[0].threads}), precision)
+    settings = inputs.settings.model_copy(update={"threads": trained[0].threads})
+    return inputs.model_copy(update={"settings": settings})
 
 
 def groups(keys: list[str], most: int) -> list[list[int]]:
@@ -82,16 +94,6 @@ def groups(keys: list[str], most: int) -> list[list[int]]:
     return found
 
 
-def beginnings(run: Stages, spec: RunSpec, base: BaseModelRef, data: DatasetManifest, arms: list[Arm]) -> list[Begin]:
-    """One for each arm. LoRA's arms share a fresh adapter, and so what a warm start puts in its place."""
-    fresh = fresh_adapters(run, Store.of(spec.store), base, arms, spec.model.precision)
-    starts = warm_starts(run, spec, base, data, arms, fresh)
-    return [
-        Begin((start and start.adapter) or adapter, start.rows if start else data.train, start)
-        for adapter, start in zip(fresh, starts, strict=True)
-    ]
-
-
 def fresh_adapters(
     run: Stages, store: Store, base: BaseModelRef, arms: list[Arm], precision: str
 ) -> list[AdapterRef | None]:
@@ -100,7 +102,7 @@ def fresh_adapters(
     made: dict[str, AdapterRef] = {}
     for own in settings:
         if own and str(own) not in made:
-            made[str(own)] = run.run(stages.init_adapter, store, base, own)
+            made[str(own)] = run.run(stages.init_adapter_stage, store, base, own)
     return [made.get(str(own)) for own in settings]
 
 
@@ -108,7 +110,7 @@ def warm_starts(
     run: Stages, spec: RunSpec, base: BaseModelRef, data: DatasetManifest, arms: list[Arm],
     fresh: list[AdapterRef | None],
 ) -> list[Start | None]:  # fmt: skip
-    """Each arm's start if it was to go on from the champion, else None; every one is said aloud with its reason."""
+    """Each arm's start if it was to resume from the champion, else None; every one is logged with its reason."""
     if all(arm.settings.warm_start == "never" for arm in arms):
         return [None] * len(arms)
     store, held_out = Store.of(spec.store), [data.validation, data.test]
@@ -126,11 +128,13 @@ def warm_starts(
         elif origin.version is None:
             start = start_from_scratch(store, data.train, origin.note)
         elif arm.method not in LORA_ARMS or adapter is None:
-            start = start_from_scratch(store, data.train, f"the method {arm.method} has no LoRA layers to go on with")
+            start = start_from_scratch(store, data.train, f"the method {arm.method} has no LoRA layers to resume from")
         else:
-            inputs = (store, origin, base, adapter, data.train, held_out, arm.settings.replay_share)
-            start = made[key] = made.get(key) or run.run(stages.choose_start, *inputs)
+            inputs = StartInputs(origin=origin, base=base, step0=adapter, train=data.train, held_out=held_out)
+            if key not in made:
+                made[key] = run.run(stages.choose_start_stage, store, inputs, arm.settings.replay_share)
+            start = made[key]
         if start and origin.version:
-            note(f"{arm.name} {started(start)}")
+            note(f"{arm.name} {start_sentence(start)}")
         found.append(start)
     return found

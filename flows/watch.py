@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from typing import Any
 
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -10,16 +9,15 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempoten
 from prefect.client.schemas.objects import FlowRun
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Completed
 
 from data_contracts.data_reports import SourceCheck, Watched
 from data_contracts.run_spec import RunSpec
 from flows.prepare_data import ingested
 from flows.retrain import retrain
-from flows.runner import Stages, in_store
+from flows.runner import Stages, in_store, skipped
 from flows.services.crashed_runs import hold, reap_with_a_worker
-from tasks.data import freshness as fresh
-from tasks.release import champion as rivals
+from tasks.data import freshness
+from tasks.release.champion import champion_days
 from tasks.runtime.console import note
 from tasks.runtime.store import Store
 
@@ -30,7 +28,7 @@ _STARTS = 3  # of a retrain that was killed; one that failed would fail again
 
 def watch(spec: RunSpec) -> Watched:
     """Look, and if a retrain is due start its deployment, or run it here if this server has none."""
-    found: Watched = in_store(watch_flow, spec)(spec)
+    found = in_store(watch_flow, spec)(spec)
     if found.due and found.run is None:
         report = retrain(spec, reason=found.why)
         return found.model_copy(update={"run": report.run_id if report else None})
@@ -38,34 +36,34 @@ def watch(spec: RunSpec) -> Watched:
 
 
 @flow(name="watch", result_serializer="json", on_running=[hold])
-def watch_flow(spec: RunSpec) -> Any:
+def watch_flow(spec: RunSpec) -> Watched:
     """The Watched; in a state named Skipped if nothing was started."""
     reap_with_a_worker()
-    if changing := fresh.still_changing(spec.data, spec.schedule.quiet_seconds):
+    if changing := freshness.still_changing(spec.data, spec.schedule.quiet_seconds):
         return _skipped(Watched(due=False, why=changing, look=None))
     store = Store.of(spec.store)
     snapshot = ingested(Stages.of(spec), store, spec)
-    age = rivals.champion_days(spec.store, spec.model.name)
-    look, due, why = fresh.decide_retrain(store, spec, snapshot, age)
+    age = champion_days(spec.store, spec.model.name)
+    look, due, why = freshness.decide_retrain(store, spec, snapshot, age)
     if not due:
         return _skipped(Watched(due=False, why=why, look=look))
     note(f"due: {why}")
-    _tell_automations(spec.model.name, look, why)
+    _emit_event(spec.model.name, look, why)
     return _start(spec, Watched(due=True, why=why, look=look))
 
 
-def _tell_automations(name: str, look: SourceCheck, why: str) -> None:
+def _emit_event(name: str, look: SourceCheck, why: str) -> None:
     payload = {"new_rows": look.new_rows, "known_rows": look.known_rows, "snapshot": look.snapshot_id, "reason": why}
     emit_event(FRESH_EVENT, resource={"prefect.resource.id": f"tunegate.data.{name}"}, payload=payload)
 
 
-def _skipped(found: Watched) -> Any:
+def _skipped(found: Watched) -> Watched:
     note(f"no retrain: {found.why}")
-    return Completed(name="Skipped", message=found.why, data=found)
+    return skipped(found, found.why)
 
 
-def _start(spec: RunSpec, found: Watched) -> Any:
-    """Start the deployment once for these rows and this spec, however often and by however many this is called."""
+def _start(spec: RunSpec, found: Watched) -> Watched:
+    """Start the deployment once for these rows and this spec, however often this is called."""
     if "PREFECT_API_URL" not in os.environ:
         return found
     with get_client(sync_client=True) as client:
@@ -107,8 +105,8 @@ def _refusal(last: FlowRun, number: int) -> str | None:
     if state is None or not state.is_final():
         return f"{last.name} is at work on them"
     if not state.is_crashed():
-        told = (state.message or "").splitlines()
-        why = f": {told[0]}" if told else ""
+        message = (state.message or "").splitlines()
+        why = f": {message[0]}" if message else ""
         return f"{last.name} ended as {state.name} on them{why}; next: mend it, then tunegate run"
     if number + 1 >= _STARTS:
         return f"{last.name} was the last of {_STARTS} that were killed; next: find out by what, then tunegate run"

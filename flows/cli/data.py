@@ -71,9 +71,9 @@ def release_command(
 ) -> Outcome:
     """Bring rows back from quarantine: all that a reason rejected, or some. Who did it and why is kept."""
     spec = prepared_spec(preset, changes)
-    from flows.prepare_data import release
+    from flows.prepare_data import release_rows
 
-    return _page(spec, release(spec, reason, why, rows or []))
+    return _page(spec, release_rows(spec, reason, why, rows or []))
 
 
 def _page(spec: "RunSpec", prepared: "tuple[DatasetManifest, list[Stage]]") -> Outcome:

@@ -67,9 +67,9 @@ def history_command(
     """Every move of a model's champion: who, when, from, to, why, on what evidence. Exit code 4 if the record is broken."""
     store = prepared_store(changes)
     from flows.cli.pages.release import BROKEN, history_summary, show_history
-    from flows.promote import history
+    from flows.promote import read_history
 
-    found = history(store, name, rebuild)
+    found = read_history(store, name, rebuild=rebuild)
     return Outcome(history_summary(found), partial(show_history, found), BROKEN if found.problems else 0)
 
 
@@ -87,8 +87,8 @@ def predict_command(
             Problem("the question is empty", "predict", act='tunegate predict "what does ...?" --model URI')
         )
     store = prepared_store(changes)
-    from flows.promote import ask
+    from flows.promote import ask_registered
 
-    answer = ask(store, model, question, max_new_tokens)
+    answer = ask_registered(store, model, question, max_new_tokens)
     payload = {"question": question, "answer": answer, "model": model}
     return Outcome(payload, lambda console: console.print(answer, markup=False, soft_wrap=True))

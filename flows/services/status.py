@@ -65,12 +65,13 @@ class Deployed:
 
 @dataclass(frozen=True)
 class Status:
-    """services and deployments are empty if nothing was started."""
+    """services and deployments are empty if nothing was started. unfinished: moves of a champion that a killed process left."""
 
     state: State | None
     services: list[Service]
     deployments: list[Deployed]
     models: list["Standing"]
+    unfinished: list[str]
 
     @property
     def healthy(self) -> bool:
@@ -91,7 +92,7 @@ def read_status(store: StoreSpec) -> Status:
 
             with client_of(services_state.prefect_of(folder, state).url) as client:
                 deployments = list(_deployments(client))
-        return Status(state, services, deployments, _models(store))
+        return Status(state, services, deployments, *_champions(store))
 
 
 def _services(store: StoreSpec, folder: Path, state: State) -> list[Service]:
@@ -114,12 +115,12 @@ def _service(name: str, server: Server | None, process: Process | None) -> Servi
     return Service(name, state, process.pid, url, since)
 
 
-def _models(store: StoreSpec) -> list["Standing"]:
+def _champions(store: StoreSpec) -> tuple[list["Standing"], list[str]]:
     if not store.mlflow_uri and not (Store.of(store).root / "mlflow.db").exists():
-        return []
-    from tasks.release.history import standings
+        return [], []
+    from tasks.release.history import champions
 
-    return standings(store)
+    return champions(store)
 
 
 def _deployments(client: "SyncPrefectClient") -> Iterator[Deployed]:

@@ -118,7 +118,7 @@ def _adapter(found: Exported, source: ExportSource) -> list[Recipe]:
         f"base = AutoModelForCausalLM.from_pretrained({base!r}, quantization_config={bits}, use_safetensors=True)",
         'model = PeftModel.from_pretrained(base, ".")',
     ]  # fmt: skip
-    config = json.loads(Path(source.version.adapter, "adapter_config.json").read_text())
+    config = json.loads(Path(source.version.adapter.folder, "adapter_config.json").read_text())
     if "r" not in config or config["use_dora"]:  # vLLM serves plain LoRA only
         return [Recipe("PEFT", "python", load)]
     rank = next((most for most in _VLLM_RANKS if most >= config["r"]), config["r"])

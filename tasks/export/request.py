@@ -66,14 +66,17 @@ class ExportSource:
         """The fields of a LiveModelJob: base, model, threads."""
         version = self.version
         model = AdaptedModel(
-            method=version.method, adapter_folder=version.adapter, quantisation=version.quantisation, merged=False
+            method=version.method,
+            adapter_folder=version.adapter.folder,
+            quantisation=version.quantisation,
+            merged=False,
         )
         return {"base": str(self.base), "model": model, "threads": None}
 
 
 def export_source(store: StoreSpec, version: Registered) -> ExportSource:
     """Find the files. Raises StoreError if the base or the held-out rows are gone, or are not the ones of its training."""
-    place, files = Store.of(store), Path(version.adapter).parent
+    place, files = Store.of(store), version.artifacts
     meta = json.loads((files / "meta.json").read_text())
     recorded = connect(store).download_artifacts(version.run_id, "dataset.json")
     test = DatasetManifest.model_validate_json(Path(recorded).read_text()).test

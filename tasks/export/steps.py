@@ -59,7 +59,7 @@ def write_files(
     forms, chosen = work / _FORMS, measured.chosen
     if request.format == "adapter":
         shutil.copytree(forms / "tokenizer", draft, dirs_exist_ok=True)
-        shutil.copytree(source.version.adapter, draft, dirs_exist_ok=True)
+        shutil.copytree(source.version.adapter.folder, draft, dirs_exist_ok=True)
         _name_base(draft / "adapter_config.json", source)
     elif request.format == "merged":
         shutil.copytree(forms / "model", draft, dirs_exist_ok=True)
@@ -99,7 +99,7 @@ def check_files(
     return Exported(
         model=source.version.label, format=request.format, base=source.base_name,
         base_digest=source.version.base_digest, lineage_sha256=source.lineage_sha256,
-        adapter_sha256=source.version.adapter_sha256, tolerance_nats=request.tolerance_nats, items=measured.items,
+        adapter_sha256=source.version.adapter.sha256, tolerance_nats=request.tolerance_nats, items=measured.items,
         tokens=measured.tokens, live=measured.live, forms=measured.forms, chosen=measured.chosen, written=written,
         runtime=runtime, notes=[*notes, *_better_elsewhere(measured), *_unmeasured(source, request, written, runtime)],
         files={path.relative_to(draft).as_posix(): digest(path) for path in sorted(draft.rglob("*")) if path.is_file()},

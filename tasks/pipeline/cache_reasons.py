@@ -1,4 +1,4 @@
-"""Why a stage ran: what its key is made of, laid beside what it was made of the last time."""
+"""Why a stage ran: what its cache key is made of, compared with what it was made of the last time."""
 
 import hashlib
 import json
@@ -14,23 +14,26 @@ from pydantic import BaseModel
 
 from data_contracts.data_reports import CheckedRows, Report
 from data_contracts.run_spec import RunSpec
+from data_contracts.stage_inputs import StageInputs
 from tasks.data.curation import row_ledger as ledger
 from tasks.pipeline.policies import NOT_IDENTITY, POLICIES, plain
+from tasks.runtime.core.files import write_atomically
 from tasks.runtime.fingerprint import code_digests, library_versions
 from tasks.runtime.store import Store
 
 FIRST, FORCED, GONE = "first time", "forced", "its cached result is gone"
 
-_MOST: Final = 3  # differences, and names in one, that are told one by one
+_MOST: Final = 3  # differences, and names in one, that are named one by one
 _VALUE_CHARS: Final = 40
 _SECTIONS: Final = {field.annotation: f"{name}." for name, field in RunSpec.model_fields.items()} | {RunSpec: ""}
-# What an argument of tasks/pipeline/stages.py is called. What earlier stages have made follows from their reasons: a word will do.
+# What an argument of tasks/pipeline/stages.py is called, or a field of its groups (data_contracts/stage_inputs.py). What earlier
+# stages have made follows from their reasons: a word will do.
 _MADE: Final = {
     "snapshot": "data", "validated": "data", "dataset": "data", "rows": "data", "validation": "data", "test": "data",
     "train": "data", "held_out": "data", "origin": "champion",
     "reference": "the batch before", "benchmarks": "benchmark items", "task_files": "your own tasks",
-    "base": "base", "step0": "start adapter", "arm": "adapter", "arms": "adapter", "target": "adapter", "targets": "adapter",
-    "evaluations": "scores", "scores": "scores", "comparison": "comparison", "gates": "verdict", "served": "serving",
+    "base": "base", "step0": "start adapter", "candidate": "adapter", "arms": "adapter", "target": "adapter", "targets": "adapter",
+    "evaluations": "scores", "scores": "scores", "comparison": "comparison", "gate": "verdict", "served": "serving",
     "recorded": "MLflow run", "model": "model version", "loaded_back": "answer",
 }  # fmt: skip
 _GIVEN: Final = {
@@ -39,7 +42,7 @@ _GIVEN: Final = {
     "seed": "train.seeds", "method": "train.methods", "max_tokens": "train.max_tokens", "confidence": "gates.confidence",
     "sample_tokens": "evaluate.sample_tokens", "contradictions": "rules.actions.contradiction",
 }  # fmt: skip
-Parts = dict[str, str]
+KeyParts = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -55,21 +58,19 @@ class Reasons:
         last = self._last(label)
         if last is None:
             return FIRST
-        told = _differences(last["parts"], parts_of(stage, arguments))
+        lines = _differences(last["parts"], key_parts(stage, arguments))
         data = _data(arguments)
         if data and data.snapshot_id != last["snapshot"]:
-            told = [line + self._new_rows(data) if line == "data changed" else line for line in told]
-        return _listed(told) or GONE
+            lines = [line + self._new_rows(data) if line == "data changed" else line for line in lines]
+        return _listed(lines) or GONE
 
     def keep(self, stage: str, label: str, arguments: dict[str, Any]) -> None:
         """Remember the parts for the next time."""
         file = self._file(label)
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(".draft")
         data = _data(arguments)
-        made_of = {"snapshot": data.snapshot_id if data else None, "parts": parts_of(stage, arguments)}
-        draft.write_text(json.dumps(made_of, indent=0))
-        draft.replace(file)
+        made_of = {"snapshot": data.snapshot_id if data else None, "parts": key_parts(stage, arguments)}
+        write_atomically(file, json.dumps(made_of, indent=0))
 
     def _last(self, label: str) -> dict[str, Any] | None:
         with suppress(OSError, ValueError):
@@ -86,14 +87,22 @@ class Reasons:
 
 
 def _data(arguments: dict[str, Any]) -> CheckedRows | None:
-    return next((value for value in arguments.values() if isinstance(value, CheckedRows)), None)
+    return next((value for value in one_by_one(arguments).values() if isinstance(value, CheckedRows)), None)
 
 
-def parts_of(stage: str, arguments: dict[str, Any]) -> Parts:
+def one_by_one(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with each group of them (StageInputs) replaced by its fields."""
+    found: dict[str, Any] = {}
+    for name, value in arguments.items():
+        found |= dict(value) if isinstance(value, StageInputs) else {name: value}
+    return found
+
+
+def key_parts(stage: str, arguments: dict[str, Any]) -> KeyParts:
     """Everything that a stage's key is made of, by a name that a person knows."""
     policy = POLICIES[stage]
-    found: Parts = {}
-    for name, value in arguments.items():
+    found: KeyParts = {}
+    for name, value in one_by_one(arguments).items():
         if name not in NOT_IDENTITY:
             found |= _made(name, value) if _is_made(name, value) else dict(_given(name, value))
     found |= {f"code {name}": digest for name, digest in code_digests(policy.code).items()}
@@ -107,7 +116,7 @@ def _is_made(name: str, value: Any) -> bool:
     return isinstance(value, Report) or (not value and name in _MADE)
 
 
-def _made(name: str, value: Any) -> Parts:
+def _made(name: str, value: Any) -> KeyParts:
     # Several arguments may be called alike: the argument's name keeps them apart.
     return {f"made {_MADE.get(name, name.replace('_', ' '))}/{name}": _digest(plain(value))}
 
@@ -142,17 +151,19 @@ def _digest(value: Any) -> str:
 # --- in words -----------------------------------------------------------------------------------------------
 
 
-def _differences(last: Parts, now: Parts) -> list[str]:
+def _differences(last: KeyParts, now: KeyParts) -> list[str]:
     """One line for each: settings first, then what earlier stages made, code, libraries."""
     changed = sorted((name for name in last.keys() | now.keys() if last.get(name) != now.get(name)), key=str.casefold)
     kinds: dict[str, list[str]] = {"": [], "made": [], "code": [], "version": []}
     for name in changed:
         kind, _, rest = name.partition(" ")
         kinds[kind if kind in kinds else ""].append(rest if kind in kinds else name)
-    told = [_setting(name, last.get(name), now.get(name)) for name in kinds[""]]
-    told += dict.fromkeys(f"{name.partition('/')[0]} changed" for name in kinds["made"])
-    told += [f"code changed: {_listed(kinds['code'])}"] if kinds["code"] else []
-    return told + [f"{name} {last.get(f'version {name}')} -> {now.get(f'version {name}')}" for name in kinds["version"]]
+    lines = [_setting(name, last.get(name), now.get(name)) for name in kinds[""]]
+    lines += dict.fromkeys(f"{name.partition('/')[0]} changed" for name in kinds["made"])
+    lines += [f"code changed: {_listed(kinds['code'])}"] if kinds["code"] else []
+    return lines + [
+        f"{name} {last.get(f'version {name}')} -> {now.get(f'version {name}')}" for name in kinds["version"]
+    ]
 
 
 def _setting(name: str, before: str | None, now: str | None) -> str:

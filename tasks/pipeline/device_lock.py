@@ -28,20 +28,20 @@ from prefect.variables import Variable
 from tasks.runtime.console import note
 
 LIMIT: Final = "tunegate-device"
-_HOLDER: Final = "tunegate_device"  # a Prefect variable: who took the last slot, for whoever waits
+_HOLDER: Final = "tunegate_device"  # a Prefect variable: who took the last slot, for the runs that wait
 _SERVER_SECONDS: Final = 120.0
 _LEASE_SECONDS: Final = 120.0  # renewed after three quarters of it; the slot of a killed holder is free after it
 
 
 @contextmanager
 def device_slot(stage: str) -> Iterator[None]:
-    """Hold a slot while the block runs; wait for one as long as it takes, and say so once."""
+    """Hold a slot while the block runs; wait for one as long as it takes; the wait is logged once."""
     if not PREFECT_API_URL.value():
         yield
         return
     _wait_for_server()
     if not _any_free():
-        _take_back_or_tell()
+        _take_back_or_wait()
     with concurrency(
         LIMIT,
         occupy=1,
@@ -105,8 +105,8 @@ def _sign(stage: str) -> UUID:
 
 
 def _give_back(lease: UUID) -> None:
-    """Free the slot of a lease, also where the server has been started anew since. With leases in memory, its default, it
-    has then forgotten the lease, but not that a slot is taken: giving back by lease would do nothing, and say nothing."""
+    """Free the slot of a lease, also where the server has been restarted since. With leases in memory, its default, it
+    has then forgotten the lease, but not that a slot is taken: giving back by lease would do nothing, without an error."""
     with get_client(sync_client=True) as client:
         try:
             client.renew_concurrency_lease(lease, _LEASE_SECONDS)
@@ -124,8 +124,8 @@ def _holder() -> dict[str, Any]:
     return dict(found or {})
 
 
-def _take_back_or_tell() -> None:
-    """A killed holder of this machine loses its slot now, not when its lease ends; of any other we say that we wait."""
+def _take_back_or_wait() -> None:
+    """A killed holder of this machine loses its slot now, not when its lease ends; for any other the wait is logged."""
     holder = _holder()
     if holder and holder["host"] == socket.gethostname() and not _is_alive(holder):
         _give_back(UUID(holder["lease"]))

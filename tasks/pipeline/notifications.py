@@ -1,6 +1,6 @@
-"""Tell the blocks of `schedule.notify` that a retrain begins, how it ended, or that a champion was moved by hand.
+"""Notify the blocks of `schedule.notify` that a retrain begins, how it ended, or that a champion was moved by hand.
 
-What cannot be sent is told on stderr and in the run's log after bounded retries; no message ever fails a run. The text
+What cannot be sent is reported on stderr and in the run's log after bounded retries; no notice ever fails a run. The text
 of an error in sending is never shown: it can hold a webhook's address, which is its secret.
 """
 
@@ -31,7 +31,7 @@ from data_contracts.run_spec import ModelSpec, RunSpec, StoreSpec
 from data_contracts.verdict import GateReport, GateResult
 from tasks.release import registry
 from tasks.reporting.links import mlflow_page, prefect_page
-from tasks.reporting.markdown import interval, needs, number
+from tasks.reporting.markdown import needs, plain_interval, plain_number
 from tasks.runtime.console import Log, best_effort, warn
 from tasks.runtime.mlflow_client import connect
 from tasks.runtime.store import Store
@@ -40,13 +40,13 @@ _TRIES, _FIRST_WAIT_SECONDS = 3, 1.0
 _WHERE = "schedule.notify"
 _PAGE = "docs/notifications.md"
 
-# Runs in which no stage had anything to do so far, and the blocks that were there. Their start is told when the first
-# stage has: a run that finds all done before has nothing to tell.
+# Runs in which no stage had anything to do so far, and the blocks that were there. Their start is sent when the first
+# stage has: a run that finds all done before sends nothing.
 _idle: dict[UUID, tuple[FlowRun, list[str]]] = {}
 
 
 @dataclass(frozen=True)
-class Message:
+class Notice:
     subject: str
     body: str
 
@@ -61,27 +61,27 @@ class AppriseUrl(AppriseNotificationBlock):
 # --- hooks of a flow: plain functions, which Prefect also calls from the worker whose process was killed ----------------
 
 
-@best_effort("the blocks were not looked at")
+@best_effort("the blocks were not checked")
 def run_begins(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Say now, not after hours, if a block is not there."""
+    """Report now, not after hours, if a block is not there."""
     there = [name for name in _names(flow_run) if _load(name, flow_run_logger(flow_run))]
     if there:
         _idle[flow_run.id] = (flow_run, there)
 
 
-@best_effort("the start was not told")
+@best_effort("the start was not sent")
 def work_begins() -> None:
-    """Every stage calls it that has something to do: the first one's call tells the start of its run."""
+    """Every stage calls it that has something to do: the first one's call sends the start of its run."""
     context = FlowRunContext.get()
     idle = _idle.pop(context.flow_run.id, None) if context and context.flow_run else None
     if idle:
         run, there = idle
         spec, reason = RunSpec.model_validate(run.parameters["spec"]), str(run.parameters.get("reason") or "")
-        told = started(spec, run.name, reason, prefect_page(run.id))
-        _send(there, told, flow_run_logger(run))
+        notice = started_notice(spec, run.name, reason, prefect_page(run.id))
+        _send(there, notice, flow_run_logger(run))
 
 
-@best_effort("the verdict was not told")
+@best_effort("the verdict was not sent")
 def run_ends(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """The verdict; nothing where nothing was new."""
     _idle.pop(flow_run.id, None)
@@ -93,11 +93,11 @@ def run_ends(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None
     champion = registry.alias_version(connect(store), report.model.name, registry.CHAMPION)
     html = (Store.of(store).files / report.html).resolve()
     pages = (mlflow_page(store, report.recorded.mlflow_run_id), prefect_page(flow_run.id))
-    told = verdict(report, flow_run.name, champion, html, *pages)
-    _send(names, told, flow_run_logger(flow_run))
+    notice = verdict_notice(report, flow_run.name, champion, html, *pages)
+    _send(names, notice, flow_run_logger(flow_run))
 
 
-@best_effort("the failure was not told")
+@best_effort("the failure was not sent")
 def run_fails(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Which stage, what is wrong and what to do next; also where nothing was new."""
     _idle.pop(flow_run.id, None)
@@ -107,11 +107,11 @@ def run_fails(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> Non
     model = _spec(flow_run).get("model", {}).get("name", ModelSpec().name)
     page = prefect_page(flow_run.id)
     if state.is_crashed():
-        told = crashed(model, flow_run.name, _unfinished(flow_run), page)
+        notice = crashed_notice(model, flow_run.name, _unfinished(flow_run), page)
     else:
         error = state.result(raise_on_failure=False)
-        told = failed(model, flow_run.name, getattr(error, "__notes__", []), error, page)
-    _send(names, told, flow_run_logger(flow_run))
+        notice = failed_notice(model, flow_run.name, getattr(error, "__notes__", []), error, page)
+    _send(names, notice, flow_run_logger(flow_run))
 
 
 def _unfinished(flow_run: FlowRun) -> list[str]:
@@ -127,29 +127,29 @@ def _names(flow_run: FlowRun) -> list[str]:
 
 
 def _spec(flow_run: FlowRun) -> dict[str, Any]:
-    """As it was given: a spec that is wrong fails its run, and that must be told too."""
+    """As it was given: a spec that is wrong fails its run, and that must be sent too."""
     return dict(flow_run.parameters.get("spec") or {})
 
 
 # --- by hand ------------------------------------------------------------------------------------------------
 
 
-@best_effort("the move was not told")
+@best_effort("the move was not sent")
 def champion_moved(store: StoreSpec, found: Moved) -> None:
-    """Tell whom the newest run of this model would tell."""
+    """Notify the blocks that the newest run of this model names."""
     spec = Store.of(store).newest_spec(found.model.name) or {}
     if found.move:
-        _send(spec.get("schedule", {}).get("notify", []), moved(found.model, found.move))
+        _send(spec.get("schedule", {}).get("notify", []), moved_notice(found.model, found.move))
 
 
 # --- sending ------------------------------------------------------------------------------------------------
 
 
-def _send(names: Sequence[str], message: Message, log: Log | None = None) -> None:
+def _send(names: Sequence[str], notice: Notice, log: Log | None = None) -> None:
     for name in names:
         block = _load(name, log)
         if block:
-            _deliver(name, block, message, log)
+            _deliver(name, block, notice, log)
 
 
 def _load(name: str, log: Log | None) -> NotificationBlock | None:
@@ -166,17 +166,17 @@ def _load(name: str, log: Log | None) -> NotificationBlock | None:
     return None
 
 
-def _deliver(name: str, block: NotificationBlock, message: Message, log: Log | None) -> None:
+def _deliver(name: str, block: NotificationBlock, notice: Notice, log: Log | None) -> None:
     for attempt in range(1, _TRIES + 1):
         try:
             with block.raise_on_failure():
-                sent = block.notify(message.body, message.subject)
+                sent = block.notify(notice.body, notice.subject)
                 if isawaitable(sent):  # the interface is async, though all of Prefect's own blocks send at once here
                     run_coro_as_sync(sent)
             return
         except Exception as error:  # noqa: BLE001 a block's own class may raise anything
             if attempt == _TRIES:
-                what = f"{name} was not told {message.subject!r}: {_reason(error)}"
+                what = f"{name} was not sent {notice.subject!r}: {_reason(error)}"
                 warn(Problem(what, _WHERE, f"{_TRIES} tries", f"look at the block and its server ({_PAGE})"), log)
             else:
                 time.sleep(_FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
@@ -188,26 +188,26 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__} {status}".strip()
 
 
-_GATES_TOLD = 3
-_PROBLEMS_TOLD = 3
+_MOST_GATES = 3
+_MOST_PROBLEMS = 3
 _MOST_CHARACTERS = 300
 # What decides where every gate passed: the others only say that the comparison is a fair one.
-_TELLING = ("not_worse_than_champion", "candidate_beats_base", "qlora_keeps_loras_gain")
+_DECISIVE = ("not_worse_than_champion", "candidate_beats_base", "qlora_keeps_loras_gain")
 _SERVE = "`tunegate up` serves its page"
 
 
-def started(spec: RunSpec, run: str, reason: str, page: str | None) -> Message:
+def started_notice(spec: RunSpec, run: str, reason: str, page: str | None) -> Notice:
     """Why it runs, if somebody gave a reason, and what it trains."""
     arms = [*spec.train.methods, *(variant.name for variant in spec.train.variants)]
     seeds = f", {len(spec.train.seeds)} seeds" if len(spec.train.seeds) > 1 else ""
     lines = [f"reason: {_short(reason)}"] if reason else []
     lines.append(f"trains {', '.join(arms)} on {spec.model.base}{seeds}")
-    return Message(f"{spec.model.name}: retrain started", _body(lines, run, page))
+    return Notice(f"{spec.model.name}: retrain started", _body(lines, run, page))
 
 
-def verdict(
+def verdict_notice(
     report: RunReport, run: str, champion: str | None, html: Path, mlflow: str | None, page: str | None
-) -> Message:
+) -> Notice:
     """The verdict with the numbers that decide, who is champion now, and where to look."""
     gate, model = report.gate, report.model
     passed = sum(item.verdict == "pass" for item in gate.gates)
@@ -216,52 +216,52 @@ def verdict(
     now = f"version {champion}" if champion else "none yet"
     lines.append(f"champion now: {now}{', the new one' if champion == model.version else ''}")
     lines += [f"report: {html}", f"MLflow: {mlflow or f'run {report.recorded.mlflow_run_id}, {_SERVE}'}"]
-    return Message(f"{model.name} version {model.version}: {gate.verdict.upper()}", _body(lines, run, page))
+    return Notice(f"{model.name} version {model.version}: {gate.verdict.upper()}", _body(lines, run, page))
 
 
 def deciding(gate: GateReport) -> list[GateResult]:
-    """At most three: the gates that failed or could not be decided; where all passed, those that say most."""
+    """At most three: the gates that failed or could not be decided; where all passed, those that decide most."""
     found = [item for item in gate.gates if item.verdict == gate.verdict]
     if gate.verdict == "pass":
-        found = [item for name in _TELLING for item in found if item.name == name and item.actual is not None]
-    return found[:_GATES_TOLD]
+        found = [item for name in _DECISIVE for item in found if item.name == name and item.actual is not None]
+    return found[:_MOST_GATES]
 
 
-def failed(model: str, run: str, where: Sequence[str], error: BaseException | None, page: str | None) -> Message:
+def failed_notice(model: str, run: str, where: Sequence[str], error: BaseException | None, page: str | None) -> Notice:
     """What broke, in which stage, and what to do next.
 
-    An error that is not one of ours is told by its kind only: its text can hold anything.
+    Of an error that is not one of ours only the kind is sent: its text can hold anything.
     """
     problems = error.problems if isinstance(error, TunegateError) else [_unexpected(error)]
-    lines = [*where, *(_problem(problem) for problem in problems[:_PROBLEMS_TOLD])]
-    if more := len(problems) - _PROBLEMS_TOLD:
+    lines = [*where, *(_problem(problem) for problem in problems[:_MOST_PROBLEMS])]
+    if more := len(problems) - _MOST_PROBLEMS:
         lines += [f"and {more} more"] if more > 0 else []
-    return Message(f"{model}: retrain FAILED", _body(lines, run, page))
+    return Notice(f"{model}: retrain FAILED", _body(lines, run, page))
 
 
-def crashed(model: str, run: str, where: Sequence[str], page: str | None) -> Message:
+def crashed_notice(model: str, run: str, where: Sequence[str], page: str | None) -> Notice:
     """The process is gone: nothing in it could say why."""
-    lines = [*where, "the process that ran it was stopped or killed", "next: start it again; it goes on from there"]
-    return Message(f"{model}: retrain CRASHED", _body(lines, run, page))
+    lines = [*where, "the process that ran it was stopped or killed", "next: start it again; it resumes from there"]
+    return Notice(f"{model}: retrain CRASHED", _body(lines, run, page))
 
 
-def moved(model: ModelVersion, move: Move) -> Message:
+def moved_notice(model: ModelVersion, move: Move) -> Notice:
     """Another version is champion because somebody wanted it."""
     by = "override" if move.overrode else {"promote": "promotion", "rollback": "rollback"}[move.act]
     lines = [
         f"before: version {move.before}" if move.before else "before: none",
-        *(f"overruled: {_short(told)}" for told in move.overrode),
+        *(f"overruled: {_short(line)}" for line in move.overrode),
         f"why: {_short(move.why)}",
         f"who: {move.who}",
     ]
-    return Message(f"{model.name} version {model.version} is champion now, by {by}", "\n".join(lines))
+    return Notice(f"{model.name} version {model.version} is champion now, by {by}", "\n".join(lines))
 
 
 def _gate(item: GateResult) -> str:
-    spread = f" ({interval(item.interval)})" if item.interval else ""
+    spread = f" ({plain_interval(item.interval)})" if item.interval else ""
     must = f", must be {needs(item)}" if item.direction else ""
-    told = "" if item.verdict == "pass" else f": {item.verdict}"
-    return f"- {item.name} {number(item.actual)}{spread}{must}{told}"
+    verdict = "" if item.verdict == "pass" else f": {item.verdict}"
+    return f"- {item.name} {plain_number(item.actual)}{spread}{must}{verdict}"
 
 
 def _problem(problem: Problem) -> str:

@@ -1,6 +1,6 @@
 """Every retry, timeout and cache policy of the project, on one screen.
 
-Which errors are tried again says data_contracts/failures.py.
+data_contracts/failures.py says which errors are retried.
 
 A stage's cache key is its name, its arguments (the configuration it uses and the digests of its inputs), the code that
 shapes its result (tasks/runtime/fingerprint.py) and the versions of the libraries that do. It holds no run id and no path.
@@ -12,16 +12,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
-from prefect import task
+from prefect import Task
 from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 from pydantic import BaseModel
 
 from data_contracts.data_reports import FileRef
-from data_contracts.errors import TunegateError
-from data_contracts.failures import explained, has_secret, may_pass
+from data_contracts.errors import TransientError, TunegateError
+from data_contracts.failures import explained, has_secret, is_transient
 from data_contracts.reports import AdapterRef, BaseModelRef
 from data_contracts.run_spec import RunSpec, StoreSpec
 from tasks.data.validation.check_rows import LIBRARIES
@@ -33,6 +34,9 @@ from tasks.runtime.store import Store
 # Three more tries, each wait up to half as long again: a server that restarts within a minute is back in time.
 _DELAYS_SECONDS, _JITTER = (2.0, 15.0, 60.0), 0.5
 _HOURS = 3600
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Settings that change how a result is reached, not what it is.
 NOT_IDENTITY = frozenset(
@@ -110,26 +114,30 @@ POLICIES = {
 }
 
 
-def stage(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Make a function the Prefect task of a stage: cached by content, tried again only if the error may pass."""
+def stage(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """Make a function the Prefect task of a stage: cached by content, retried only if the error is transient."""
     policy = POLICIES[name]
-    as_task = task(
-        name=name,
-        persist_result=True,
-        result_serializer="json",  # never pickle
-        cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda _, arguments: stage_key(name, arguments)),
-        retries=len(_DELAYS_SECONDS),
-        retry_delay_seconds=list(_DELAYS_SECONDS),
-        retry_jitter_factor=_JITTER,
-        retry_condition_fn=_again(),
-        timeout_seconds=policy.timeout_seconds,
-    )
-    return lambda function: as_task(explaining(_announced(function)))
+
+    def make(function: Callable[P, R]) -> Task[P, R]:
+        return Task(
+            explaining(_announced(function)),
+            name=name,
+            persist_result=True,
+            result_serializer="json",  # never pickle
+            cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda _, arguments: stage_key(name, arguments)),
+            retries=len(_DELAYS_SECONDS),
+            retry_delay_seconds=list(_DELAYS_SECONDS),
+            retry_jitter_factor=_JITTER,
+            retry_condition_fn=_is_retried,
+            timeout_seconds=policy.timeout_seconds,
+        )
+
+    return make
 
 
-def _announced(function: Callable[..., Any]) -> Callable[..., Any]:
+def _announced(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
-    def work(*args: Any, **kwargs: Any) -> Any:
+    def work(*args: P.args, **kwargs: P.kwargs) -> R:
         work_begins()  # not called where the cache has the result
         return function(*args, **kwargs)
 
@@ -143,7 +151,7 @@ def is_forced() -> bool:
 
 
 def stage_key(name: str, arguments: dict[str, Any]) -> str:
-    """Content key of a stage: hex sha256, led by the stage's name for whoever looks into the folder."""
+    """Content key of a stage: hex sha256, led by the stage's name so that a person finds it in the folder."""
     policy = POLICIES[name]
     parts = {
         "arguments": plain(arguments),
@@ -154,7 +162,7 @@ def stage_key(name: str, arguments: dict[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Arguments as JSON; files, adapters and bases by their content, wherever they lie."""
+    """Arguments as JSON; files, adapters and bases by their content, wherever they are stored."""
     if isinstance(value, FileRef | AdapterRef):
         return value.sha256
     if isinstance(value, BaseModelRef):
@@ -171,37 +179,34 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _again() -> Callable[[Any, Any, Any], bool]:
+def _is_retried(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
     # Prefect calls only plain functions here: a partial, a method or a callable object silently never retries.
-    def condition(task: Any, task_run: Any, state: Any) -> bool:
-        return may_pass(state.result(raise_on_failure=False))
-
-    return condition
+    return is_transient(state.result(raise_on_failure=False))
 
 
-def explaining(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with errors that a person can act on. What is not known to the table is a bug and stays as it is."""
+def explaining(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function with errors that a person can act on. What the table does not know is a bug and stays as it is."""
 
     @wraps(function)
-    def attempt(*args: Any, **kwargs: Any) -> Any:
+    def attempt(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
         except Exception as error:
             found = explained(error, _place([*args, *kwargs.values()]))
             if found is None:
                 raise
-            told = _counted(found)
-            if told is error:
+            counted = _counted(found)
+            if counted is error:
                 raise
-            raise told from (None if has_secret(error) else error)
+            raise counted from (None if has_secret(error) else error)
 
     return attempt
 
 
 def _counted(error: TunegateError) -> TunegateError:
-    """Say that it will be tried again; after the last try the error says how many there were."""
+    """Log that it will be retried; after the last try the error says how many there were."""
     context = TaskRunContext.get()
-    if context is None or not may_pass(error):
+    if context is None or not isinstance(error, TransientError):
         return error
     tries, most = context.task_run.run_count, 1 + context.task.retries
     if tries >= most:
@@ -213,7 +218,7 @@ def _counted(error: TunegateError) -> TunegateError:
 
 
 def _place(arguments: Iterable[Any]) -> Path | None:
-    """Where the stage's store lies, whatever it was told of it."""
+    """Root of the store that a stage's arguments name."""
     for argument in arguments:
         if isinstance(argument, Store):
             return argument.root

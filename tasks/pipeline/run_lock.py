@@ -1,22 +1,24 @@
-"""One retrain at a time in a store: the second waits or ends as Skipped, and a dead one is found out at the next start."""
+"""Run lock: one retrain at a time in a store. The second waits or gives way; the next start detects a crashed holder."""
 
 import json
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, Self
 
-from filelock import FileLock, Timeout
-
+from data_contracts.errors import Problem, TransientError
+from tasks.runtime.core.files import exclusive, write_atomically
 from tasks.runtime.store import Store
+
+_WITHOUT_LIMIT = -1.0  # seconds to wait, as filelock reads it
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who works, or worked until it was killed."""
+    """The flow run that holds the lock, or held it until it was killed."""
 
     flow_run_id: str
     name: str
@@ -24,50 +26,52 @@ class Holder:
     process: int
     since: str  # local time with its zone
 
+    @classmethod
+    def this_process(cls, flow_run_id: str, name: str) -> Self:
+        return cls(flow_run_id, name, socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S %Z"))
+
     def __str__(self) -> str:
         return f"{self.name} (process {self.process} on {self.host}) since {self.since}"
 
 
-def me(flow_run_id: str, name: str) -> Holder:
-    return Holder(flow_run_id, name, socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S %Z"))
-
-
 @dataclass(frozen=True)
-class Turn:
-    """mine: whether the work may be done now. other: who does it instead, or who died at it."""
+class LockState:
+    """acquired: whether the work may be done now. busy: the holder, if it is another. crashed: a killed holder before this."""
 
-    mine: bool
-    other: Holder | None
+    acquired: bool
+    busy: Holder | None = None
+    crashed: Holder | None = None
 
 
 @contextmanager
-def turn(
+def hold_run_lock(
     store: Store, holder: Holder, when_busy: Literal["wait", "skip"], note: Callable[[str], None]
-) -> Iterator[Turn]:
-    """Hold the store's lock for the block. The system frees it the moment its holder dies, and then it is known who did:
-    a holder that ends well takes its name away.
-
-    On a shared volume this holds between machines only if the volume keeps POSIX locks (NFS 4 does).
-    """
+) -> Iterator[LockState]:
+    """Hold the store's lock for the block. The system frees it the moment its holder dies, and the next one then finds the
+    holder's name: a holder that ends well removes it."""
     store.files.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(store.files / "retrain.lock")
-    name = store.files / "retrain.holder.json"
+    lock, name = store.files / "retrain.lock", store.files / "retrain.holder.json"
+    taken = TransientError(Problem("another retrain is at work", str(lock)))
+    with ExitStack() as held:
+        if not _entered(held, exclusive(lock, taken)):
+            busy = _read(name)
+            if when_busy == "skip":
+                yield LockState(acquired=False, busy=busy)
+                return
+            note(f"waiting for {busy or 'another run'}")
+            held.enter_context(exclusive(lock, taken, seconds=_WITHOUT_LIMIT))
+        crashed = _read(name)
+        held.callback(name.unlink, missing_ok=True)  # also after an error: only a kill leaves the name
+        write_atomically(name, json.dumps(asdict(holder)))
+        yield LockState(acquired=True, crashed=crashed)
+
+
+def _entered(held: ExitStack, lock: AbstractContextManager[None]) -> bool:
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        busy = _read(name)
-        if when_busy == "skip":
-            yield Turn(False, busy)
-            return
-        note(f"waiting for {busy or 'another run'}")
-        lock.acquire(poll_interval=0.5)
-    try:
-        dead = _read(name)
-        name.write_text(json.dumps(asdict(holder)), encoding="utf-8")
-        yield Turn(True, dead)
-    finally:
-        name.unlink(missing_ok=True)  # also after an error: only a kill leaves the name
-        lock.release()
+        held.enter_context(lock)
+    except TransientError:
+        return False
+    return True
 
 
 def _read(file: "os.PathLike[str]") -> Holder | None:
@@ -75,4 +79,4 @@ def _read(file: "os.PathLike[str]") -> Holder | None:
         with open(file, encoding="utf-8") as text:
             return Holder(**json.load(text))
     except (FileNotFoundError, ValueError, TypeError):
-        return None  # none, or killed as it was written
+        return None  # none, or one of another format

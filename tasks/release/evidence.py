@@ -13,11 +13,11 @@ from ruamel.yaml import YAML
 from data_contracts.data_reports import Report
 from data_contracts.lineage import EVIDENCE, LINEAGE_FILE, Lineage
 from tasks.data.ingestion.sources import UNKNOWN_LICENCE, distribution_licence
-from tasks.release.lineage import Made, file_digests, lineage_of
+from tasks.release.lineage import Registration, file_digests, lineage_of
 from tasks.reporting.markdown import environment, escape
 from tasks.reporting.plots import figures
-from tasks.reporting.sentences import label_of, sentences, started
-from tasks.reporting.tables import cost_rows, models_of, score_rows
+from tasks.reporting.sentences import label_of, sentences, start_sentence
+from tasks.reporting.tables import cost_rows, models_by_name, score_rows
 from tasks.runtime.mlflow_client import SPEC_FILE
 
 if TYPE_CHECKING:
@@ -27,38 +27,42 @@ if TYPE_CHECKING:
 SBOM_FILE = "sbom.cdx.json"
 
 
-def write_evidence(made: Made, folder: Path, artifacts: dict[str, Path], trained_rows_sha256: str) -> Path:
+def write_evidence(
+    registration: Registration, folder: Path, artifacts: dict[str, Path], trained_rows_sha256: str
+) -> Path:
     """Write the folder `evidence` into `folder` and return it. artifacts: the version's other files and folders.
 
     lineage.json comes last: it names the sha256 of all others.
     """
     out = folder / EVIDENCE
     (out / FIGURES).mkdir(parents=True)
-    lineage = lineage_of(made, trained_rows_sha256)
-    _write_reports(made, out)
+    lineage = lineage_of(registration, trained_rows_sha256)
+    _write_reports(registration, out)
     YAML(typ="safe").dump(lineage.spec, out / SPEC_FILE)
     (out / "environment.txt").write_text(_environment(lineage))
     (out / SBOM_FILE).write_text(sbom(lineage))
-    drawn = figures(made.arms, made.comparison)
+    drawn = figures(registration.result.arms, registration.result.comparison)
     for name, figure in drawn.items():
         figure.savefig(out / FIGURES / f"{name}.png", metadata={"Software": None})
-    (out / CARD_FILE).write_text(model_card(made, lineage, list(drawn)), encoding="utf-8")
+    (out / CARD_FILE).write_text(model_card(registration, lineage, list(drawn)), encoding="utf-8")
     files = file_digests({**artifacts, EVIDENCE: out})
     (out / LINEAGE_FILE).write_text(lineage.model_copy(update={"files": files}).model_dump_json(indent=1))
     return out
 
 
-def _write_reports(made: Made, out: Path) -> None:
+def _write_reports(registration: Registration, out: Path) -> None:
     reports: dict[str, Report] = {
-        "gate": made.gate, "comparison": made.comparison, "evaluation": made.scores, "dataset": made.dataset,
-        "training": made.arm,
+        "gate": registration.result.gate, "comparison": registration.result.comparison, "evaluation": registration.result.scores, "dataset": registration.result.dataset,
+        "training": registration.arm,
     }  # fmt: skip
     for name, report in reports.items():
         (out / f"{name}.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
-    shutil.copyfile(made.store.path(made.dataset.contract_result), out / "contract.json")
+    shutil.copyfile(registration.store.path(registration.result.dataset.contract_result), out / "contract.json")
     (out / "items").mkdir()
     for name in ("samples", "facts"):
-        shutil.copyfile(made.store.path(getattr(made.scores, name)), out / "items" / f"{name}.jsonl")
+        shutil.copyfile(
+            registration.store.path(getattr(registration.result.scores, name)), out / "items" / f"{name}.jsonl"
+        )
 
 
 def _environment(lineage: Lineage) -> str:
@@ -75,27 +79,28 @@ FIGURES = "figures"
 _METRICS = {"nll_nats": "held-out loss, nats per token", "bits_per_byte": "bits per byte", "accuracy": "accuracy"}
 
 
-def model_card(made: Made, lineage: Lineage, plots: Sequence[str]) -> str:
-    """plots: names of the pictures that lie beside it, in the folder of figures."""
+def model_card(registration: Registration, lineage: Lineage, plots: Sequence[str]) -> str:
+    """plots: names of the pictures next to it, in the folder of figures."""
     from markupsafe import Markup
 
-    models = models_of(made.arms, made.evaluations)
-    # The lineage itself names the card's sha256; packages lie beside it.
-    told = lineage.model_dump_json(indent=1, exclude={"files": True, "spec": True, "machine": {"packages"}})
+    models = models_by_name(registration.result.arms, registration.result.evaluations)
+    # The lineage itself names the card's sha256; packages have a file of their own.
+    lineage_json = lineage.model_dump_json(indent=1, exclude={"files": True, "spec": True, "machine": {"packages"}})
     body = environment(escape).get_template("card.md.j2").render(
-        made=made,
+        arm=registration.arm,
+        result=registration.result,
         lineage=lineage,
-        start=started(made.arm.start) if made.arm.start else "starts from scratch",
+        start=start_sentence(registration.arm.start) if registration.arm.start else "starts from scratch",
         names=[label_of(name) for name in models],
-        tables=(score_rows(models, made.comparison), cost_rows(models)),
-        sentences=list(sentences(made.comparison)),
+        tables=(score_rows(models, registration.result.comparison), cost_rows(models)),
+        sentences=list(sentences(registration.result.comparison)),
         plots={name: Markup(f"{FIGURES}/{name}.png") for name in plots},
-        lineage_json=Markup(html.escape(told, quote=False)),
+        lineage_json=Markup(html.escape(lineage_json, quote=False)),
     )  # fmt: skip
-    return f"---\n{_head(made, lineage)}\n---\n{body}"
+    return f"---\n{_head(registration, lineage)}\n---\n{body}"
 
 
-def _head(made: Made, lineage: Lineage) -> str:
+def _head(registration: Registration, lineage: Lineage) -> str:
     """As huggingface_hub reads it. A base that is no hub id has no place there."""
     from huggingface_hub import ModelCardData
 
@@ -107,16 +112,16 @@ def _head(made: Made, lineage: Lineage) -> str:
         pipeline_tag="text-generation",
         tags=["tunegate", lineage.training.method],
         model_name=lineage.name,
-        eval_results=list(_results(made, lineage)),
+        eval_results=list(_results(registration, lineage)),
     )
     return str(data.to_yaml())
 
 
-def _results(made: Made, lineage: Lineage) -> Iterator[Any]:
+def _results(registration: Registration, lineage: Lineage) -> Iterator[Any]:
     from huggingface_hub import EvalResult
 
     for metric, name in _METRICS.items():
-        value = getattr(made.scores, metric)
+        value = getattr(registration.result.scores, metric)
         if value is not None:
             yield EvalResult(
                 task_type="text-generation",
@@ -192,7 +197,7 @@ def _packages(lineage: Lineage) -> Iterator["Component"]:
 
     licences = LicenseFactory()
     for name, version in lineage.machine.packages.items():
-        address = PackageURL("pypi", None, name, version)
-        told = distribution_licence(name)
-        known = [] if told == UNKNOWN_LICENCE else [licences.make_from_string(told)]
+        address = PackageURL(type="pypi", name=name, version=version)
+        licence = distribution_licence(name)
+        known = [] if licence == UNKNOWN_LICENCE else [licences.make_from_string(licence)]
         yield Component(name=name, version=version, bom_ref=str(address), purl=address, licenses=known)

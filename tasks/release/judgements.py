@@ -1,7 +1,7 @@
 """What gates said of a registered version: by the run that made it, or later by `tunegate gate`; the newest counts.
 
-The run's report lies in the version's evidence; a later one among the artifacts of the MLflow run that made the version, so
-that every machine on one server sees it. A tag says the verdict too, but what counts is a report about this very adapter.
+The run's report is in the version's evidence; a later one is among the artifacts of the MLflow run that made the version, so
+that every machine on one server sees it. A tag holds the verdict too, but what counts is a report about this very adapter.
 """
 
 import hashlib
@@ -18,22 +18,22 @@ from data_contracts.run_spec import StoreSpec
 from data_contracts.verdict import Decision, Verdict
 from tasks.release.registry import Registered
 from tasks.runtime.console import best_effort
-from tasks.runtime.mlflow_client import attach, connect, kept_files, kept_text
+from tasks.runtime.mlflow_client import attach_file, connect, kept_files, kept_text
 
 _GATE, _EVALUATIONS, _LATER = "gate.json", "evaluations", "judgements"
 
 Evaluation = dict[str, Any]
 
 
-class Judged(NamedTuple):
-    """file: where among the run's artifacts the report lies, sha256: of its text. rival: adapter of the champion it stood
-    against, None if there was none."""
+class KeptJudgement(NamedTuple):
+    """file: the report's path among the run's artifacts, sha256: of its text. champion_sha256: adapter of the champion it was
+    compared with, None if there was none."""
 
     verdict: Verdict
     file: str
     sha256: str
     adapter_sha256: str
-    rival: str | None
+    champion_sha256: str | None
     answers: list[SampleAnswer]
     precision: str | None
 
@@ -43,7 +43,7 @@ class Judged(NamedTuple):
         return self.file != _GATE
 
 
-def newest(store: StoreSpec, version: Registered) -> Judged | None:
+def newest_judgement(store: StoreSpec, version: Registered) -> KeptJudgement | None:
     """The newest judgement of a version's adapter; None if none was kept."""
     later = [path for path in kept_files(store, version.run_id, _LATER) if f"/{version.version}-" in path]
     if later:
@@ -55,30 +55,30 @@ def _time(path: str) -> int:
     return int(Path(path).stem.partition("-")[2])
 
 
-def _by_gate(run_id: str, path: str) -> Judged:
+def _by_gate(run_id: str, path: str) -> KeptJudgement:
     text = kept_text(run_id, path)
     found = KeptDecision.model_validate_json(text)
-    return Judged(
-        found.decision.gate.verdict, path, _digest(text), found.adapter_sha256, found.rival_adapter_sha256,
+    return KeptJudgement(
+        found.decision.gate.verdict, path, _digest(text), found.adapter_sha256, found.champion_adapter_sha256,
         found.answers, found.precision,
     )  # fmt: skip
 
 
-def _by_run(store: StoreSpec, version: Registered) -> Judged | None:
-    """What the run said of the adapter that it released, and the champion it scored beside it."""
+def _by_run(store: StoreSpec, version: Registered) -> KeptJudgement | None:
+    """What the run said of the adapter that it released, and the champion it compared it with."""
     found = _evidence(version) or _artifacts(store, version)
     if found is None:
         return None
     gate, own = found
-    rival = json.loads(_text(store, version, f"{_EVALUATIONS}/champion.json") or "{}")
+    champion = json.loads(_text(store, version, f"{_EVALUATIONS}/champion.json") or "{}")
     answers = [SampleAnswer.model_validate(answer) for answer in own["answers"]]
-    adapters = (own["adapter_sha256"], rival.get("adapter_sha256"))
-    return Judged(json.loads(gate)["verdict"], _GATE, _digest(gate), *adapters, answers, own.get("precision"))
+    adapters = (own["adapter_sha256"], champion.get("adapter_sha256"))
+    return KeptJudgement(json.loads(gate)["verdict"], _GATE, _digest(gate), *adapters, answers, own.get("precision"))
 
 
 def _evidence(version: Registered) -> tuple[str, Evaluation] | None:
     """The gate report that was registered with the version, and the evaluation it judged."""
-    folder = Path(version.adapter).parent / EVIDENCE
+    folder = version.artifacts / EVIDENCE
     if not (folder / _GATE).exists():
         return None
     return (folder / _GATE).read_text(), json.loads((folder / "evaluation.json").read_text())
@@ -98,17 +98,19 @@ def _text(store: StoreSpec, version: Registered, path: str) -> str | None:
 
 
 @best_effort("the judgement was not kept with the version, and `tunegate promote` will not know of it")
-def keep(store: StoreSpec, version: Registered, rival: str | None, decision: Decision, own: EvalReport) -> None:
-    """Keep what `tunegate gate` said with the run that made the version. rival: sha256 of its adapter."""
+def keep_judgement(
+    store: StoreSpec, version: Registered, champion_sha256: str | None, decision: Decision, own: EvalReport
+) -> None:
+    """Keep what `tunegate gate` said with the run that made the version. champion_sha256: of its adapter."""
     now = time.time()
     kept = KeptDecision(
-        decision=decision, adapter_sha256=version.adapter_sha256, rival_adapter_sha256=rival, answers=own.answers,
+        decision=decision, adapter_sha256=version.adapter.sha256, champion_adapter_sha256=champion_sha256, answers=own.answers,
         precision=own.precision, unix_seconds=now,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{version.version}-{int(now * 1000)}.json"
         file.write_text(kept.model_dump_json(indent=1))
-        attach(store, version.run_id, file, _LATER)
+        attach_file(store, version.run_id, file, _LATER)
     connect(store).set_model_version_tag(version.name, version.version, JUDGED_TAG, decision.gate.verdict)
 
 

@@ -5,11 +5,11 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import distributions, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from data_contracts.data_reports import DatasetManifest
 from data_contracts.errors import ConfigError, Problem, StoreError
 from data_contracts.lineage import (
     EVIDENCE,
@@ -22,10 +22,10 @@ from data_contracts.lineage import (
     Machine,
     Training,
 )
-from data_contracts.reports import BaseModelRef, EvalReport, RecordedRun, TrainReport
+from data_contracts.reports import RecordedRun, TrainReport
 from data_contracts.run_spec import RunSpec
+from data_contracts.stage_inputs import RunResult
 from data_contracts.train_spec import arms_of
-from data_contracts.verdict import Comparison, GateReport
 from tasks.data.curation.row_ledger import fates_sha256
 from tasks.data.ingestion.sources import data_licence
 from tasks.runtime.store import Store, digest, without_place
@@ -35,64 +35,59 @@ _INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 _PACKAGES = ("flows", "tasks", "data_contracts")
 
 
-class Made(NamedTuple):
-    """All that a version comes from. key: of the register stage; code: digest of the train stage's; rival: who it had to
-    stand against."""
+@dataclass(frozen=True)
+class Registration:
+    """All that a version comes from. key: of the register stage; code: digest of the train stage's."""
 
     spec: RunSpec
+    result: RunResult
+    recorded: RecordedRun
     key: str
     code: str
-    base: BaseModelRef
-    arm: TrainReport
-    arms: list[TrainReport]
-    evaluations: list[EvalReport]
-    dataset: DatasetManifest
-    comparison: Comparison
-    gate: GateReport
-    rival: str | None
-    recorded: RecordedRun
 
     @property
     def store(self) -> Store:
         return Store.of(self.spec.store)
 
     @property
-    def scores(self) -> EvalReport:
-        return next(report for report in self.evaluations if report.target == self.arm.name)
+    def arm(self) -> TrainReport:
+        """The trained arm that becomes the version."""
+        return self.result.candidate
 
 
-def lineage_of(made: Made, trained_rows_sha256: str) -> Lineage:
+def lineage_of(registration: Registration, trained_rows_sha256: str) -> Lineage:
     """Everything but the digests of the files, which are not written yet."""
+    result = registration.result
     return Lineage(
-        name=made.spec.model.name,
-        key=made.key,
-        run=made.recorded.mlflow_run_id,
+        name=registration.spec.model.name,
+        key=registration.key,
+        run=registration.recorded.mlflow_run_id,
         made_unix_seconds=time.time(),
-        spec=placeless(made.spec),
-        base=made.base.model_copy(update={"name": without_place(made.base.name)}),
-        base_licence=made.base.licence,
-        data=_data(made, trained_rows_sha256),
-        training=_training(made),
+        spec=placeless(registration.spec),
+        base=result.base.model_copy(update={"name": without_place(result.base.name)}),
+        base_licence=result.base.licence,
+        data=_data(registration, trained_rows_sha256),
+        training=_training(registration),
         judgement=Judgement(
-            verdict=made.gate.verdict,
-            items_sha256=made.scores.items_sha256,
-            nll_nats=made.scores.nll_nats,
-            candidate=made.comparison.candidate,
-            rival=made.rival,
+            verdict=result.gate.verdict,
+            items_sha256=result.scores.items_sha256,
+            nll_nats=result.scores.nll_nats,
+            candidate=result.comparison.candidate,
+            champion=result.champion,
         ),
-        code=code_now(made.code),
-        machine=machine_now(made.arm),
+        code=code_now(registration.code),
+        machine=machine_now(registration.arm),
         files={},
     )
 
 
-def _data(made: Made, trained_rows_sha256: str) -> DataLineage:
-    data = made.dataset
+def _data(registration: Registration, trained_rows_sha256: str) -> DataLineage:
+    data = registration.result.dataset
     return DataLineage(
         snapshot_id=data.snapshot_id,
         sources={source.name: source.sha256 for source in data.sources},
         source_rows={source.name: source.rows for source in data.sources},
-        ledger_sha256=fates_sha256(made.store, made.spec.model.name, data.snapshot_id),
+        ledger_sha256=fates_sha256(registration.store, registration.spec.model.name, data.snapshot_id),
         train_sha256=data.train.sha256,
         validation_sha256=data.validation.sha256,
         test_sha256=data.test.sha256,
@@ -100,13 +95,13 @@ def _data(made: Made, trained_rows_sha256: str) -> DataLineage:
         contract_sha256=data.contract_result.sha256,
         rows_in=data.rows_in,
         rows_kept=data.kept,
-        licence=data_licence(made.spec.data),
+        licence=data_licence(registration.spec.data),
     )
 
 
-def _training(made: Made) -> Training:
-    arm = made.arm
-    settings = next(own.settings for own in arms_of(made.spec.train) if own.name == arm.name)
+def _training(registration: Registration) -> Training:
+    arm = registration.arm
+    settings = next(own.settings for own in arms_of(registration.spec.train) if own.name == arm.name)
     return Training(
         name=arm.name,
         method=arm.method,
@@ -120,17 +115,17 @@ def _training(made: Made) -> Training:
 
 
 def placeless(spec: RunSpec) -> dict[str, Any]:
-    """The spec without its store, and without folders of this machine: a path that begins at the root or at home is told by
-    its last part."""
-    told = spec.model_dump(mode="json", exclude={"store"})
-    told["data"]["source"] = [without_place(entry) for entry in spec.data.source]
+    """The spec without its store, and without folders of this machine: of a path that begins at the root or at home only
+    the last part stays."""
+    plain = spec.model_dump(mode="json", exclude={"store"})
+    plain["data"]["source"] = [without_place(entry) for entry in spec.data.source]
     for section, setting in (
         ("model", "base"), ("contract", "suite"), ("contract", "batch_suite"), ("rules", "function"),
         ("evaluate", "task_folder"),
     ):  # fmt: skip
-        if told[section][setting]:
-            told[section][setting] = without_place(told[section][setting])
-    return told
+        if plain[section][setting]:
+            plain[section][setting] = without_place(plain[section][setting])
+    return plain
 
 
 # --- now ----------------------------------------------------------------------------------------------------
@@ -149,7 +144,7 @@ def code_now(train_code: str) -> Code:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of the folder this code lies in; None without git or without a repository."""
+    """What git says of the folder of this code; None without git or without a repository."""
     try:
         done = subprocess.run(["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -181,14 +176,14 @@ def processor() -> str:
     """The name of the processor, and which of the instructions it has that arithmetic is done by."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    name = told.get("model name") or platform.processor() or platform.machine()
-    known = [flag for flag in _INSTRUCTIONS if flag in told.get("flags", "").split()]
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    known = [flag for flag in _INSTRUCTIONS if flag in fields.get("flags", "").split()]
     return f"{name} ({', '.join(known)})" if known else name
 
 
 def accelerator() -> str:
-    """The names of the GPUs, as nvidia-smi tells them."""
+    """The names of the GPUs, as nvidia-smi lists them."""
     try:
         command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)

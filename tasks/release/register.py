@@ -12,7 +12,7 @@ from data_contracts.reports import ModelVersion
 from tasks.data.curation.dataset_files import ids_of, publish_ids
 from tasks.models.integrity import CODE_FILE, spec_digest
 from tasks.release.evidence import write_evidence
-from tasks.release.lineage import Made
+from tasks.release.lineage import Registration
 from tasks.release.registry import (
     CHALLENGER,
     EXAMPLE,
@@ -24,7 +24,7 @@ from tasks.release.registry import (
     version_now,
 )
 from tasks.reporting.mlflow_run import log_model_scores
-from tasks.runtime.mlflow_client import KEY_TAG, attach, connect, open_experiment, resumed
+from tasks.runtime.mlflow_client import KEY_TAG, attach_file, connect, open_experiment, resumed
 from tasks.runtime.store import digest, without_place
 
 if TYPE_CHECKING:
@@ -34,56 +34,61 @@ if TYPE_CHECKING:
 _CODE = Path(__file__).parent / "workers" / CODE_FILE
 
 
-def register_version(made: Made) -> ModelVersion:
+def register_version(registration: Registration) -> ModelVersion:
     """Make the arm a new version under alias `challenger`; the version of the same key is used again."""
-    store, name = made.spec.store, made.spec.model.name
+    store, name = registration.spec.store, registration.spec.model.name
     client = connect(store)
     open_experiment(client, store, name)
-    found = client.search_model_versions(f"name = '{name}' and tags.`{KEY_TAG}` = '{made.key}'")
-    version = str(found[0].version) if found else _make_version(client, made)
+    found = client.search_model_versions(f"name = '{name}' and tags.`{KEY_TAG}` = '{registration.key}'")
+    version = str(found[0].version) if found else _make_version(client, registration)
     client.set_registered_model_alias(name, CHALLENGER, version)
-    run_id = made.recorded.arm_run_ids[made.arm.name]
+    run_id = registration.recorded.arm_run_ids[registration.arm.name]
     return version_now(store, ModelVersion(name=name, version=version, aliases=[], run_id=run_id))
 
 
-def _make_version(client: "MlflowClient", made: Made) -> str:
-    name, run_id = made.spec.model.name, made.recorded.arm_run_ids[made.arm.name]
-    trained = _trained_rows(made)
+def _make_version(client: "MlflowClient", registration: Registration) -> str:
+    name, run_id = registration.spec.model.name, registration.recorded.arm_run_ids[registration.arm.name]
+    trained = _trained_rows(registration)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        artifacts = {"adapter": made.store.path(made.arm.adapter.folder), "trained_rows": made.store.path(trained)}
+        artifacts = {
+            "adapter": registration.store.path(registration.arm.adapter.folder),
+            "trained_rows": registration.store.path(trained),
+        }
         artifacts["meta"] = folder / "meta.json"
-        artifacts["meta"].write_text(json.dumps(_meta(made), indent=1))
-        artifacts[EVIDENCE] = write_evidence(made, folder, artifacts, trained.sha256)
+        artifacts["meta"].write_text(json.dumps(_meta(registration), indent=1))
+        artifacts[EVIDENCE] = write_evidence(registration, folder, artifacts, trained.sha256)
         with resumed(run_id):
             model_id = _log_model(artifacts)
-            log_model_scores(made.store, model_id, made.scores, made.dataset.test)
+            log_model_scores(registration.store, model_id, registration.result.scores, registration.result.dataset.test)
         lineage_file = artifacts[EVIDENCE] / LINEAGE_FILE
-        attach(made.spec.store, made.recorded.mlflow_run_id, lineage_file)
+        attach_file(registration.spec.store, registration.recorded.mlflow_run_id, lineage_file)
         lineage, sha256 = Lineage.model_validate_json(lineage_file.read_bytes()), digest(lineage_file)
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     # Tags come with the version, not after it: a version without its evidence cannot exist.
-    tags = _tags(made, lineage, trained) | {LINEAGE_TAG: sha256}
+    tags = _tags(registration, lineage, trained) | {LINEAGE_TAG: sha256}
     source = f"models:/{model_id}"
     return str(client.create_model_version(name, source, run_id=run_id, tags=tags, model_id=model_id).version)
 
 
-def _trained_rows(made: Made) -> FileRef:
+def _trained_rows(registration: Registration) -> FileRef:
     """Ids of all rows the arm has seen. They go with the version: a later warm start must know them, whatever the store
     still has."""
-    start = made.arm.start
+    start = registration.arm.start
     if start and start.trained:
         return start.trained
-    return publish_ids(made.store, ids_of(made.store.path(made.dataset.train)))
+    return publish_ids(registration.store, ids_of(registration.store.path(registration.result.dataset.train)))
 
 
-def _meta(made: Made) -> dict[str, Any]:
+def _meta(registration: Registration) -> dict[str, Any]:
     """What served_model.py needs to know to load the version as it was evaluated, and to refuse anything else."""
-    base, arm = made.base, made.arm
+    base, arm = registration.result.base, registration.arm
     return {
         "code_sha256": digest(_CODE),
-        "adapter_files": {file.name: digest(file) for file in sorted(made.store.path(arm.adapter.folder).iterdir())},
+        "adapter_files": {
+            file.name: digest(file) for file in sorted(registration.store.path(arm.adapter.folder).iterdir())
+        },
         "base": without_place(base.name),
         "base_digest": base.digest,
         "base_path": base.path,
@@ -91,18 +96,18 @@ def _meta(made: Made) -> dict[str, Any]:
         "method": arm.method,
         "quantisation": arm.quantisation.model_dump() if arm.quantisation else None,
         "precision": arm.precision,
-        "system_prompt": made.spec.data.system_prompt,
+        "system_prompt": registration.spec.data.system_prompt,
         "stops": base.stops,
         "chat_template": base.chat_template,
     }
 
 
-def _tags(made: Made, lineage: Lineage, trained: FileRef) -> dict[str, str]:
+def _tags(registration: Registration, lineage: Lineage, trained: FileRef) -> dict[str, str]:
     """What versions are searched by."""
-    arm, code = made.arm, lineage.code
+    arm, code = registration.arm, lineage.code
     tags = {
-        KEY_TAG: made.key,
-        SPEC_TAG: spec_digest(made.spec.model_dump(mode="json", exclude={"store"})),
+        KEY_TAG: registration.key,
+        SPEC_TAG: spec_digest(registration.spec.model_dump(mode="json", exclude={"store"})),
         "tunegate.method": arm.method,
         "tunegate.seed": f"{arm.seed}",
         "tunegate.adapter_sha256": arm.adapter.sha256,
@@ -112,9 +117,9 @@ def _tags(made: Made, lineage: Lineage, trained: FileRef) -> dict[str, str]:
         "tunegate.snapshot": lineage.data.snapshot_id,
         "tunegate.data_licence": lineage.data.licence,
         "tunegate.items_sha256": lineage.judgement.items_sha256,
-        "tunegate.verdict": made.gate.verdict,
-        "tunegate.run": made.recorded.mlflow_run_id,
-        "tunegate.nll_nats": f"{made.scores.nll_nats}",
+        "tunegate.verdict": registration.result.gate.verdict,
+        "tunegate.run": registration.recorded.mlflow_run_id,
+        "tunegate.nll_nats": f"{registration.result.scores.nll_nats}",
         "tunegate.commit": f"{code.commit or 'none'}{'-dirty' if code.dirty else ''}",
         STARTED_TAG: (arm.start.version if arm.start else None) or SCRATCH,
         TRAINED_TAG: trained.sha256,
@@ -145,17 +150,17 @@ def _log_model(artifacts: dict[str, Path]) -> str:
 
 
 class _WithoutPlaces:
-    """MLflow's flavour pyfunc, but MLmodel does not tell where on this machine the files came from."""
+    """MLflow's flavour pyfunc, but MLmodel does not name the folders of this machine that the files came from."""
 
     @staticmethod
     def save_model(path: str, mlflow_model: "Model", **arguments: Any) -> None:
         import mlflow
 
-        arguments.pop("validate_serving_input")  # meant for Model.log, which gives on all that it is given
+        arguments.pop("validate_serving_input")  # meant for Model.log, which passes on all that it gets
         mlflow.pyfunc.save_model(path=path, mlflow_model=mlflow_model, **arguments)
-        told = mlflow_model.flavors["python_function"]
-        told["model_code_path"] = _CODE.name
-        for artifact in told["artifacts"].values():
+        flavor = mlflow_model.flavors["python_function"]
+        flavor["model_code_path"] = _CODE.name
+        for artifact in flavor["artifacts"].values():
             artifact["uri"] = artifact["path"]
         place, mlflow_model.artifact_path = mlflow_model.artifact_path, None
         mlflow_model.save(str(Path(path) / "MLmodel"))

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, cast
 
 from data_contracts.data_reports import FileRef
 from data_contracts.errors import ConfigError, Problem
+from data_contracts.jobs.release import AskJob, AskReport, LoadJob
 from data_contracts.lineage import Lineage
 from data_contracts.releases import OVERRIDE_TAG
-from data_contracts.reports import ModelVersion, Quantisation
+from data_contracts.reports import AdapterRef, ModelVersion, Quantisation
 from data_contracts.run_spec import StoreSpec
 from data_contracts.train_spec import Method
 from tasks.data.curation.dataset_files import TRAINED_ROWS_FILE
@@ -37,18 +38,17 @@ _NF4 = Quantisation(quant_type="nf4", double_quant=True)  # of versions from bef
 
 @dataclass(frozen=True)
 class Registered:
-    """A version as the registry knows it, with where its adapter lies."""
+    """A version as the registry knows it. Its adapter's folder is an absolute path: MLflow's, or where it was downloaded."""
 
     name: str
     version: str
     method: Method
     quantisation: Quantisation | None
-    adapter: str
-    adapter_sha256: str
+    adapter: AdapterRef
     base_digest: str
     verdict: str
     run_id: str
-    started_from: str | None = None  # the version whose adapter its training went on from; None: from scratch
+    started_from: str | None = None  # the version whose adapter its training resumed from; None: from scratch
     spec_sha256: str | None = None  # None: registered before it was kept
     trained: FileRef | None = None  # ids of the rows it was trained on, at an absolute path; None: not recorded
     override: str = ""  # why it became champion although something said no
@@ -58,29 +58,35 @@ class Registered:
         return f"{self.name} version {self.version}"
 
     @property
+    def artifacts(self) -> Path:
+        """Folder of the adapter, the evidence and the rows' ids."""
+        return Path(self.adapter.folder).parent
+
+    @property
     def folder(self) -> Path:
         """The version's files as MLflow keeps them, or has downloaded them."""
-        return Path(self.adapter).parent.parent
+        return self.artifacts.parent
 
 
-def to_load(store: StoreSpec, version: Registered) -> dict[str, str]:
+def load_job(store: StoreSpec, version: Registered) -> LoadJob:
     """What a worker needs to load a version as anybody does. The files that were verified are the ones it loads."""
     place = Store.of(store)
-    return {
-        "tracking_uri": store.mlflow_uri or place.database_uri,
-        "model": str(version.folder),
-        "label": version.label,
-        "store": str(place.root.resolve()),
-    }
+    return LoadJob(
+        tracking_uri=store.mlflow_uri or place.database_uri,
+        model=str(version.folder),
+        label=version.label,
+        store=str(place.root.resolve()),
+    )
 
 
 def ask_version(store: StoreSpec, uri: str, questions: list[str], max_new_tokens: int) -> list[str]:
     """Load a version in a fresh process and put questions to it."""
-    spec = to_load(store, resolve(store, uri)) | {"questions": questions, "max_new_tokens": max_new_tokens}
+    version = load_job(store, resolve(store, uri))
+    job = AskJob(version=version, questions=questions, max_new_tokens=max_new_tokens)
     out = Store.of(store).files / "asks" / uuid.uuid4().hex
-    answers = run_worker("tasks.release.workers.ask_model", spec, out)["answers"]
+    report = AskReport.model_validate(run_worker("tasks.release.workers.ask_model", job, out))
     shutil.rmtree(out)  # only a failed one is kept, with its log
-    return [str(answer) for answer in answers]
+    return report.answers
 
 
 def resolve(store: StoreSpec, uri: str, option: str = "--model") -> Registered:
@@ -103,7 +109,7 @@ def resolve(store: StoreSpec, uri: str, option: str = "--model") -> Registered:
     return _registered(client, found)
 
 
-def recorded_spec(store: StoreSpec, version: Registered) -> str:
+def recorded_spec_file(store: StoreSpec, version: Registered) -> str:
     """Path of the spec file of the run that made a version. Raises StoreError if it was changed since."""
     file = Path(connect(store).download_artifacts(version.run_id, SPEC_FILE))
     return str(checked_spec(file, version.spec_sha256, version.label) if version.spec_sha256 else file)
@@ -112,7 +118,7 @@ def recorded_spec(store: StoreSpec, version: Registered) -> str:
 def recorded_lineage(store: StoreSpec, version: Registered) -> Lineage:
     """What a version is made of. Raises ConfigError if it has no lineage, StoreError if it is not the registered one."""
     tags = connect(store).get_model_version(version.name, version.version).tags
-    return read_lineage(Path(version.adapter).parent, tags, version.label)
+    return read_lineage(version.artifacts, tags, version.label)
 
 
 def champion(store: StoreSpec, name: str) -> Registered | None:
@@ -145,8 +151,7 @@ def _registered(client: "MlflowClient", found: "MlflowVersion") -> Registered:
         version=str(found.version),
         method=cast(Method, tags["tunegate.method"]),
         quantisation=_quantisation(tags),
-        adapter=str(files / "adapter"),
-        adapter_sha256=tags["tunegate.adapter_sha256"],
+        adapter=AdapterRef(folder=str(files / "adapter"), sha256=tags["tunegate.adapter_sha256"]),
         base_digest=tags["tunegate.base_digest"],
         verdict=tags["tunegate.verdict"],
         run_id=tags["tunegate.run"],
@@ -160,12 +165,12 @@ def _registered(client: "MlflowClient", found: "MlflowVersion") -> Registered:
 def _quantisation(tags: dict[str, str]) -> Quantisation | None:
     if tags["tunegate.method"] != "qlora":
         return None
-    told = tags.get(QUANTISATION_TAG)
-    return Quantisation.model_validate_json(told) if told else _NF4
+    kept = tags.get(QUANTISATION_TAG)
+    return Quantisation.model_validate_json(kept) if kept else _NF4
 
 
 def offer(client: "MlflowClient", name: str) -> str:
-    """What the registry has instead, for the end of an error."""
+    """What the registry has instead, as the next act of an error."""
     versions = client.search_model_versions(f"name = '{name}'")
     if versions:
         return f"{name} has versions {', '.join(sorted(str(v.version) for v in versions))}"

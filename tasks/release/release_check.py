@@ -4,21 +4,22 @@ import math
 import shutil
 import time
 import uuid
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from data_contracts.errors import Problem, StoreError
+from data_contracts.jobs.release import CheckReleaseJob, CheckReleaseReport, CheckSample
 from data_contracts.reports import EvalReport, LoadedBack, ModelVersion, ReleaseCheck, SampleAnswer
 from data_contracts.run_spec import StoreSpec
-from tasks.release.registry import EXAMPLE, Registered, resolve, to_load
+from tasks.release.registry import EXAMPLE, Registered, load_job, resolve
 from tasks.runtime.processes import Launch, run_worker
 from tasks.runtime.store import Store
 
-# How far log-probabilities may lie from the evaluation's, in nats: measured in docs/release.md. bf16: on either side.
+# How far log-probabilities may be from the evaluation's, in nats: measured in docs/release.md. bf16: on either side.
 TOLERANCE_NATS = {"fp32": 1e-3, "bf16": 0.3}
 _EXAMPLE = SampleAnswer(question=EXAMPLE, reference="", answer="")
 
 
-class Limits(NamedTuple):
+class ReleaseLimits(NamedTuple):
     """Settings of the run that made the version, as its gates read them; None: no limit."""
 
     sample_tokens: int
@@ -26,72 +27,74 @@ class Limits(NamedTuple):
     max_memory_gb: float | None = None
 
 
-class Checked(NamedTuple):
+class CheckedVersion(NamedTuple):
     check: ReleaseCheck
     answers: list[str]
 
 
 def check_release(
-    store: StoreSpec, version: Registered, evaluated: list[SampleAnswer], precision: str | None, limits: Limits
-) -> Checked:
+    store: StoreSpec, version: Registered, evaluated: list[SampleAnswer], precision: str | None, limits: ReleaseLimits
+) -> CheckedVersion:
     """Load the version, answer the sample questions, compare what may follow each prompt with what was evaluated."""
-    kept = {"question", "prompt", "next_tokens"}
-    spec: dict[str, Any] = {
-        **to_load(store, version),
-        "samples": [sample.model_dump(mode="json", include=kept) for sample in evaluated or [_EXAMPLE]],
-        "max_new_tokens": limits.sample_tokens,
-    }
+    samples = [
+        CheckSample(question=sample.question, prompt=sample.prompt, next_tokens=sample.next_tokens)
+        for sample in evaluated or [_EXAMPLE]
+    ]
+    job = CheckReleaseJob(version=load_job(store, version), samples=samples, max_new_tokens=limits.sample_tokens)
     out, started = Store.of(store).files / "checks" / uuid.uuid4().hex, time.monotonic()
-    found = run_worker("tasks.release.workers.check_release", spec, out, Launch(f"check {version.label}"))
+    found = run_worker("tasks.release.workers.check_release", job, out, Launch(f"check {version.label}"))
     shutil.rmtree(out)  # only a failed one is kept, with its log
-    return Checked(_judged(found, evaluated, precision, limits, time.monotonic() - started), found["answers"])
+    report = CheckReleaseReport.model_validate(found)
+    check = _compared(report, evaluated, precision, limits, time.monotonic() - started)
+    return CheckedVersion(check, report.answers)
 
 
-def _judged(
-    found: dict[str, Any], evaluated: list[SampleAnswer], precision: str | None, limits: Limits, seconds: float
-) -> ReleaseCheck:
-    differences = [each for each in found["differences"] if each is not None]
-    tolerance = max(TOLERANCE_NATS[name] for name in (found["precision"], precision or "fp32"))
+def _compared(
+    found: CheckReleaseReport, evaluated: list[SampleAnswer], precision: str | None, limits: ReleaseLimits,
+    seconds: float,
+) -> ReleaseCheck:  # fmt: skip
+    differences = [each for each in found.differences if each is not None]
+    tolerance = max(TOLERANCE_NATS[name] for name in (found.precision, precision or "fp32"))
     check = ReleaseCheck(
-        questions=len(found["answers"]),
-        answered_alike=sum(then.answer == now for then, now in zip(evaluated, found["answers"], strict=False)),
+        questions=len(found.answers),
+        answered_alike=sum(then.answer == now for then, now in zip(evaluated, found.answers, strict=False)),
         difference_nats=max(differences, default=None),
         tolerance_nats=tolerance,
-        precision=found["precision"],
-        ms_per_token=found["ms_per_token"],
-        peak_bytes=found["peak_bytes"],
+        precision=found.precision,
+        ms_per_token=found.ms_per_token,
+        peak_bytes=found.peak_bytes,
         seconds=seconds,
         refusals=[],
     )
-    silent = any(then.answer and not now for then, now in zip(evaluated, found["answers"], strict=False))
+    silent = any(then.answer and not now for then, now in zip(evaluated, found.answers, strict=False))
     refusals = ["it answers nothing"] if silent else []
     return check.model_copy(update={"refusals": [*refusals, *_refusals(check, bool(evaluated), limits)]})
 
 
-def _refusals(check: ReleaseCheck, has_samples: bool, limits: Limits) -> list[str]:
-    told: list[str] = []
+def _refusals(check: ReleaseCheck, has_samples: bool, limits: ReleaseLimits) -> list[str]:
+    lines: list[str] = []
     if check.difference_nats is not None and check.difference_nats > check.tolerance_nats:
-        told.append(
+        lines.append(
             f"it is not the model that was evaluated: log-probabilities of next tokens differ by {check.difference_nats:.3g}"
             f" nats, at most {check.tolerance_nats:g} is rounding"
         )
     if has_samples and check.difference_nats is None:
-        told.append("its evaluation kept no log-probabilities to compare with: tunegate gate evaluates it again")
+        lines.append("its evaluation kept no log-probabilities to compare with: tunegate gate evaluates it again")
     if check.ms_per_token > (limits.max_ms_per_token or math.inf):
-        told.append(f"{check.ms_per_token:.3g} ms per token, gates.max_ms_per_token is {limits.max_ms_per_token:g}")
+        lines.append(f"{check.ms_per_token:.3g} ms per token, gates.max_ms_per_token is {limits.max_ms_per_token:g}")
     if check.peak_bytes / 1e9 > (limits.max_memory_gb or math.inf):
-        told.append(f"{check.peak_bytes / 1e9:.3g} GB at the peak, gates.max_memory_gb is {limits.max_memory_gb:g}")
-    return told
+        lines.append(f"{check.peak_bytes / 1e9:.3g} GB at the peak, gates.max_memory_gb is {limits.max_memory_gb:g}")
+    return lines
 
 
 def load_back(store: StoreSpec, model: ModelVersion, scores: EvalReport, sample_tokens: int) -> LoadedBack:
     """Check the version that a run has just registered. Raises StoreError if it is not what the run evaluated; time and
     memory were for the gates."""
     version = resolve(store, f"models:/{model.name}/{model.version}")
-    check, answers = check_release(store, version, scores.answers, scores.precision, Limits(sample_tokens))
+    check, answers = check_release(store, version, scores.answers, scores.precision, ReleaseLimits(sample_tokens))
     if check.refusals and _has_numbers(scores):
         act = "it was not promoted; look at its run"
-        raise StoreError(*(Problem(told, version.label, act=act) for told in check.refusals))
+        raise StoreError(*(Problem(line, version.label, act=act) for line in check.refusals))
     sample = scores.answers[0] if scores.answers else None
     return LoadedBack(
         question=(sample or _EXAMPLE).question,

@@ -4,13 +4,14 @@ from pathlib import Path
 
 from data_contracts.errors import ConfigError, Problem, StoreError
 from data_contracts.reports import RunReport
+from data_contracts.run_spec import StoreSpec
 from tasks.runtime.store import Store
 
-# --- where reports lie --------------------------------------------------------------------------------------
+# --- places of reports --------------------------------------------------------------------------------------
 
 
 def store_of(report: RunReport) -> Store:
-    return Store(Path(report.spec["store"]["root"]))
+    return Store.of(StoreSpec.model_validate(report.spec["store"]))
 
 
 def report_file(store: Store, run_id: str) -> Path:
@@ -50,5 +51,5 @@ def _read(path: Path) -> RunReport:
     try:
         return RunReport.model_validate_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        act = "run again with --force to write it anew"
+        act = "run again with --force to write it again"
         raise StoreError(Problem(f"is no readable run report: {error}", str(path), act=act)) from error

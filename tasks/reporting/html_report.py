@@ -6,51 +6,44 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from data_contracts.data_reports import DatasetManifest
-from data_contracts.reports import EvalReport, ModelVersion, RecordedRun, TrainReport
+from data_contracts.reports import EvalReport, ModelVersion, RecordedRun
 from data_contracts.run_spec import RunSpec
-from data_contracts.verdict import Comparison, GateReport, Interval
+from data_contracts.stage_inputs import RunResult
+from data_contracts.verdict import Interval
 from tasks.reporting.plots import figures, svg
-from tasks.reporting.sentences import sentences, started
+from tasks.reporting.sentences import sentences, start_sentence
 from tasks.reporting.tables import PARTS, choices, memory_parts
-from tasks.runtime.mlflow_client import attach
+from tasks.runtime.mlflow_client import attach_file
 from tasks.runtime.store import Store, content_key
 
 
-def write_report(
-    store: Store,
-    spec: RunSpec,
-    dataset: DatasetManifest,
-    arms: Sequence[TrainReport],
-    evaluations: Sequence[EvalReport],
-    comparison: Comparison,
-    gates: GateReport,
-    recorded: RecordedRun,
-    model: ModelVersion,
+def write_html_report(
+    store: Store, spec: RunSpec, result: RunResult, recorded: RecordedRun, model: ModelVersion
 ) -> str:
     """Write report.html, log it to the parent run, and return its path relative to the store."""
+    arms, comparison = result.arms, result.comparison
     page = _environment().get_template("report.html.j2").render(
         spec=spec,
-        dataset=dataset,
+        dataset=result.dataset,
         arms=arms,
         trained={arm.name: arm for arm in arms},
-        evaluations=evaluations,
+        evaluations=result.evaluations,
         comparison=comparison,
-        gates=gates,
+        gates=result.gate,
         recorded=recorded,
         model=model,
-        answers=_answers(evaluations),
+        answers=_answers(result.evaluations),
         choices={arm.name: choices(arm) for arm in arms},
         memory={arm.name: memory_parts(arm) for arm in arms},
         parts=PARTS,
         sentences=list(sentences(comparison)),
-        starts=[f"{arm.name} {started(arm.start)}" for arm in arms if arm.start],
+        starts=[f"{arm.name} {start_sentence(arm.start)}" for arm in arms if arm.start],
         plots={name: svg(figure) for name, figure in figures(arms, comparison).items()},
     )  # fmt: skip
     name = content_key(page)[:16]
     with store.publish("reports", name) as folder:
         (folder / "report.html").write_text(page, encoding="utf-8")
-    attach(spec.store, recorded.mlflow_run_id, store.path(f"reports/{name}/report.html"))
+    attach_file(spec.store, recorded.mlflow_run_id, store.path(f"reports/{name}/report.html"))
     return f"reports/{name}/report.html"
 
 

@@ -1,4 +1,4 @@
-"""Where the things of a run lie: files, a registered version, and pages that answer, or None."""
+"""The places of a run's things: files, a registered version, and pages of servers, or None."""
 
 import os
 from pathlib import Path
@@ -11,11 +11,11 @@ from data_contracts.run_spec import StoreSpec
 from tasks.runtime.store import Store
 
 MLFLOW_PAGE = "TUNEGATE_MLFLOW_PAGE"
-"""Environment: address of an MLflow page over the store's own database, set by who serves it."""
+"""Environment: address of an MLflow page over the store's own database, set by the server's start."""
 
 
 def data_files(data: DatasetManifest, store: Store) -> dict[str, Path]:
-    """Where everything of a data set lies."""
+    """The file of everything in a data set, by name."""
     names = ("train", "validation", "test", "quarantine", "duplicate_rows", "contract_result")
     paths = {name.replace("_", " "): getattr(data, name).path for name in names} | {"data docs": data.data_docs}
     return {name: store.files / path for name, path in paths.items()}

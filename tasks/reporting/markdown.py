@@ -1,7 +1,7 @@
 """Markdown from templates, for pages that others render: every text is escaped, so none forms markup or notifies anybody.
 
-GitHub and GitLab take entities, and cannot be told otherwise to leave an @ alone. Prefect's page shows an entity as it
-stands, and takes backslashes.
+GitHub and GitLab take entities, and nothing else keeps them from reading an @ as a mention. Prefect's page shows an entity
+as its source text, and takes backslashes.
 """
 
 import math
@@ -12,7 +12,7 @@ from string import punctuation
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-if TYPE_CHECKING:  # `gate` looks at its folder before anything slow is imported
+if TYPE_CHECKING:  # `gate` checks its folder before anything slow is imported
     from jinja2 import Environment
     from markupsafe import Markup
 
@@ -51,7 +51,7 @@ def code(text: object) -> "Markup":
 
 
 def environment(escaped: Callable[[str], str], *folders: Path) -> "Environment":
-    """Templates of these folders and of ours; whatever they print is escaped in this way."""
+    """Templates of these folders and of ours; everything they print is escaped in this way."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -63,9 +63,9 @@ def environment(escaped: Callable[[str], str], *folders: Path) -> "Environment":
         lstrip_blocks=True,
     )
     found.filters |= {
-        "number": number,
-        "interval": interval,
-        "estimate": estimate,
+        "number": plain_number,
+        "interval": plain_interval,
+        "estimate": _estimate,
         "needs": needs,
         "link": link,
         "code": code,
@@ -73,16 +73,16 @@ def environment(escaped: Callable[[str], str], *folders: Path) -> "Environment":
     return found
 
 
-def number(value: float | None) -> str:
+def plain_number(value: float | None) -> str:
     return _NONE if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
-def interval(found: "Interval | None") -> str:
-    return _NONE if found is None else f"{number(found[0])} to {number(found[1])}"
+def plain_interval(found: "Interval | None") -> str:
+    return _NONE if found is None else f"{plain_number(found[0])} to {plain_number(found[1])}"
 
 
-def estimate(found: "Estimate | None") -> str:
-    return _NONE if found is None else f"{number(found.value)} ({interval(found.interval)})"
+def _estimate(found: "Estimate | None") -> str:
+    return _NONE if found is None else f"{plain_number(found.value)} ({plain_interval(found.interval)})"
 
 
 def needs(gate: "GateResult") -> str:

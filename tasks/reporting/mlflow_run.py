@@ -12,27 +12,20 @@ from typing import TYPE_CHECKING, Any
 from data_contracts.data_reports import DatasetManifest, FileRef
 from data_contracts.reports import EvalReport, RecordedRun, TrainReport
 from data_contracts.run_spec import RunSpec
-from data_contracts.verdict import Comparison, GateReport
+from data_contracts.stage_inputs import RunResult
+from data_contracts.verdict import Comparison
 from tasks.reporting.plots import figures
 from tasks.reporting.tables import memory_parts
+from tasks.runtime.mlflow_client import KEY_TAG, SPEC_FILE, connect, open_experiment
 from tasks.runtime.store import Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-from tasks.runtime.mlflow_client import KEY_TAG, SPEC_FILE, connect, open_experiment
 
 _DIGEST_CHARS = 32  # MLflow takes at most 36
 
 
-def record_run(
-    spec: RunSpec,
-    key: str,
-    dataset: DatasetManifest,
-    arms: list[TrainReport],
-    evaluations: list[EvalReport],
-    comparison: Comparison,
-    gate: GateReport,
-) -> RecordedRun:
+def record_run(spec: RunSpec, key: str, result: RunResult) -> RecordedRun:
     """Write the run to MLflow. A run of the same key that is complete is returned; a broken one is removed first."""
     import mlflow
 
@@ -41,17 +34,18 @@ def record_run(
     done = _complete_run(client, experiment, key)
     if done:
         return done
-    store = Store.of(spec.store)
-    scores = {report.target: report for report in evaluations}
+    store, dataset = Store.of(spec.store), result.dataset
+    scores = {report.target: report for report in result.evaluations}
     with mlflow.start_run(experiment_id=experiment, run_name=f"{spec.model.name} {dataset.snapshot_id[:8]}") as parent:
-        mlflow.set_tags({KEY_TAG: key, "tunegate.verdict": gate.verdict, "tunegate.snapshot": dataset.snapshot_id})
+        tags = {KEY_TAG: key, "tunegate.verdict": result.gate.verdict, "tunegate.snapshot": dataset.snapshot_id}
+        mlflow.set_tags(tags)
         mlflow.log_params(_flat(spec.model_dump(mode="json", exclude={"store"})))
-        mlflow.log_metrics(_finite(_parent_metrics(dataset, comparison, scores)))
+        mlflow.log_metrics(_finite(_parent_metrics(dataset, result.comparison, scores)))
         _log_data(dataset, store)
-        _log_files(spec, store, dataset, evaluations, {"comparison": comparison, "gate": gate})
-        for name, figure in figures(arms, comparison).items():
+        _log_files(spec, store, result)
+        for name, figure in figures(result.arms, result.comparison).items():
             mlflow.log_figure(figure, f"comparison/{name}.png")
-        children = {arm.name: _record_arm(client, arm, scores.get(arm.name), dataset, store) for arm in arms}
+        children = {arm.name: _record_arm(client, arm, scores.get(arm.name), dataset, store) for arm in result.arms}
     return RecordedRun(mlflow_run_id=parent.info.run_id, arm_run_ids=children)
 
 
@@ -98,7 +92,7 @@ def _record_arm(
 
 
 def _items(store: Store, scores: EvalReport) -> Any:
-    """A line for each domain item: its facts and every metric. Equal columns, so that MLflow can lay runs side by side."""
+    """A line for each domain item: its facts and every metric. Equal columns, so that MLflow can compare runs."""
     import pandas as pd
 
     samples = pd.read_json(store.path(scores.samples), lines=True, dtype={"row_id": str})
@@ -129,19 +123,18 @@ def _as_dataset(store: Store, ref: FileRef, name: str) -> Any:
     return from_pandas(frame, source=ref.path, name=name, digest=ref.sha256[:_DIGEST_CHARS])
 
 
-def _log_files(
-    spec: RunSpec, store: Store, dataset: DatasetManifest, evaluations: list[EvalReport], reports: dict[str, Any]
-) -> None:
+def _log_files(spec: RunSpec, store: Store, result: RunResult) -> None:
     import mlflow
 
-    for name, report in reports.items():
-        mlflow.log_dict(report.model_dump(mode="json"), f"{name}.json")
+    dataset = result.dataset
+    mlflow.log_dict(result.comparison.model_dump(mode="json"), "comparison.json")
+    mlflow.log_dict(result.gate.model_dump(mode="json"), "gate.json")
     mlflow.log_dict(spec.model_dump(mode="json", exclude={"store"}), SPEC_FILE)
     mlflow.log_dict(dataset.model_dump(mode="json"), "dataset.json")
     mlflow.log_artifact(str(store.path(dataset.contract_result)), "contract")
     mlflow.log_artifacts(str(store.path(dataset.data_docs).parent), "contract/data_docs")
     with tempfile.TemporaryDirectory() as folder:
-        for report in evaluations:
+        for report in result.evaluations:
             named = Path(folder) / f"{report.target}.json"
             named.write_text(json.dumps(report.model_dump(mode="json"), indent=1))
         mlflow.log_artifacts(folder, "evaluations")

@@ -22,9 +22,14 @@ _PART_COLOURS = {
 
 def figures(arms: Sequence[TrainReport], found: Comparison) -> dict[str, Any]:
     """All plots that this run has numbers for, by name."""
-    drawn = {"losses": losses(arms), "quality": quality(found), "memory": memory(arms), "speed": speed(arms)}
+    drawn = {
+        "losses": losses_plot(arms),
+        "quality": quality_plot(found),
+        "memory": memory_plot(arms),
+        "speed": speed_plot(arms),
+    }
     if found.slices:
-        drawn["slices"] = slices(found)
+        drawn["slices"] = slices_plot(found)
     return drawn
 
 
@@ -35,7 +40,7 @@ def svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
-def losses(arms: Sequence[TrainReport]) -> Any:
+def losses_plot(arms: Sequence[TrainReport]) -> Any:
     """Training loss of every training over the steps; an arm's seeds share a colour."""
     figure, axes = _axes(3.0)
     for arm in arms:
@@ -48,18 +53,18 @@ def losses(arms: Sequence[TrainReport]) -> Any:
     return figure
 
 
-def quality(found: Comparison) -> Any:
+def quality_plot(found: Comparison) -> Any:
     """How much lower than the base's each arm's held-out loss is, with its interval."""
     return _forest(found.gains, "held-out loss below the base's, nats/token", "Gain over the base")
 
 
-def slices(found: Comparison) -> Any:
+def slices_plot(found: Comparison) -> Any:
     gains = {f"{item.kind}: {item.name} ({item.items})": item.gain for item in found.slices}
     title = f"Gain of {found.released} over the base, by slice"
     return _forest(gains, "held-out loss below the base's, nats/token", title)
 
 
-def memory(arms: Sequence[TrainReport]) -> Any:
+def memory_plot(arms: Sequence[TrainReport]) -> Any:
     """The peak of each training by part, as measured and as planned."""
     bars = {f"{arm.name}, {kind}": parts for arm in arms for kind, parts in memory_parts(arm).items()}
     figure, axes = _axes(1.8 + 0.35 * len(bars))
@@ -74,7 +79,7 @@ def memory(arms: Sequence[TrainReport]) -> Any:
     return figure
 
 
-def speed(arms: Sequence[TrainReport]) -> Any:
+def speed_plot(arms: Sequence[TrainReport]) -> Any:
     figure, axes = _axes(0.9 + 0.45 * len(arms))
     rates = [arm.useful_tokens_per_s for arm in arms]
     axes.barh([arm.name for arm in arms], rates, color=[_colour(arm.arm, arms) for arm in arms], alpha=0.8)

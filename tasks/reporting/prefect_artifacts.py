@@ -23,10 +23,11 @@ from data_contracts.reports import EvalReport, LossPoint, RunReport, TrainReport
 from data_contracts.run_spec import StoreSpec
 from data_contracts.verdict import Comparison, GateReport, GateResult
 from tasks.reporting.links import data_files, mlflow_page, model_uri, prefect_page
-from tasks.reporting.markdown import backslashed, environment, interval, needs, number
+from tasks.reporting.markdown import backslashed, environment, needs, plain_interval, plain_number
 from tasks.reporting.sentences import label_of, sentences
-from tasks.reporting.tables import PARTS, choices, cost_rows, memory_parts, models_of, score_rows, size
+from tasks.reporting.tables import PARTS, choices, cost_rows, memory_parts, models_by_name, score_rows, size
 from tasks.runtime.console import best_effort
+from tasks.runtime.processes import WorkerEvent
 from tasks.runtime.store import Store
 
 _SECONDS_BETWEEN_UPDATES = 5.0
@@ -35,34 +36,34 @@ _FAILED = "not shown in Prefect"
 
 
 @best_effort(_FAILED)
-def show_data(store: Store, data: DatasetManifest) -> None:
-    """Every row by what became of it, drift, and where the files lie."""
+def publish_data(store: Store, data: DatasetManifest) -> None:
+    """Every row by its fate, drift, and the places of the files."""
     files = {name: path.relative_to(store.files) for name, path in data_files(data, store).items()}
     _markdown("data", "data.md.j2", data=data, files=files, store=store.files.resolve())
 
 
 @best_effort(_FAILED)
-def show_training(arm: TrainReport) -> None:
+def publish_training(arm: TrainReport) -> None:
     """A trained arm: its loss over the steps, and what it took."""
-    told = {"curve": _curve(arm), "memory": memory_parts(arm), "choices": choices(arm), "labels": PARTS}
-    _markdown(training_key(arm.name), "training.md.j2", arm=arm, label=label_of(arm.arm), size=size, **told)
+    shown = {"curve": _curve(arm), "memory": memory_parts(arm), "choices": choices(arm), "labels": PARTS}
+    _markdown(training_key(arm.name), "training.md.j2", arm=arm, label=label_of(arm.arm), size=size, **shown)
 
 
 @best_effort(_FAILED)
-def show_verdict(
+def publish_verdict(
     arms: Sequence[TrainReport], evaluations: Sequence[EvalReport], comparison: Comparison, gates: GateReport
 ) -> None:
     """The models side by side, and every gate with what it needs, what was measured, and why."""
-    models = models_of(arms, evaluations)
+    models = models_by_name(arms, evaluations)
     rows = score_rows(models, comparison), cost_rows(models)
-    told, names = list(sentences(comparison)), [label_of(name) for name in models]
-    _markdown("comparison", "comparison.md.j2", found=comparison, names=names, tables=rows, sentences=told)
+    lines, names = list(sentences(comparison)), [label_of(name) for name in models]
+    _markdown("comparison", "comparison.md.j2", found=comparison, names=names, tables=rows, sentences=lines)
     off = f"; not judged: {backslashed('; '.join(gates.off))}" if gates.off else ""
     create_table_artifact([_gate_row(gate) for gate in gates.gates], "gates", f"**{gates.verdict.upper()}**{off}")
 
 
 @best_effort(_FAILED)
-def show_report(report: RunReport) -> None:
+def publish_report(report: RunReport) -> None:
     """Where to look next: the report, the MLflow run, the version."""
     spec = StoreSpec.model_validate(report.spec["store"])
     html = (Store.of(spec).files / report.html).resolve()
@@ -87,8 +88,8 @@ class LiveTraining:
         self.next_update = 0.0
         self.works = True
 
-    def show(self, event: dict[str, Any]) -> None:
-        """Take what a worker told: only its steps count."""
+    def show(self, event: WorkerEvent) -> None:
+        """Take an event of a worker: only its steps count."""
         if event["event"] != "step" or not self.works:
             return
         if time.monotonic() >= self.next_update or event["step"] == event["of"]:
@@ -97,11 +98,11 @@ class LiveTraining:
 
     @best_effort(_FAILED)
     def _update(self, step: int, of: int, loss_nats: float) -> None:
-        percent, told = 100 * step / of, f"step {step} of {of}, loss {loss_nats:.3f} nats/token"
+        percent, line = 100 * step / of, f"step {step} of {of}, loss {loss_nats:.3f} nats/token"
         if self.artifact is None:
-            self.artifact = cast(UUID, create_progress_artifact(percent, self.key, told))
+            self.artifact = cast(UUID, create_progress_artifact(percent, self.key, line))
         else:
-            update_progress_artifact(self.artifact, percent, told)
+            update_progress_artifact(self.artifact, percent, line)
         self.next_update = time.monotonic() + _SECONDS_BETWEEN_UPDATES
         self.works = True
 
@@ -116,15 +117,15 @@ def _markdown(key: str, template: str, **values: Any) -> None:
 
 def _gate_row(gate: GateResult) -> dict[str, str]:
     """Prefect renders a cell as Markdown, in which a lone dash is a list."""
-    told = {
+    cells = {
         "gate": gate.name,
         "must be": needs(gate) if gate.direction else "",
-        "is": "" if gate.actual is None else number(gate.actual),
-        "interval": interval(gate.interval) if gate.interval else "",
+        "is": "" if gate.actual is None else plain_number(gate.actual),
+        "interval": plain_interval(gate.interval) if gate.interval else "",
         "verdict": gate.verdict,
         "why": gate.why,
     }
-    return {name: backslashed(text) for name, text in told.items()}
+    return {name: backslashed(text) for name, text in cells.items()}
 
 
 def _curve(arm: TrainReport) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A comparison in words: the same sentences in the terminal and in the report."""
+"""A comparison in sentences: the same in the terminal and in the report."""
 
 from collections.abc import Iterator
 
@@ -26,12 +26,12 @@ def estimate(found: Estimate, form: str = ".3f") -> str:
     return f"{found.value:{form}} {interval(found.interval, form)}"
 
 
-def started(start: Start) -> str:
+def start_sentence(start: Start) -> str:
     """Where an arm's training began, after the arm's name."""
     if start.version is None:
         return f"starts from scratch on {start.new_rows:,} rows: {start.note}"
     replayed = f"{start.replayed_rows:,} of {start.old_rows:,} old ones"
-    return f"goes on from {start.note}, on {start.new_rows:,} new rows and {replayed}"
+    return f"resumes from {start.note}, on {start.new_rows:,} new rows and {replayed}"
 
 
 def sentences(found: Comparison) -> Iterator[str]:

@@ -10,11 +10,11 @@ from data_contracts.verdict import Comparison
 from tasks.reporting.sentences import number
 
 _NONE = "-"
-Row = tuple[str, list[str]]
+TableRow = tuple[str, list[str]]
 Models = dict[str, tuple[list[EvalReport], list[TrainReport]]]
 
 
-def models_of(arms: Sequence[TrainReport], evaluations: Sequence[EvalReport]) -> Models:
+def models_by_name(arms: Sequence[TrainReport], evaluations: Sequence[EvalReport]) -> Models:
     """base, arms and champion: for each its evaluations and trainings, one for each seed."""
     evals = {item.target: item for item in evaluations}
     found: Models = {}
@@ -24,12 +24,12 @@ def models_of(arms: Sequence[TrainReport], evaluations: Sequence[EvalReport]) ->
         scores, trained = found.setdefault(arm.arm, ([], []))
         scores += [evals[arm.name]] if arm.name in evals else []
         trained.append(arm)
-    if "candidate" in evals:  # a registered version, judged without the arms it was trained beside
+    if "candidate" in evals:  # a registered version, judged without the other arms of its run
         found["candidate"] = ([evals["candidate"]], [])
     return found | ({"champion": ([evals["champion"]], [])} if "champion" in evals else {})
 
 
-def score_rows(models: Models, comparison: Comparison) -> list[Row]:
+def score_rows(models: Models, comparison: Comparison) -> list[TableRow]:
     """What each model scored, and its rank."""
     rows = [(label, [show(evals) for evals, _ in models.values()]) for label, show in _SCORES]
     if spread := comparison.seed_sd:
@@ -37,7 +37,7 @@ def score_rows(models: Models, comparison: Comparison) -> list[Row]:
     return [*rows, ("rank by held-out loss", _ranks(comparison, list(models)))]
 
 
-def cost_rows(models: Models) -> list[Row]:
+def cost_rows(models: Models) -> list[TableRow]:
     """What each arm took to train; nothing where none was trained."""
     if not any(arms for _, arms in models.values()):
         return []
@@ -65,7 +65,7 @@ _SCORES: list[tuple[str, Callable[[Sequence[EvalReport]], str]]] = [
     ("benchmark accuracy", lambda e: _mean([item.accuracy for item in e])),
     ("  word overlap alone", lambda e: _mean([item.lexical_baseline_accuracy for item in e])),
     ("answers: ROUGE-L", lambda e: _mean([score_of(item, "rouge_l") for item in e])),
-    ("  ended by itself", lambda e: _mean([score_of(item, "stopped") for item in e])),
+    ("  ended with a stop token", lambda e: _mean([score_of(item, "stopped") for item in e])),
     ("ms per written token", lambda e: _mean([item.ms_per_token for item in e], ".0f")),
     ("held-out items", lambda e: str(e[0].items) if e else _NONE),
 ]

@@ -77,18 +77,18 @@ def working_place(store: Store, version: Registered) -> Iterator[Store]:
 
 def recorded_dataset(version: Registered) -> DatasetManifest:
     """The data set in the version's evidence."""
-    return DatasetManifest.model_validate_json((Path(version.adapter).parent / EVIDENCE / "dataset.json").read_bytes())
+    return DatasetManifest.model_validate_json((version.artifacts / EVIDENCE / "dataset.json").read_bytes())
 
 
 def registered_adapter(version: Registered, then: Lineage) -> AdapterRef:
     """The registered adapter. Raises StoreError if it is not the file that the lineage names."""
-    weights = Path(version.adapter) / WEIGHTS
+    weights = Path(version.adapter.folder) / WEIGHTS
     found = digest(weights if weights.exists() else weights.parent)
     if found != then.training.adapter.sha256:
         what = f"the adapter of {version.label} is not the one that was registered ({found[:_SHOWN]})"
         act = "restore the registry's artifacts from a backup"
         raise StoreError(Problem(what, WEIGHTS, f"sha256 {then.training.adapter.sha256[:_SHOWN]}", act))
-    return AdapterRef(folder=version.adapter, sha256=found)
+    return AdapterRef(folder=version.adapter.folder, sha256=found)
 
 
 def base_again(store: Store, place: Store, spec: RunSpec, then: Lineage) -> BaseModelRef:
@@ -145,7 +145,7 @@ def compare_again(
     """Compare the two adapters, and their losses on the held-out rows, both measured now."""
     if arm.adapter.sha256 == then.training.adapter.sha256:
         return AdapterDistance()
-    job = CompareAdaptersJob(then=version.adapter, now=str(place.path(arm.adapter.folder)))
+    job = CompareAdaptersJob(then=version.adapter.folder, now=str(place.path(arm.adapter.folder)))
     found = run_worker("tasks.reproduction.workers.compare_adapters", job, place.files / "compared")
     own = {"method": arm.method, "quantisation": arm.quantisation}
     adapters = {"then": registered_adapter(version, then), "now": arm.adapter}

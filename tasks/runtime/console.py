@@ -13,7 +13,7 @@ from data_contracts.errors import Problem
 if TYPE_CHECKING:
     from rich.console import Console
 
-P = ParamSpec("P")
+Params = ParamSpec("Params")
 Log = Logger | LoggerAdapter[Any]
 _WIDTH_WITHOUT_TERMINAL = 130
 
@@ -41,15 +41,15 @@ def warn(problem: Problem, log: Log | None = None) -> None:
     own.warning("%s", problem)
 
 
-def best_effort(what: str, act: str = "") -> Callable[[Callable[P, None]], Callable[P, None]]:
+def best_effort(what: str, act: str = "") -> Callable[[Callable[Params, None]], Callable[Params, None]]:
     """Make a function that never raises: a failure is a warning with `what` and the kind of error.
 
     Without the error's own text, which can hold the address of a webhook, and with it its secret.
     """
 
-    def make(function: Callable[P, None]) -> Callable[P, None]:
+    def make(function: Callable[Params, None]) -> Callable[Params, None]:
         @wraps(function)
-        def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        def guarded(*args: Params.args, **kwargs: Params.kwargs) -> None:
             try:
                 function(*args, **kwargs)
             except Exception as error:  # noqa: BLE001 whatever it is, the run is worth more

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
+from data_contracts.errors import Problem, TransientError
 from data_contracts.run_spec import StoreSpec
+from tasks.runtime.core.files import exclusive
 from tasks.runtime.store import Store
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 KEY_TAG = "tunegate.key"
 SPEC_FILE = "spec.yaml"
+_LOCK_SECONDS = 120.0
 # Advice of MLflow's that is not followed on purpose (served_model.py leaves type hints off).
 _HINTS = ".*(Add type hints to the `predict`|Inferred schema contains integer|can be interpreted in multiple ways)"
 
@@ -32,9 +33,11 @@ def connect(store: StoreSpec) -> "MlflowClient":
         place.root.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    # Two processes that migrate a fresh database at the same time break it.
+    # Two processes that migrate a new database at the same time break it.
     place.files.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.files / "mlflow.lock", timeout=120):
+    lock, limit = place.files / "mlflow.lock", f"{_LOCK_SECONDS:.0f} s"
+    busy = TransientError(Problem("another process is still opening the database", str(lock), limit, "try again"))
+    with exclusive(lock, busy, seconds=_LOCK_SECONDS):
         client = mlflow.MlflowClient()
         client.search_experiments(max_results=1)
     return client
@@ -51,7 +54,7 @@ def open_experiment(client: "MlflowClient", store: StoreSpec, name: str) -> str:
     return experiment
 
 
-def attach(store: StoreSpec, run_id: str, file: Path, folder: str | None = None) -> None:
+def attach_file(store: StoreSpec, run_id: str, file: Path, folder: str | None = None) -> None:
     """Add a file to a run that has ended."""
     connect(store).log_artifact(run_id, str(file), folder)
 

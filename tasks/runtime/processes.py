@@ -1,4 +1,4 @@
-"""Run a worker as a child process: its memory returns on exit, and whatever kills it becomes an error with a cause."""
+"""Run a worker as a child process: its memory returns on exit, and what kills it becomes an error with a cause."""
 
 import json
 import os
@@ -18,15 +18,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_contracts.errors import ERRORS, Problem, TransientError, WorkerError
 from data_contracts.jobs import Job
+from tasks.runtime.core.files import write_atomically
 
 _LOG_LINES_SHOWN = 12
 _SECONDS_BETWEEN_LINES = 15.0
 SECONDS_TO_END = 60.0  # for a worker that was asked to: a step, and a checkpoint
-Event = dict[str, Any]
-Watch = Callable[[Event], None]
+WorkerEvent = dict[str, Any]
+Watch = Callable[[WorkerEvent], None]
 
 
-def _nobody(event: Event) -> None:
+def _nobody(event: WorkerEvent) -> None:
     pass
 
 
@@ -35,12 +36,12 @@ class Launch:
     """How a worker is started and shown."""
 
     title: str | None = None  # what progress calls it; its module's name if None
-    force: bool = False  # from the start, whatever an earlier one left
+    force: bool = False  # from the start, without what an earlier one left
     watch: Watch = _nobody  # gets each of its events
     gpu: str | None = None  # the only one it sees
 
 
-def run_worker(module: str, job: Job | dict[str, Any], out: Path, launch: Launch = Launch()) -> dict[str, Any]:
+def run_worker(module: str, job: Job, out: Path, launch: Launch = Launch()) -> dict[str, Any]:
     """Run `python -m module spec.json out/` with live progress on stderr and return its report.
 
     A worker that has already ended well with the same job is not run again, and a killed one resumes from what it
@@ -50,14 +51,13 @@ def run_worker(module: str, job: Job | dict[str, Any], out: Path, launch: Launch
     if launch.force:
         shutil.rmtree(out, ignore_errors=True)
     spec_file, report_file = out / "spec.json", out / "report.json"
-    plain = job.model_dump(mode="json") if isinstance(job, Job) else job  # TRANSITION: dicts go
-    text = json.dumps(plain, indent=1, sort_keys=True)
+    text = json.dumps(job.model_dump(mode="json"), indent=1, sort_keys=True)
     if report_file.exists() and spec_file.exists() and spec_file.read_text() == text:
         return dict(json.loads(report_file.read_text()))
     out.mkdir(parents=True, exist_ok=True)
     (out / "error.json").unlink(missing_ok=True)
     report_file.unlink(missing_ok=True)
-    spec_file.write_text(text)
+    write_atomically(spec_file, text)
     with (
         (out / "worker.log").open("a") as log,
         Display(launch.title or module.rpartition(".")[2].replace("_", " ")) as display,
@@ -65,7 +65,7 @@ def run_worker(module: str, job: Job | dict[str, Any], out: Path, launch: Launch
         command = [sys.executable, "-m", *_launcher(job), module, str(spec_file), str(out)]
         environment = worker_environment() | ({"CUDA_VISIBLE_DEVICES": launch.gpu} if launch.gpu else {})
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
-        said: dict[str, Event] = {}  # the last of each kind
+        said: dict[str, WorkerEvent] = {}  # the last of each kind
         try:
             follow(child, display.show, launch.watch, lambda event: said.update({event["event"]: event}))
         finally:
@@ -92,11 +92,8 @@ def worker_environment() -> dict[str, str]:
     return {"THP_MEM_ALLOC_ENABLE": "1", **os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _launcher(job: Job | dict[str, Any]) -> list[str]:
+def _launcher(job: Job) -> list[str]:
     """What starts the worker's ranks, if it has several, or if Ray finds their places."""
-    if isinstance(job, dict):  # TRANSITION
-        ray, several = job.get("engine") == "ray", job.get("workers", 1) > 1
-        return ["tasks.runtime.workers.launch_ray"] if ray else ["tasks.runtime.workers.launch"] if several else []
     if job.on_ray:
         return ["tasks.runtime.workers.launch_ray"]
     return ["tasks.runtime.workers.launch"] if job.processes > 1 else []
@@ -127,14 +124,14 @@ def _end(child: "subprocess.Popen[str]") -> None:
         child.stdout.close()
 
 
-def worker_error(code: int, module: str, out: Path, said: Event | None = None) -> Exception:
+def worker_error(code: int, module: str, out: Path, said: WorkerEvent | None = None) -> Exception:
     """What a worker that ended with this code left as its reason, or said where it had no room for it, as an error of ours."""
     left = out / "error.json"
-    if told := json.loads(left.read_text()) if left.exists() else said:
-        return ERRORS[told["error"]](*(Problem(**problem) for problem in told["problems"]))
+    if cause := json.loads(left.read_text()) if left.exists() else said:
+        return ERRORS[cause["error"]](*(Problem(**problem) for problem in cause["problems"]))
     log = out / "worker.log"
     if code < 0:
-        act = "it goes on from its last checkpoint; if memory ran out: lower train.batch_tokens, or free some"
+        act = "it resumes from its last checkpoint; if memory ran out: lower train.batch_tokens, or free some"
         return TransientError(Problem(f"killed by signal {-code}", module, act=act))
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES_SHOWN:])
     return WorkerError(Problem(f"ended with code {code}:\n{tail}", module, act=f"read {log}"))
@@ -164,7 +161,7 @@ class Display:
         self.bar.remove_task(self.line)
         _SCREEN.leave()
 
-    def show(self, event: Event) -> None:
+    def show(self, event: WorkerEvent) -> None:
         kind = event["event"]
         if kind == "note":
             self._say(event["text"])
@@ -189,8 +186,8 @@ class Display:
         self.bar.update(self.line, description=what, completed=done, total=of, note=note)
         if self.bar.disable and time.monotonic() - self.last_line > _SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
-            told = f"{done} of {of}" if of else f"{done}"
-            self._print(f"  {what}: {told} {note}")
+            progress = f"{done} of {of}" if of else f"{done}"
+            self._print(f"  {what}: {progress} {note}")
 
 
 class _Screen:

@@ -1,4 +1,4 @@
-"""The store: the only module that knows where files lie. One folder to back up.
+"""The store: the only module that knows the places of files. One folder to back up.
 
 ROOT/mlflow.db          MLflow's database
 ROOT/artifacts/         MLflow's artifacts
@@ -59,7 +59,7 @@ class Store:
         return FileRef(path=path.resolve().relative_to(self.files.resolve()).as_posix(), sha256=digest(path))
 
     def path(self, ref: FileRef | str) -> Path:
-        """Where a manifest's file lies now. Raises StoreError if it is gone, or its name climbs out of its folder.
+        """Where a manifest's file is now. Raises StoreError if it is gone, or its name climbs out of its folder.
 
         A whole path is that of another store, as `reproduce` reads.
         """
@@ -79,7 +79,7 @@ class Store:
     def publish(self, kind: str, name: str) -> Iterator[Path]:
         """Yield an empty folder to fill; it becomes `store/kind/name` only if the block ends well.
 
-        Names hold a content key: what lies there already has the same content and is replaced by it.
+        Names hold a content key: what is there already has the same content and is replaced by it.
         """
         final = self.files / kind / name
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def digest(path: Path) -> str:
 
 @contextmanager
 def draft_folder(store: Store, kind: str) -> Iterator[Path]:
-    """An empty folder beside the published ones of this kind; what is still in it at the end is deleted."""
+    """An empty folder next to the published ones of this kind; what is still in it at the end is deleted."""
     parent = store.files / kind
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=".draft-") as folder:

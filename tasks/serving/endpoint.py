@@ -18,7 +18,7 @@ from data_contracts.jobs.serving import Assignment, ServedVersion, ServeJob, Ser
 from data_contracts.run_spec import StoreSpec
 from tasks.release.registry import CHAMPION, Registered, alias_version, resolve
 from tasks.runtime.mlflow_client import connect
-from tasks.runtime.processes import Display, Event, Watch, follow, worker_environment, worker_error
+from tasks.runtime.processes import Display, Watch, WorkerEvent, follow, worker_environment, worker_error
 from tasks.runtime.store import Store
 
 API_KEY = "TUNEGATE_API_KEY"
@@ -86,9 +86,9 @@ def _served_version(found: Registered, name: ModelName) -> ServedVersion:
         name=found.name,
         version=found.version,
         alias=name.alias,
-        adapter_folder=found.adapter,
-        meta_file=str(Path(found.adapter).with_name("meta.json")),
-        adapter_sha256=found.adapter_sha256,
+        adapter_folder=found.adapter.folder,
+        meta_file=str(Path(found.adapter.folder).with_name("meta.json")),
+        adapter_sha256=found.adapter.sha256,
     )
 
 
@@ -159,7 +159,7 @@ class Endpoint:
             follow(self.child, show, self._on_event)
         self._changed.set()  # it may have ended before it was ready
 
-    def _on_event(self, event: Event) -> None:
+    def _on_event(self, event: WorkerEvent) -> None:
         if event["event"] == "ready":
             self.port = event["port"]
             self._changed.set()

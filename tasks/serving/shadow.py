@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from data_contracts.errors import ConfigError, DataError, Problem
-from data_contracts.releases import Difference, Given, Pair, ShadowReport, Side
+from data_contracts.releases import Difference, Pair, ShadowAnswer, ShadowReport, Side
 from data_contracts.run_spec import StoreSpec
 from tasks.evaluation.core.stats import proportion
 from tasks.evaluation.core.text_scores import exact_match, rouge_l
@@ -65,7 +65,7 @@ def _versions(pair: Pair) -> tuple[str, str]:
     return pair.champion.version, pair.challenger.version
 
 
-def _side(answers: Sequence[Given]) -> Side:
+def _side(answers: Sequence[ShadowAnswer]) -> Side:
     return Side(
         version=answers[0].version,
         tokens=fmean(one.tokens for one in answers),

@@ -41,7 +41,7 @@ def share_out(train: TrainSpec, gpus: list[str], free: int, cores: int) -> list[
         raise ConfigError(Problem(what, "train.parallel", f"{cores} cores", act))
     share = f"the share of each of {arms} arms in {free} free cores"
     why = "set by train.threads" if train.threads else share
-    return [Slot(gpu=gpus[n] if gpus else None, threads=threads, why=why, side_by_side=arms) for n in range(arms)]
+    return [Slot(gpu=gpus[n] if gpus else None, threads=threads, why=why, arms_at_once=arms) for n in range(arms)]
 
 
 def on_cluster(train: TrainSpec, address: str | None) -> list[Slot]:
@@ -51,7 +51,7 @@ def on_cluster(train: TrainSpec, address: str | None) -> list[Slot]:
         act = "ray start --head on one machine, then set RAY_ADDRESS to what it prints; or set train.parallel to 1"
         raise ConfigError(Problem(what, "train.parallel", act=act))
     why = "set by train.threads" if train.threads else "the cores that an arm asks Ray for where train.threads is null"
-    return [Slot(gpu=None, threads=train.threads or 1, why=why, side_by_side=train.parallel)] * train.parallel
+    return [Slot(gpu=None, threads=train.threads or 1, why=why, arms_at_once=train.parallel)] * train.parallel
 
 
 def visible_gpus(count: int, named: str | None) -> list[str]:

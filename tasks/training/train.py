@@ -39,7 +39,7 @@ def train_arm(store: Store, key: str, inputs: TrainInputs, launch: Launch, slot:
         seed=inputs.seed,
         adapter=adapter_ref(store, out / "adapter"),
         step0_sha256=inputs.step0.sha256 if inputs.step0 else None,
-        side_by_side=slot.side_by_side if slot else 1,
+        side_by_side=slot.arms_at_once if slot else 1,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from data_contracts.data_reports import FileRef
 from data_contracts.errors import ConfigError, Problem, StoreError
-from data_contracts.reports import AdapterRef, Origin, Start
+from data_contracts.reports import Origin, Start
 from data_contracts.run_spec import StoreSpec
 from data_contracts.stage_inputs import StartInputs
 from data_contracts.train_spec import LORA_ARMS
@@ -100,7 +100,7 @@ def origin_at(found: Registered) -> Origin:
         version=found.version,
         method=found.method,
         base_digest=found.base_digest,
-        adapter=AdapterRef(folder=found.adapter, sha256=found.adapter_sha256),
+        adapter=found.adapter,
         trained=found.trained,
     )
 

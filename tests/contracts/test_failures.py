@@ -1,4 +1,4 @@
-"""Each kind of error is recognised wherever it hides, and told with its next act and without secrets.
+"""Each kind of error is recognised wherever it hides, and reported with its next act and without secrets.
 
 Run: pytest tests/contracts/test_failures.py
 """
@@ -24,7 +24,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.task_engine import TaskRunTimeoutError
 
 from data_contracts.errors import ConfigError, DataError, GateError, Problem, StoreError, TransientError, WorkerError
-from data_contracts.failures import KINDS, explained, has_secret, kind_of, may_pass, without_secrets
+from data_contracts.failures import KINDS, explained, has_secret, is_transient, kind_of, without_secrets
 
 TABLE = Path(__file__).parents[2] / "docs" / "failures.md"
 PROBLEM = Problem("something")
@@ -41,8 +41,8 @@ def after(error: Exception, cause: Exception, how: str = "cause") -> Exception:
             if how == "hidden":
                 raise error from None
             raise error  # noqa: B904 what MLflow does
-    except type(error) as told:
-        return told
+    except type(error) as raised:
+        return raised
 
 
 def of_requests(code: int) -> Exception:
@@ -73,7 +73,7 @@ def of_mlflow_database(text: str) -> Exception:
 
 
 EXAMPLES = {
-    "our own, may pass": [TransientError(PROBLEM)],
+    "our own, transient": [TransientError(PROBLEM)],
     "our own, input": [ConfigError(PROBLEM), DataError(PROBLEM)],
     "our own, other": [GateError(PROBLEM), WorkerError(PROBLEM), after(StoreError(PROBLEM), ConnectionError())],
     "offline on purpose": [
@@ -138,19 +138,19 @@ def test_every_kind_has_an_example_and_no_other():
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_error_is_recognised_by_its_kind_and_told_as_ours(name):
+def test_an_error_is_recognised_by_its_kind_and_becomes_ours(name):
     kind = next(kind for kind in KINDS if kind.name == name)
     for error in EXAMPLES[name]:
         assert kind_of(error) is kind, repr(error)
-        assert may_pass(error) is kind.again
-        told = explained(error)
+        assert is_transient(error) is kind.retried
+        reported = explained(error)
         if kind.name.startswith("our own"):
-            assert told is error
+            assert reported is error
             continue
-        assert type(told) is kind.error
-        assert may_pass(told) is kind.again, "what is told and what is tried again must agree"
-        assert told.problems[0].what.startswith(name)
-        assert told.problems[0].act
+        assert type(reported) is kind.error
+        assert is_transient(reported) is kind.retried, "what is reported and what is retried must agree"
+        assert reported.problems[0].what.startswith(name)
+        assert reported.problems[0].act
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_an_error_is_recognised_by_its_kind_and_told_as_ours(name):
 )
 def test_a_bug_is_not_tried_again_and_stays_what_it_is(bug):
     assert kind_of(bug) is None
-    assert not may_pass(bug)
+    assert not is_transient(bug)
     assert explained(bug) is None
 
 
@@ -185,7 +185,7 @@ def test_the_chain_of_an_error_may_be_a_circle():
         (of_requests(401), "check the login"),
     ],
 )
-def test_who_is_not_logged_in_is_told_which_login_to_set(error, act):
+def test_an_error_of_a_missing_login_says_which_login_to_set(error, act):
     assert act in explained(error).problems[0].act
 
 
@@ -224,5 +224,5 @@ def test_what_looks_like_a_login_is_left_out(text, kept):
 def test_the_documentation_shows_the_table_as_it_is():
     page = TABLE.read_text(encoding="utf-8")
     table = page.partition("| kind | recognised by | then | next act |\n|---|---|---|---|\n")[2].partition("\n\n")[0]
-    rows = [f"| {k.name} | {k.seen} | {'again' if k.again else 'stop'} | {k.act} |" for k in KINDS]
+    rows = [f"| {k.name} | {k.seen} | {'retried' if k.retried else 'stop'} | {k.act} |" for k in KINDS]
     assert table.splitlines() == rows

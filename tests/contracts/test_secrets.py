@@ -99,7 +99,7 @@ def test_the_name_of_a_hub_data_set_is_never_a_path_that_the_library_would_read(
 
 
 @pytest.mark.parametrize("name", ["x\\..\\..\\x.jsonl", "a\0b.jsonl", f"{'x' * 400}.jsonl", "a:b\n.jsonl", "~.jsonl"])
-def test_a_download_lies_in_its_own_folder_whatever_its_server_calls_it(tmp_path, name):
+def test_a_download_has_its_own_folder_whatever_its_server_calls_it(tmp_path, name):
     server = fsspec.filesystem("memory")
     server.pipe(f"/served/{name}", b"{}")
     try:

@@ -23,7 +23,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from data_contracts.errors import ConfigError, GateError
 from data_contracts.lineage import Lineage
 from data_contracts.run_spec import StoreSpec
-from tasks.release import judgements as judged
+from tasks.release.judgements import newest_judgement
 from tasks.release.registry import resolve
 from tasks.runtime.store import digest
 from tests.support.servers import COMMAND, prefect_server
@@ -56,7 +56,7 @@ def environment(place) -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def hook(environment) -> Iterator[dict]:
-    """A webhook that every run tells; this process speaks with the commands' Prefect server too."""
+    """A webhook that every run notifies; this process speaks with the commands' Prefect server too."""
     with webhook() as state, temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}):
         save_block("team", state["url"])
         yield state
@@ -67,8 +67,8 @@ def tunegate(place, environment, hook):
     """Run the command in an empty folder; answer with (exit code, JSON, stderr)."""
 
     def run(*arguments: str) -> tuple[int, dict, str]:
-        told = NOTIFY if arguments[0] == "run" else []
-        command = [*COMMAND, *arguments, *told, "--json", "--set", f"store.root={place / 'store'}"]
+        notified = NOTIFY if arguments[0] == "run" else []
+        command = [*COMMAND, *arguments, *notified, "--json", "--set", f"store.root={place / 'store'}"]
         done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, check=False)
         return done.returncode, json.loads(done.stdout), done.stderr
 
@@ -142,7 +142,7 @@ def test_every_automatic_choice_has_its_reason_in_the_log_the_run_and_the_report
             assert reason in first["log"]
 
 
-def test_memory_is_told_part_by_part_in_the_run_and_the_report(first, place):
+def test_memory_is_shown_part_by_part_in_the_run_and_the_report(first, place):
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{place / 'store' / 'mlflow.db'}")
@@ -258,7 +258,7 @@ def artifacts_of(result: dict) -> dict:
     return shown(run.id)
 
 
-def test_the_run_is_told_when_it_starts_and_with_its_verdict(first, hook):
+def test_a_notice_is_sent_at_the_start_and_with_the_verdict(first, hook):
     (start, begun), (verdict, ended) = hook["messages"]
     assert start == "tunegate-smoke: retrain started"
     assert "trains lora, qlora on builtin:tiny-llama" in begun
@@ -292,7 +292,7 @@ def test_nothing_is_written_to_home(first, place):
 
 
 def test_a_second_run_does_nothing_and_prefect_calls_it_skipped(first, tunegate, place, hook):
-    told = len(hook["messages"])
+    sent = len(hook["messages"])
     code, again, _ = tunegate("run", "smoke")
     assert code == 0
     with closing(sqlite3.connect(place / "prefect" / "prefect.db")) as prefect:
@@ -301,7 +301,7 @@ def test_a_second_run_does_nothing_and_prefect_calls_it_skipped(first, tunegate,
     assert set(statuses(again).values()) == {"cached"}
     assert again["model"] == first["model"]
     assert again["mlflow_run_id"] == first["mlflow_run_id"]
-    assert len(hook["messages"]) == told, "there is nothing to tell"
+    assert len(hook["messages"]) == sent, "there is nothing to send"
     before, after = artifacts_of(first), artifacts_of(again)
     assert {key: item.data for key, item in after.items() if key != "report"} == {
         key: item.data for key, item in before.items() if key != "report"
@@ -343,7 +343,7 @@ def second(first, tunegate, place, environment) -> dict:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_from_its_checkpoint(second):
+def test_a_killed_run_resumes_from_its_checkpoint(second):
     assert second["arms"][0]["resumed_from_step"] > 0
     assert second["arms"][0]["steps"] == 60
 
@@ -373,7 +373,7 @@ def test_the_gate_command_judges_a_registered_version(first, tunegate, place):
     assert decision["verdict"] == {0: "pass", 1: "fail", 3: "inconclusive"}[code]
     assert decision["comparison"]["nll_nats"].keys() >= {"base", "candidate"}
     store = StoreSpec(root=str(place / "store"))
-    kept = judged.newest(store, resolve(store, "models:/tunegate-smoke/1"))
+    kept = newest_judgement(store, resolve(store, "models:/tunegate-smoke/1"))
     assert kept.is_later and kept.verdict == decision["verdict"], "for `tunegate promote`"
     assert kept.answers[0].next_tokens and kept.precision
 
@@ -407,24 +407,24 @@ def test_the_ledger_says_who_made_the_version_champion_and_on_what_evidence(firs
 def test_the_command_checks_a_version_in_a_fresh_process_and_moves_the_champion(second, tunegate):
     first, other = ("promote", "tunegate-smoke", "--override", "--reason", "to see"), ("rollback", "tunegate-smoke")
     for version in ("1", "2"):
-        code, told, errors = tunegate(*first, "--version", version)
+        code, payload, errors = tunegate(*first, "--version", version)
         assert code == 0, errors
-    code, told, errors = tunegate(*other)
-    assert (code, told["move"]["before"], told["move"]["to"]) == (0, "2", "1"), errors
-    check = told["move"]["evidence"]["check"]
+    code, payload, errors = tunegate(*other)
+    assert (code, payload["move"]["before"], payload["move"]["to"]) == (0, "2", "1"), errors
+    check = payload["move"]["evidence"]["check"]
     assert check["refusals"] == [] and check["difference_nats"] < check["tolerance_nats"]
 
 
 @pytest.mark.slow
 def test_promotion_needs_a_passed_gate_or_a_reason_and_can_be_rolled_back(second, place, hook):
     from flows.promote import promote, rollback
-    from tasks.release.promotion import promote_version
+    from tasks.release.promotion import Approval, promote_version
     from tasks.release.registry import champion
     from tasks.runtime.mlflow_client import connect
 
     store, name = StoreSpec(root=str(place / "store")), "tunegate-smoke"
     connect(store).set_model_version_tag(name, "2", "tunegate.verdict", "fail")
-    promote_version(store, name, "1", override=True, reason="start of this test")
+    promote_version(store, name, "1", Approval(override=True, reason="start of this test"))
     with pytest.raises(GateError, match="say fail"):
         promote_version(store, name, "2")
     assert champion(store, name).version == "1"
@@ -438,4 +438,4 @@ def test_promotion_needs_a_passed_gate_or_a_reason_and_can_be_rolled_back(second
     ]
     assert "overruled: the gates of tunegate-smoke version 2 say fail" in hook["messages"][-2][1]
     with pytest.raises(ConfigError, match="no challenger"):
-        promote_version(store, "no-such-model", None)
+        promote_version(store, "no-such-model", version=None)

@@ -435,10 +435,11 @@ def test_the_api_of_github_itself_is_the_default(tmp_path):
 
 
 def version(number: str, adapter: str, base: str = "b"):
+    from data_contracts.reports import AdapterRef
     from tasks.release.registry import Registered
 
     return Registered(
-        name="m", version=number, method="qlora", quantisation=None, adapter=f"/{number}", adapter_sha256=adapter,
+        name="m", version=number, method="qlora", quantisation=None, adapter=AdapterRef(folder=f"/{number}", sha256=adapter),
         base_digest=base, verdict="pass", run_id="r",
     )  # fmt: skip
 
@@ -452,33 +453,33 @@ def registered(monkeypatch) -> dict:
     return found
 
 
-def rival_of(*args):
-    from flows.gate import rival_of as ask
+def baseline_of(*args):
+    from flows.gate import baseline_of as ask
 
     return ask(StoreSpec(), *args)
 
 
 def test_a_version_is_compared_with_the_champion_or_the_one_named(registered):
     candidate = version("3", "c")
-    assert rival_of(candidate, None) is None
+    assert baseline_of(candidate, None) is None
     registered |= {"champion": version("1", "a"), "models:/m/2": version("2", "b")}
     for uri, label, folder in ((None, "m version 1", "/1"), ("models:/m/2", "m version 2", "/2")):
-        rival = rival_of(candidate, uri)
-        assert (rival.label, rival.target.name, rival.target.adapter.folder) == (label, "champion", folder)
+        baseline = baseline_of(candidate, uri)
+        assert (baseline.label, baseline.target.name, baseline.target.adapter.folder) == (label, "champion", folder)
 
 
 def test_a_version_that_is_the_champion_itself_is_measured_against_itself_and_said_to_be(registered):
     registered["champion"] = version("3", "c")
-    rival = rival_of(version("4", "c"), None)
-    assert rival.label == "m version 3 (the candidate itself)"
-    assert rival.target is not None
+    baseline = baseline_of(version("4", "c"), None)
+    assert baseline.label == "m version 3 (the candidate itself)"
+    assert baseline.target is not None
 
 
-def test_a_baseline_of_another_base_model_is_refused_and_a_champion_there_leaves_its_number_missing(registered):
+def test_a_baseline_with_a_different_base_model_is_refused_and_a_champion_there_leaves_its_number_missing(registered):
     registered |= {"champion": version("1", "a", "other"), "models:/m/1": version("1", "a", "other")}
-    with pytest.raises(ConfigError, match="stands on another base than m version 3"):
-        rival_of(version("3", "c"), "models:/m/1")
-    assert rival_of(version("3", "c"), None).target is None
+    with pytest.raises(ConfigError, match="has a different base model than m version 3"):
+        baseline_of(version("3", "c"), "models:/m/1")
+    assert baseline_of(version("3", "c"), None).target is None
 
 
 # --- the workflow -------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Kill everything in every stage: the chain ends as if nothing had happened, and nothing is done or recorded twice.
 
 One chain for each victim: it is killed in one stage, started again, killed in the next, and so on to the end. The disk is
-not killed but filled, which ends the chain by itself, and emptied again: the store lies on a small file system in memory.
+not killed but filled, which ends the chain, and emptied again: the store is on a small file system in memory.
 
 Run the matrix: TUNEGATE_KILL_STAGES=all pytest tests/flows/test_kill_chain.py -m slow -s --timeout=0
 Without the variable a few stages of the flow.
@@ -85,7 +85,7 @@ def place_at(root: Path) -> Iterator[Place]:
 
 
 class Chain:
-    """One start of the command. What it prints lies in files, so that nobody has to read along."""
+    """One start of the command. What it prints is kept in files, so that nobody has to read along."""
 
     def __init__(self, place: Place) -> None:
         self.out, self.errors = place.root / f"{time.monotonic_ns()}.json", place.root / f"{time.monotonic_ns()}.log"
@@ -139,10 +139,10 @@ def left_behind(place: Place) -> dict:
         versions = mlflow.execute("SELECT name, version FROM model_versions").fetchall()
         aliases = mlflow.execute("SELECT alias, version FROM registered_model_aliases ORDER BY alias").fetchall()
         runs = mlflow.execute("SELECT name, status FROM runs WHERE lifecycle_stage = 'active'").fetchall()
-    moves = (place.store / "store" / "promotions.jsonl").read_text().count('"step":"done"')
+    promotions = (place.store / "store" / "promotions.jsonl").read_text().count('"step":"done"')
     return {
         "rows": rows, "batches and finished runs": counts, "versions": versions, "aliases": aliases,
-        "runs": Counter(status for _, status in runs), "promotions": moves,
+        "runs": Counter(status for _, status in runs), "promotions": promotions,
     }  # fmt: skip
 
 
@@ -171,10 +171,10 @@ def fill_disk(place: Place, chain: Chain) -> bool:
             size = _take_what_is_free(file.fileno(), size)
             time.sleep(0.01)
     ballast.unlink()
-    code, told = chain.result()
+    code, payload = chain.result()
     if code == 0:
         return False
-    problem = told["error"]["problems"][0]
+    problem = payload["error"]["problems"][0]
     is_told = re.search("disk is full|No space left|free", problem["what"]) and "room" in problem["act"]
     assert code == 4 and is_told, chain.said[-2000:]
     return True

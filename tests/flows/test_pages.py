@@ -47,7 +47,7 @@ from flows.cli.pages.payloads import summary
 from flows.cli.pages.tables import show_comparison
 from flows.cli.pages.verdict import deciding_gates, show_decision, show_run
 from tasks.reporting.finished_runs import report_file
-from tasks.reporting.plots import memory
+from tasks.reporting.plots import memory_plot
 from tasks.reporting.tables import memory_parts
 from tasks.runtime.store import Store
 from tests.support.planted import comparison, estimate
@@ -438,7 +438,7 @@ def test_each_bar_of_memory_is_the_peak_part_by_part():
         "logits": 9,
     }
     lora = arm("lora", 500_000_000).model_copy(update={"planned_memory": PlannedMemory(**parts)})
-    (axes,) = memory([lora, arm("qlora", 125_000_000)]).axes
+    (axes,) = memory_plot([lora, arm("qlora", 125_000_000)]).axes
     assert [text.get_text() for text in axes.get_yticklabels()] == [
         "lora, measured",
         "lora, planned",

@@ -1,6 +1,6 @@
 """A warm-started retrain through the command: smoke, then new rows, killed on the way, again, and forced.
 
-Four runs of the smoke preset, minutes each beside other work: `pytest -m slow tests/flows/test_warm_chain.py`.
+Four runs of the smoke preset, minutes each next to other work: `pytest -m slow tests/flows/test_warm_chain.py`.
 """
 
 import json
@@ -90,13 +90,13 @@ def _worker(running: "subprocess.Popen[bytes]") -> int:
 
 @pytest.fixture(scope="module")
 def forced(second, tunegate, command) -> dict:
-    """The same, undisturbed: every stage afresh."""
+    """The same, undisturbed: every stage from scratch."""
     return tunegate([*command(), "--force"])
 
 
 def test_the_first_run_finds_no_champion_and_says_so(first):
     assert "from scratch: tunegate-smoke has no champion yet" in first["stderr"]
-    assert {arm["start"]["told"] for arm in first["arms"]} == {"tunegate-smoke has no champion yet"}
+    assert {arm["start"]["note"] for arm in first["arms"]} == {"tunegate-smoke has no champion yet"}
 
 
 def test_both_arms_go_on_from_the_champions_very_bytes(first, second):
@@ -133,8 +133,8 @@ def test_the_same_command_again_does_nothing_though_its_model_is_champion_by_now
 
 
 def test_report_registry_and_mlflow_say_where_it_started(first, second, place):
-    told = f"from tunegate-smoke version 1, on {second['arms'][0]['start']['new_rows']} new rows"
-    assert f"qlora goes on {told}" in Path(second["html"]).read_text()
+    from_champion = f"from tunegate-smoke version 1, on {second['arms'][0]['start']['new_rows']} new rows"
+    assert f"qlora resumes {from_champion}" in Path(second["html"]).read_text()
     store = StoreSpec(root=str(place / "store"))
     assert resolve(store, "models:/tunegate-smoke/2").started_from == "1"
     assert resolve(store, "models:/tunegate-smoke/1").started_from is None

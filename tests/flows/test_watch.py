@@ -19,7 +19,7 @@ from tasks.data.curation.curate import Curation, curate_rows
 from tasks.data.freshness import decide_retrain, drifted, reason_to_retrain, still_changing
 from tasks.data.ingestion.ingest import ingest_sources
 from tasks.data.validation.validate import Checks, validate
-from tasks.pipeline.run_lock import Holder, me, turn
+from tasks.pipeline.run_lock import Holder, hold_run_lock
 from tasks.runtime.store import Store
 
 # --- the rule -----------------------------------------------------------------------------------------------
@@ -33,7 +33,7 @@ SETTINGS = ScheduleSpec(min_new_rows=20, min_new_share=0.05, drift_window=3, dri
 
 
 @pytest.mark.parametrize(
-    ("look", "looks", "days", "due", "told"),
+    ("look", "looks", "days", "due", "words"),
     [
         (seen(300, known=0), [], None, True, "no run has finished"),
         (seen(0), [True] * 5, 99, False, "nothing new"),
@@ -52,9 +52,9 @@ SETTINGS = ScheduleSpec(min_new_rows=20, min_new_share=0.05, drift_window=3, dri
         (seen(1), [False], None, False, "a retrain needs"),
     ],
 )
-def test_a_retrain_is_due_for_enough_rows_drift_or_age_and_says_so(look, looks, days, due, told):
+def test_a_retrain_is_due_for_enough_rows_drift_or_age_and_says_so(look, looks, days, due, words):
     found, why = reason_to_retrain(look, looks, days, SETTINGS)
-    assert (found, told in why) == (due, True), why
+    assert (found, words in why) == (due, True), why
 
 
 def test_without_their_settings_drift_and_age_start_nothing():
@@ -69,7 +69,7 @@ def test_few_rows_and_a_new_file_are_no_drift():
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "words"),
     [
         ({"cron": "0 3 * *"}, "has not five fields"),
         ({"timezone": "Mars/Olympus"}, "no zone"),
@@ -77,8 +77,8 @@ def test_few_rows_and_a_new_file_are_no_drift():
         ({"notify": ["slack"]}, "is not TYPE/NAME"),
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused(settings, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_schedule_that_cannot_be_is_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
         ScheduleSpec(**settings)
 
 
@@ -149,9 +149,9 @@ def test_new_rows_unlike_the_old_ones_are_drift_and_a_look_at_the_same_rows_coun
 
 
 def test_a_file_that_is_being_written_is_not_read_yet(spec, tmp_path):
-    told = still_changing(spec.data, quiet_seconds=60)
-    assert told is not None
-    assert told.startswith("a.jsonl changed")
+    changing = still_changing(spec.data, quiet_seconds=60)
+    assert changing is not None
+    assert changing.startswith("a.jsonl changed")
     os.utime(tmp_path / "inbox" / "a.jsonl", (time.time() - 61,) * 2)
     assert still_changing(spec.data, quiet_seconds=60) is None
 
@@ -159,15 +159,17 @@ def test_a_file_that_is_being_written_is_not_read_yet(spec, tmp_path):
 # --- one at a time ------------------------------------------------------------------------------------------
 
 
-def hold(root: Path, told: Connection) -> None:
-    with turn(Store(root), me("11111111-1111-1111-1111-111111111111", "first"), "wait", print):
-        told.send("ready")
-        told.poll(60)
+def hold(root: Path, pipe: Connection) -> None:
+    with hold_run_lock(
+        Store(root), Holder.this_process("11111111-1111-1111-1111-111111111111", "first"), "wait", print
+    ):
+        pipe.send("ready")
+        pipe.poll(60)
 
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that works in the store until told to end."""
+    """Another process that works in the store until it is asked to end."""
     mine, its = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path, its))
     process.start()
@@ -181,41 +183,41 @@ def holder(tmp_path):
 SECOND = Holder("2", "second", "here", 1, "now")
 
 
-def test_a_second_run_skips_if_it_is_told_to(tmp_path, holder):
-    with turn(Store(tmp_path), SECOND, "skip", pytest.fail) as own:
-        assert not own.mine
-        assert own.other is not None
-        assert own.other.name == "first"
-        assert own.other.process == holder[0].pid
+def test_a_second_run_skips_if_its_settings_say_so(tmp_path, holder):
+    with hold_run_lock(Store(tmp_path), SECOND, "skip", pytest.fail) as lock:
+        assert not lock.acquired
+        assert lock.busy is not None
+        assert lock.busy.name == "first"
+        assert lock.busy.process == holder[0].pid
 
 
 def test_a_second_run_waits_for_the_first_and_says_for_whom(tmp_path, holder):
-    told = []
+    lines = []
 
     def note(line: str) -> None:
-        told.append(line)
+        lines.append(line)
         holder[1].send("end")
 
-    with turn(Store(tmp_path), SECOND, "wait", note) as own:
-        assert own.mine
-        assert own.other is None, "the first one ended well"
-    assert "waiting for first (process" in told[0]
+    with hold_run_lock(Store(tmp_path), SECOND, "wait", note) as lock:
+        assert lock.acquired
+        assert lock.crashed is None, "the first one ended well"
+    assert "waiting for first (process" in lines[0]
 
 
 def test_a_killed_run_frees_the_store_at_once_and_is_known(tmp_path, holder):
     os.kill(holder[0].pid, signal.SIGKILL)
     holder[0].join()
-    with turn(Store(tmp_path), SECOND, "skip", pytest.fail) as own:
-        assert own.mine
-        assert own.other is not None
-        assert own.other.flow_run_id == "11111111-1111-1111-1111-111111111111"
-    with turn(Store(tmp_path), SECOND, "skip", pytest.fail) as own:
-        assert own.other is None, "told once"
+    with hold_run_lock(Store(tmp_path), SECOND, "skip", pytest.fail) as lock:
+        assert lock.acquired
+        assert lock.crashed is not None
+        assert lock.crashed.flow_run_id == "11111111-1111-1111-1111-111111111111"
+    with hold_run_lock(Store(tmp_path), SECOND, "skip", pytest.fail) as lock:
+        assert lock.crashed is None, "reported once"
 
 
 def test_a_run_that_ends_with_an_error_is_not_taken_for_killed(tmp_path):
-    with pytest.raises(GateError), turn(Store(tmp_path), SECOND, "wait", pytest.fail):
+    with pytest.raises(GateError), hold_run_lock(Store(tmp_path), SECOND, "wait", pytest.fail):
         raise GateError
-    with turn(Store(tmp_path), SECOND, "wait", pytest.fail) as own:
-        assert own.mine
-        assert own.other is None
+    with hold_run_lock(Store(tmp_path), SECOND, "wait", pytest.fail) as lock:
+        assert lock.acquired
+        assert lock.crashed is None

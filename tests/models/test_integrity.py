@@ -21,7 +21,7 @@ import pytest
 from data_contracts.errors import ConfigError, StoreError
 from data_contracts.jobs.models import PrepareBaseJob
 from data_contracts.lineage import EVIDENCE, LINEAGE_FILE, LINEAGE_TAG
-from data_contracts.reports import AdapterRef, EvalTarget
+from data_contracts.reports import EvalTarget
 from tasks.evaluation import evaluate
 from tasks.models.core.adapter_files import WEIGHTS
 from tasks.models.integrity import checked_adapter, checked_base, digest_of, verify_version
@@ -96,7 +96,7 @@ def version(whole, tmp_path) -> Version:
 
 def test_a_whole_version_passes_in_whatever_folder(version, registered):
     version.verify()
-    assert registered.adapter_sha256 == digest(version.artifacts / "adapter" / WEIGHTS)
+    assert registered.adapter.sha256 == digest(version.artifacts / "adapter" / WEIGHTS)
 
 
 def append(name: str) -> Callable[[Path], None]:
@@ -236,7 +236,7 @@ def test_a_version_from_before_lineage_is_known_by_its_adapter_which_is_logged_o
 @pytest.fixture
 def tampered(registered):
     """The version in the registry itself, with another bit in its adapter; put back afterwards."""
-    file = Path(registered.adapter) / WEIGHTS
+    file = Path(registered.adapter.folder) / WEIGHTS
     before = file.read_bytes()
     flip(WEIGHTS)(file.parent)
     yield file
@@ -256,7 +256,7 @@ def test_every_way_to_a_version_passes_the_check(place, generation, registered, 
 
 
 def test_an_adapter_that_changed_after_it_was_found_is_not_scored(place, registered, tampered):
-    adapter = AdapterRef(folder=registered.adapter, sha256=registered.adapter_sha256)
+    adapter = registered.adapter
     target = EvalTarget(name="x", method="lora", adapter=adapter, quantisation=None)
     with pytest.raises(StoreError, match="has changed"):
         evaluate._scored_model(place.store, target)

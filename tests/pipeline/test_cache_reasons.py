@@ -1,4 +1,4 @@
-"""Why a stage ran, told by real runs of the data stages: new rows, a setting, code, libraries, a lost result.
+"""Why a stage ran, shown by real runs of the data stages: new rows, a setting, code, libraries, a lost result.
 
 Run: pytest tests/pipeline/test_cache_reasons.py
 """
@@ -12,8 +12,9 @@ import pytest
 from prefect.tasks import Task
 
 from data_contracts.data_reports import FileRef, Report
-from data_contracts.reports import AdapterRef, Stage
+from data_contracts.reports import AdapterRef, BaseModelRef, Stage
 from data_contracts.run_spec import RunSpec
+from data_contracts.stage_inputs import RunResult, StageInputs, TrainInputs
 from data_contracts.train_spec import TrainSpec
 from flows.prepare_data import prepare_data
 from tasks.pipeline import cache_reasons as reasons
@@ -22,6 +23,7 @@ from tasks.pipeline.cache_reasons import Reasons
 from tasks.pipeline.policies import NOT_IDENTITY
 from tasks.runtime import fingerprint
 from tasks.runtime.store import Store
+from tests.flows.test_pages import planted
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = {"model": {"name": "m"}, "curate": {"decontaminate": False}}
@@ -48,8 +50,8 @@ def run(place, prefect) -> Callable[..., dict[str, str]]:
 
     def run(force: bool = False, **changes: dict) -> dict[str, str]:
         settings = WRITTEN | {"data": {"source": [str(place / "rows.jsonl")]}, "store": {"root": str(place / "store")}}
-        told = prepare_data(RunSpec.model_validate({**settings, **changes}), force)[1]
-        return {stage.name: f"{stage.status} {stage.why}".strip() for stage in told}
+        stages = prepare_data(RunSpec.model_validate({**settings, **changes}), force)[1]
+        return {stage.name: f"{stage.status} {stage.why}".strip() for stage in stages}
 
     return run
 
@@ -103,7 +105,7 @@ def test_what_a_failure_is_called_shapes_no_result(run, copy_of_code):
     assert set(run().values()) == {"cached"}
 
 
-def test_a_lost_result_and_a_forced_run_are_told_as_such(place, run):
+def test_a_lost_result_and_a_forced_run_are_reasons(place, run):
     run()
     for file in (place / "store" / "store" / "results").glob("curate-*"):
         file.unlink()
@@ -124,26 +126,29 @@ def test_what_an_earlier_stage_made_otherwise_runs_the_next_ones_too(run):
 # ------------------------------------------------------------------------------------------------------------
 
 
+BASE = BaseModelRef(name="tiny", digest="b", path="bases/tiny", note="", revision=None, stops=[], chat_template=None)
+
+
 def training(**changes: object) -> dict:
     """Arguments of the training stage."""
     same = {
         "method": "lora",
         "seed": 17,
-        "base": None,
+        "base": BASE,
         "step0": AdapterRef(folder="a", sha256="1"),
         "precision": "auto",
     }
     rows = {"rows": FileRef(path="r", sha256="1"), "validation": FileRef(path="v", sha256="1"), "settings": TrainSpec()}
-    return {**same, **rows, **changes}
+    return {"inputs": TrainInputs.model_validate({**same, **rows, **changes})}
 
 
 def why(place: Path, **changes: object) -> str:
-    told = Reasons(Store(place), "m", "retrain")
-    told.keep("train", "train lora", training())
-    return told.why("train", "train lora", training(**changes))
+    reasons_kept = Reasons(Store(place), "m", "retrain")
+    reasons_kept.keep("train", "train lora", training())
+    return reasons_kept.why("train", "train lora", training(**changes))
 
 
-def test_training_tells_its_settings_before_what_follows_from_others(tmp_path):
+def test_training_names_its_settings_before_what_follows_from_others(tmp_path):
     assert why(tmp_path) == reasons.GONE
     assert why(tmp_path, settings=TrainSpec(learning_rate=4e-3)) == "train.learning_rate 0.0002 -> 0.004"
     assert why(tmp_path, rows=FileRef(path="r", sha256="2"), validation=FileRef(path="v", sha256="2")) == "data changed"
@@ -154,36 +159,73 @@ def test_training_tells_its_settings_before_what_follows_from_others(tmp_path):
     assert why(tmp_path, rows=FileRef(path="elsewhere", sha256="1"), settings=TrainSpec(threads=1)) == reasons.GONE
 
 
-def test_at_most_three_differences_are_told_one_by_one(tmp_path):
+def test_at_most_three_differences_are_named_one_by_one(tmp_path):
     settings = TrainSpec(learning_rate=4e-3, rank=8, alpha=16, epochs=7, dropout=0.2)
     assert why(tmp_path, settings=settings).endswith(" and 2 more")
     assert why(tmp_path, settings=settings).count("->") == 3
 
 
-def test_another_version_of_a_library_is_told_with_both(tmp_path, monkeypatch):
-    told = Reasons(Store(tmp_path), "m", "retrain")
+def recording(root: Path, spec: RunSpec, **changes: object) -> dict:
+    """Arguments of the stage that records a run."""
+    found = planted(root)
+    values = {name: getattr(found, name) for name in ("base", "dataset", "arms", "evaluations", "comparison", "gate")}
+    result = RunResult(**values, candidate=found.arms[0], champion="m version 1")
+    return {"spec": spec, "result": result.model_copy(update=changes)}
+
+
+def test_of_a_runs_result_every_part_counts_as_an_argument_of_its_own(tmp_path):
+    spec, elsewhere = RunSpec(), {"folder": "elsewhere"}
+    stored = Reasons(Store(tmp_path), "m", "retrain")
+    stored.keep("record", "record", recording(tmp_path, spec))
+
+    def why(spec: RunSpec = spec, **changes: object) -> str:
+        return stored.why("record", "record", recording(tmp_path, spec, **changes))
+
+    found = planted(tmp_path)
+    moved = [arm.model_copy(update={"adapter": arm.adapter.model_copy(update=elsewhere)}) for arm in found.arms]
+    assert why(arms=moved) == reasons.GONE, "files, adapters and bases count by their content"
+    assert why(arms=[]) == "adapter changed"
+    assert why(champion="m version 2") == "champion m version 1 -> m version 2"
+    assert (
+        why(gate=found.gate.model_copy(update={"verdict": "fail"}), evaluations=[]) == "scores changed, verdict changed"
+    )
+    assert why(RunSpec(train=TrainSpec(learning_rate=4e-3))) == "train.learning_rate 0.0002 -> 0.004"
+
+
+def test_another_version_of_a_library_is_shown_with_both(tmp_path, monkeypatch):
+    reasons_kept = Reasons(Store(tmp_path), "m", "retrain")
     monkeypatch.setattr(reasons, "library_versions", lambda names: dict.fromkeys(names, "2.12"))
-    told.keep("train", "train lora", training())
+    reasons_kept.keep("train", "train lora", training())
     monkeypatch.setattr(reasons, "library_versions", lambda names: dict.fromkeys(names, "2.12") | {"torch": "2.13"})
-    assert told.why("train", "train lora", training()) == "torch 2.12 -> 2.13"
+    assert reasons_kept.why("train", "train lora", training()) == "torch 2.12 -> 2.13"
 
 
 def test_what_was_kept_and_cannot_be_read_is_like_the_first_time(tmp_path):
-    told = Reasons(Store(tmp_path), "a/b", "retrain")
-    told.keep("train", "train lora", training())
+    reasons_kept = Reasons(Store(tmp_path), "a/b", "retrain")
+    reasons_kept.keep("train", "train lora", training())
     (file,) = (tmp_path / "store" / "keys").rglob("*.json")
     assert file.relative_to(tmp_path / "store" / "keys").as_posix() == "a%2Fb/retrain/train lora.json"
     file.write_text("{")
-    assert told.why("train", "train lora", training()) == reasons.FIRST
+    assert reasons_kept.why("train", "train lora", training()) == reasons.FIRST
 
 
 def test_every_argument_of_a_stage_that_earlier_ones_make_has_a_word():
     made, given = set(), set()
     for task in (task for task in vars(stages).values() if isinstance(task, Task)):
-        for name, annotation in get_type_hints(task.fn).items():
+        for name, annotation in one_by_one(task.fn).items():
             (made if has_report(annotation) else given).add(name)
     assert made - {"return", *NOT_IDENTITY} == reasons._MADE.keys()
     assert reasons._GIVEN.keys() <= given
+
+
+def one_by_one(function: Callable[..., object]) -> dict[str, object]:
+    """The annotations of a stage's parameters, those of a group by its fields."""
+    found: dict[str, object] = {}
+    for name, annotation in get_type_hints(function).items():
+        is_group = isinstance(annotation, type) and issubclass(annotation, StageInputs)
+        own = get_type_hints(annotation) if is_group else {name: annotation}
+        found |= {field: hint for field, hint in own.items() if field != "model_config"}
+    return found
 
 
 def has_report(annotation: object) -> bool:

@@ -28,7 +28,7 @@ RUN = """
 import sys, time
 from pathlib import Path
 from prefect import flow
-from flows.runner import Stages
+from flows.runner import Call, Stages
 from tasks.pipeline.policies import stage
 from tasks.pipeline.cache_reasons import Reasons
 from tasks.runtime.store import Store
@@ -44,7 +44,8 @@ task = stage("train")(work)
 @flow(result_storage=Path(sys.argv[1]))
 def run(seconds: float) -> str:
     store = Store(Path(sys.argv[1]))
-    return Stages(Reasons(store, "m", "t")).run(task, store, seconds, label="train lora")
+    (result,) = Stages(Reasons(store, "m", "t")).together([Call.of("train lora", task, store, seconds)])
+    return result
 
 print(run(float(sys.argv[2])))
 print(run(float(sys.argv[2])))  # cached: it asks for no slot
@@ -119,9 +120,9 @@ def wait_until(done: Callable[[], bool], seconds: float = 100) -> None:
 @pytest.mark.slow
 def test_two_runs_share_the_device_one_after_the_other(no_limit, prefect, tmp_path):
     runs = [start(tmp_path / name, prefect) for name in ("a", "b")]
-    told = [run.communicate(timeout=120) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], told
-    spans = sorted(tuple(map(float, out.splitlines()[0].split())) for out, _ in told)
+    ends = [run.communicate(timeout=120) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], ends
+    spans = sorted(tuple(map(float, out.splitlines()[0].split())) for out, _ in ends)
     assert all(before[1] <= after[0] for before, after in pairwise(spans)), spans
     limit = no_limit.read_global_concurrency_limit_by_name(LIMIT)
     assert (limit.limit, limit.active_slots) == (1, 0)

@@ -119,13 +119,13 @@ class Run:
 
 @pytest.fixture(scope="module")
 def first(team, dead, tmp_path_factory) -> Run:
-    """A run that tells four blocks: one is not there, one's server is down, one's server refuses, one works."""
+    """A run that notifies four blocks: one is not there, one's server is down, one's server refuses, one works."""
     root, text = tmp_path_factory.mktemp("first"), io.StringIO()
     with redirect_stderr(text), webhook() as refusing:
         refusing["failures"] += 6 * [404]
         blocks = [MISSING, dead, save_block("refusing", refusing["url"]), team["block"]]
         state = retrain(root, blocks, reason="120 new rows")
-    wanted, log, deadline = "custom-webhook/refusing was not told 'm version 1", "", time.monotonic() + 20
+    wanted, log, deadline = "custom-webhook/refusing was not sent 'm version 1", "", time.monotonic() + 20
     while wanted not in log and time.monotonic() < deadline:  # it is sent every two seconds
         time.sleep(0.2)
         log = log_of(state)
@@ -138,7 +138,7 @@ def log_of(state: State) -> str:
         return "\n".join(line["message"] for line in client.request("POST", "/logs/filter", json=asked).json())
 
 
-def test_a_retrain_tells_its_start_with_the_reason_and_its_verdict(first):
+def test_a_retrain_sends_its_start_with_the_reason_and_its_verdict(first):
     (start, begun), (verdict, ended) = first.messages
     assert start == "tunegate-model: retrain started"
     assert begun.startswith(
@@ -152,7 +152,7 @@ def test_a_retrain_tells_its_start_with_the_reason_and_its_verdict(first):
     assert str(first.state.state_details.flow_run_id) in ended
 
 
-def test_a_run_that_finds_all_done_tells_nothing(first, hook):
+def test_a_run_that_finds_all_done_sends_nothing(first, hook):
     assert retrain(first.root, [hook["block"]], reason="120 new rows").name == "Skipped"
     assert hook["messages"] == []
 
@@ -168,12 +168,12 @@ def test_a_failure_names_the_stage_the_problem_and_the_next_act(hook, tmp_path):
     ]
 
 
-def test_a_spec_that_is_wrong_fails_its_run_and_is_told(hook, tmp_path):
+def test_a_spec_that_is_wrong_fails_its_run_and_is_sent(hook, tmp_path):
     assert retrain(tmp_path, [hook["block"]], spec={"train": {"rank": 0}}).is_failed()
     assert [subject for subject, _ in hook["messages"]] == ["tunegate-model: retrain FAILED"]
 
 
-def test_a_block_that_is_missing_is_told_before_the_first_stage_and_fails_nothing(first):
+def test_a_block_that_is_missing_is_reported_before_the_first_stage_and_fails_nothing(first):
     assert first.state.name == "Completed"
     warning = f"warning: schedule.notify: no block {MISSING}\n    next: create it: docs/notifications.md shows how"
     assert first.stderr.index(warning) < first.stderr.index("ran  compare")
@@ -181,11 +181,11 @@ def test_a_block_that_is_missing_is_told_before_the_first_stage_and_fails_nothin
     assert f"no block {MISSING}" in first.log
 
 
-def test_a_webhook_that_is_down_or_refuses_is_told_on_stderr_and_in_the_log(first):
+def test_a_webhook_that_is_down_or_refuses_is_reported_on_stderr_and_in_the_log(first):
     for block, error in (("dead", "ConnectError"), ("refusing", "HTTPStatusError 404")):
-        told = f"custom-webhook/{block} was not told 'm version 1: PASS': {error}\n    limit: 3 tries"
-        assert told in first.stderr
-        assert told in first.log
+        line = f"custom-webhook/{block} was not sent 'm version 1: PASS': {error}\n    limit: 3 tries"
+        assert line in first.stderr
+        assert line in first.log
 
 
 def test_no_secret_of_a_block_is_in_what_prefect_or_a_terminal_shows(first):
@@ -197,25 +197,25 @@ def test_no_secret_of_a_block_is_in_what_prefect_or_a_terminal_shows(first):
     assert SECRET not in first.stderr + first.log + "".join(shown)
 
 
-def test_what_may_pass_is_tried_again_and_a_status_is_told_without_the_address(hook, capfd):
-    message = notifications.Message("subject", "body")
+def test_what_is_transient_is_retried_and_a_status_is_shown_without_the_address(hook, capfd):
+    message = notifications.Notice("subject", "body")
     hook["failures"] += [503, 429]
     notify._send([hook["block"]], message)
     assert hook["messages"] == [("subject", "body")]
     hook["failures"] += [500, 500, 500]
     notify._send([hook["block"]], message)
-    told = capfd.readouterr().err
-    assert "custom-webhook/team was not told 'subject': HTTPStatusError 500" in told
-    assert SECRET not in told
+    printed = capfd.readouterr().err
+    assert "custom-webhook/team was not sent 'subject': HTTPStatusError 500" in printed
+    assert SECRET not in printed
 
 
-def test_a_block_of_another_kind_is_told_apart(capfd):
+def test_a_block_of_another_kind_is_reported(capfd):
     Secret(value="x").save("plain", overwrite=True)
-    notify._send(["secret/plain"], notifications.Message("subject", "body"))
+    notify._send(["secret/plain"], notifications.Notice("subject", "body"))
     assert "secret/plain cannot notify\n    limit: a notification block" in capfd.readouterr().err
 
 
-def test_a_champion_moved_by_hand_is_told_to_whom_the_newest_run_would_tell(hook, tmp_path):
+def test_a_champion_moved_by_hand_notifies_the_blocks_of_the_newest_run(hook, tmp_path):
     for name, notified, age in (("new", [hook["block"]], 0), ("old", [MISSING], 100)):
         report = planted(tmp_path, name)
         report.spec["model"]["name"], report.spec["schedule"]["notify"] = "m", notified
@@ -259,7 +259,7 @@ def test_an_apprise_url_sends_e_mail_by_smtp():
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"mailto://127.0.0.1:{server.server_address[1]}?from=a@example.org&to=b@example.org&format=text"
         notify.AppriseUrl(url=url).save("mail", overwrite=True)
-        notify._send(["apprise-url/mail"], notifications.Message("m version 1: PASS", "line one\nline two"))
+        notify._send(["apprise-url/mail"], notifications.Notice("m version 1: PASS", "line one\nline two"))
         server.shutdown()
     assert "Subject: m version 1: PASS" in server.mail
     assert "\r\nline one\r\nline two\r\n" in server.mail
@@ -275,16 +275,18 @@ def gate(name: str, verdict: str, actual: float | None = 0.5) -> GateResult:
     )
 
 
-def verdict_of(verdict: str, gates: list[GateResult], root: Path, champion: str | None) -> notifications.Message:
+def verdict_of(verdict: str, gates: list[GateResult], root: Path, champion: str | None) -> notifications.Notice:
     report = planted(root).model_copy(update={"gate": GateReport(gates=gates, off=[], verdict=verdict)})
-    return notifications.verdict(report, "r", champion, root / "report.html", "http://m/#/runs/1", "http://p/runs/1")
+    return notifications.verdict_notice(
+        report, "r", champion, root / "report.html", "http://m/#/runs/1", "http://p/runs/1"
+    )
 
 
 def test_a_verdict_names_the_gates_that_decide_and_who_is_champion(tmp_path):
     gates = [gate(f"g{n}", "fail") for n in range(4)] + [gate("fine", "pass"), gate("open", "inconclusive")]
-    told = verdict_of("fail", gates, tmp_path, "7")
-    assert told.subject == "m version 1: FAIL"
-    assert told.body.splitlines() == [
+    notice = verdict_of("fail", gates, tmp_path, "7")
+    assert notice.subject == "m version 1: FAIL"
+    assert notice.body.splitlines() == [
         "1 of 6 gates passed on 15 held-out items",
         *(f"- g{n} 0.500 (0.400 to 0.600), must be at least 0.9: fail" for n in range(3)),
         "champion now: version 7",
@@ -303,7 +305,7 @@ def test_a_verdict_names_the_gates_that_decide_and_who_is_champion(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "line"),
     [
         (
             WorkerError(Problem(f"ended with code 1:\n{SECRET}", "tasks.x.workers.y", act="read worker.log")),
@@ -312,10 +314,10 @@ def test_a_verdict_names_the_gates_that_decide_and_who_is_champion(tmp_path):
         (ValueError(f"POST https://hooks/{SECRET}"), "- ValueError; next: read the run's log"),
     ],
 )
-def test_a_failure_shows_no_text_that_could_hold_a_secret(error, told):
-    assert notifications.failed("m", "r", ["in stage x"], error, None).body.splitlines() == [
+def test_a_failure_shows_no_text_that_could_hold_a_secret(error, line):
+    assert notifications.failed_notice("m", "r", ["in stage x"], error, None).body.splitlines() == [
         "in stage x",
-        told,
+        line,
         "Prefect: run r, `tunegate up` serves its page",
     ]
 
@@ -341,11 +343,11 @@ HOSTILE = "a|b<script>x</script>[l](http://e)\n# h"
 
 
 def show_all(report: RunReport, root: Path) -> None:
-    artifacts.show_data(Store(root), report.dataset)
+    artifacts.publish_data(Store(root), report.dataset)
     for arm in report.arms:
-        artifacts.show_training(arm)
-    artifacts.show_verdict(report.arms, report.evaluations, report.comparison, report.gate)
-    artifacts.show_report(report)
+        artifacts.publish_training(arm)
+    artifacts.publish_verdict(report.arms, report.evaluations, report.comparison, report.gate)
+    artifacts.publish_report(report)
 
 
 def hostile(report: RunReport) -> RunReport:
@@ -452,9 +454,9 @@ def test_live_training_is_updated_seldom_and_ends_at_100_percent(tmp_path, monke
 def test_an_artifact_that_cannot_be_made_raises_nothing(tmp_path, capfd):
     live = artifacts.LiveTraining("qlora")
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):  # nothing listens there
-        artifacts.show_data(Store(tmp_path), planted(tmp_path).dataset)
+        artifacts.publish_data(Store(tmp_path), planted(tmp_path).dataset)
         for step in (1, 2, 3):
             live.show({"event": "step", "step": step, "of": 3, "loss_nats": 4.0})
-    told = capfd.readouterr().err
-    assert "warning: show_data: not shown in Prefect: ConnectError" in told
-    assert told.count("warning: _update: not shown") == 1, "none is tried after one that failed"
+    printed = capfd.readouterr().err
+    assert "warning: publish_data: not shown in Prefect: ConnectError" in printed
+    assert printed.count("warning: _update: not shown") == 1, "none is tried after one that failed"

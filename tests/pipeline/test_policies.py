@@ -1,19 +1,25 @@
 """Stage keys change with content and code, not with places. Run: pytest tests/pipeline/test_policies.py"""
 
+import ast
+import inspect
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
+from prefect import Task
 
 from data_contracts.data_reports import FileRef
 from data_contracts.data_spec import CurateSpec
 from data_contracts.errors import ConfigError, Problem, TransientError
+from data_contracts.stage_inputs import HASHED_ONLY
 from data_contracts.train_spec import TrainSpec
-from tasks.pipeline.policies import stage, stage_key
+from tasks.pipeline import stages
+from tasks.pipeline.policies import POLICIES, stage, stage_key
 from tasks.runtime.store import Store
 
 
 class Failed:
-    """A Prefect state, as far as a retry condition looks at it."""
+    """A Prefect state, as far as a retry condition reads it."""
 
     def __init__(self, error):
         self.error = error
@@ -24,7 +30,7 @@ class Failed:
 
 
 @pytest.mark.parametrize(
-    ("error", "again"),
+    ("error", "retried"),
     [
         (TransientError(Problem("killed by signal 9")), True),
         (ConnectionError("refused"), True),
@@ -33,12 +39,12 @@ class Failed:
         (ValueError("a bug"), False),
     ],
 )
-def test_only_an_error_that_may_pass_is_retried(error, again):
+def test_only_a_transient_error_is_retried(error, retried):
     task = stage("gate")(lambda: None)
-    assert task.retry_condition_fn(task, None, Failed(error)) is again
+    assert task.retry_condition_fn(task, None, Failed(error)) is retried
 
 
-def test_a_key_does_not_depend_on_where_the_store_lies():
+def test_a_key_does_not_depend_on_where_the_store_is():
     keys = {stage_key("curate", {"store": Store(Path(root)), "spec": CurateSpec()}) for root in ("a", "b")}
     assert len(keys) == 1
 
@@ -56,3 +62,25 @@ def test_settings_that_change_the_result_change_the_key_and_others_do_not():
 
     assert key() == key(threads=1) == key(checkpoint_steps=7) == key(methods=["qlora"])
     assert key() != key(learning_rate=1e-5)
+
+
+def test_every_parameter_of_a_stage_is_read_or_marked_as_hashed_only():
+    tasks = [task for task in vars(stages).values() if isinstance(task, Task)]
+    assert len(tasks) == len(POLICIES)
+    marked = 0
+    for task in tasks:
+        function = inspect.unwrap(task.fn)
+        hints = get_type_hints(function, include_extras=True)
+        hashed_only = {name for name, hint in hints.items() if HASHED_ONLY in getattr(hint, "__metadata__", ())}
+        tree = ast.parse(inspect.getsource(function))
+        read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        assert hints.keys() - {"return"} - read == hashed_only, task.name
+        marked += len(hashed_only)
+    assert marked > 0
+
+
+def test_no_stage_takes_more_than_six_parameters_and_none_is_untyped():
+    for task in (task for task in vars(stages).values() if isinstance(task, Task)):
+        parameters = inspect.signature(task.fn).parameters
+        assert len(parameters) <= 6, task.name
+        assert Any not in get_type_hints(task.fn).values(), task.name

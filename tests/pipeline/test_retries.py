@@ -27,6 +27,7 @@ from data_contracts.errors import (
     TransientError,
     TunegateError,
 )
+from data_contracts.jobs import Job
 from flows.runner import Stages
 from tasks.pipeline import policies, stages
 from tasks.pipeline.cache_reasons import Reasons
@@ -103,7 +104,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def ask_mlflow(monkeypatch) -> Callable[[str], str]:
-    """Ask a tracking server for an experiment by MLflow's own client, which shall not try again by itself."""
+    """Ask a tracking server for an experiment by MLflow's own client, whose own retries are off."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     from mlflow import MlflowClient
 
@@ -124,8 +125,8 @@ def test_every_stage_has_a_condition_that_prefect_calls():
 
 def test_prefect_asks_the_table_after_each_failed_try(tmp_path, monkeypatch):
     asked = []
-    may_pass = policies.may_pass
-    monkeypatch.setattr(policies, "may_pass", lambda error: asked.append(error) or may_pass(error))
+    is_transient = policies.is_transient
+    monkeypatch.setattr(policies, "is_transient", lambda error: asked.append(error) or is_transient(error))
     failing = Stage(tmp_path, lambda: Path("/nowhere").read_text() if failing.calls > 2 else break_off())
     with pytest.raises(FileNotFoundError):  # a bug stays what it is
         failing.run()
@@ -191,7 +192,7 @@ def test_a_locked_database_is_waited_for(tmp_path):
             with connection:
                 connection.execute("insert into t values (1)")
         finally:
-            holder.close()  # whoever holds it lets go before the next try
+            holder.close()  # released before the next try
         return "written"
 
     trial = Stage(tmp_path, write)
@@ -201,7 +202,7 @@ def test_a_locked_database_is_waited_for(tmp_path):
 
 @pytest.fixture
 def worker(tmp_path, monkeypatch) -> Callable[[str], dict]:
-    """A real worker process that does what it is told."""
+    """A real worker process that does what its spec says."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
 
@@ -211,7 +212,7 @@ def worker(tmp_path, monkeypatch) -> Callable[[str], dict]:
             "    print('begun', file=(out / 'tries').open('a'))\n" + f"    {what}\n    return {{}}\n\n\nmain(work)\n"
         )
         (tmp_path / "some_worker.py").write_text(text)
-        return run_worker("some_worker", {}, tmp_path / "out")
+        return run_worker("some_worker", Job(), tmp_path / "out")
 
     return run
 
@@ -238,7 +239,7 @@ def test_a_network_failure_within_a_worker_is_tried_again(tmp_path, worker):
 # --- tried once ---------------------------------------------------------------------------------------------
 
 
-def test_who_is_not_logged_in_is_asked_once_and_told_what_to_set(tmp_path, ask_mlflow):
+def test_without_a_login_a_server_is_asked_once_and_the_error_says_what_to_set(tmp_path, ask_mlflow):
     with answering([401]) as (address, asked):
         trial = Stage(tmp_path, lambda: ask_mlflow(address.replace("//", "//me:geheim@")))
         error = trial.error()
@@ -300,4 +301,4 @@ def test_a_stage_out_of_time_stops_and_says_how_to_go_on(tmp_path):
     trial = Stage(tmp_path, lambda: [time.sleep(0.05) for _ in range(100)], timeout_seconds=0.2)
     error = trial.error()
     assert (type(error), trial.calls) == (InfrastructureError, 1)
-    assert "goes on from there" in error.problems[0].act
+    assert "resumes from there" in error.problems[0].act

@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from data_contracts.data_reports import DatasetManifest
 from data_contracts.errors import ConfigError, DataError, StoreError
-from data_contracts.lineage import LINEAGE_TAG, Lineage, Reproduction, result_of
+from data_contracts.lineage import LINEAGE_TAG, Judgement, Lineage, Reproduction, result_of
+from data_contracts.releases import KeptDecision
 from data_contracts.reports import BaseModelRef, ModelVersion, RecordedRun, TrainReport
 from data_contracts.run_spec import RunSpec
-from data_contracts.stage_inputs import TrainInputs
+from data_contracts.stage_inputs import RunResult, TrainInputs
 from data_contracts.train_spec import arms_of
 from flows.reproduce import reproduce_flow, reproduction_spec
 from tasks.data.curation import row_ledger as ledger
@@ -34,7 +36,7 @@ from tasks.data.validation.validate import Checks, validate
 from tasks.models.base import init_adapter, start_settings
 from tasks.release import lineage as lineages
 from tasks.release import registry
-from tasks.release.lineage import Made
+from tasks.release.lineage import Registration
 from tasks.release.register import register_version
 from tasks.runtime.mlflow_client import connect, open_experiment
 from tasks.runtime.processes import Launch
@@ -77,7 +79,7 @@ class Place:
         self.arm = self.trained()
         self.made = self.everything()
         self.version = register_version(self.made)
-        self.files = Path(registry.resolve(self.spec.store, URI).adapter).parent
+        self.files = registry.resolve(self.spec.store, URI).artifacts
 
     def split(self) -> DatasetManifest:
         snapshot = ingest_sources(self.store, self.spec.data)
@@ -93,7 +95,7 @@ class Place:
         )  # fmt: skip
         return train_arm(self.store, "train-" + "0" * 16, inputs, Launch("train lora"))
 
-    def everything(self) -> Made:
+    def everything(self) -> Registration:
         import mlflow
 
         client = connect(self.spec.store)
@@ -104,12 +106,14 @@ class Place:
         samples.write_text('{"task": "domain_nll", "metric": "nll_nats", "row_id": "a", "value": 2.0, "tokens": 3}\n')
         own = {"samples": self.store.ref(samples), "facts": self.store.ref(samples)}
         found = planted(self.store.root)
-        return Made(
-            spec=self.spec, key="register-1", code="c" * 64, base=self.base, arm=self.arm, arms=[self.arm],
-            evaluations=[scores("base", 4.0), scores("lora", 2.0).model_copy(update=own)], dataset=self.data,
+        result = RunResult(
+            base=self.base, dataset=self.data, candidate=self.arm, arms=[self.arm],
+            evaluations=[scores("base", 4.0), scores("lora", 2.0).model_copy(update=own)],
             comparison=found.comparison.model_copy(update={"candidate": "lora", "released": "lora"}), gate=found.gate,
-            rival=None, recorded=RecordedRun(mlflow_run_id=run.info.run_id, arm_run_ids={"lora": run.info.run_id}),
+            champion=None,
         )  # fmt: skip
+        recorded = RecordedRun(mlflow_run_id=run.info.run_id, arm_run_ids={"lora": run.info.run_id})
+        return Registration(self.spec, result, recorded, key="register-1", code="c" * 64)
 
     @property
     def lineage(self) -> Lineage:
@@ -188,10 +192,10 @@ def test_the_lineage_says_what_it_was_made_from(place):
     assert found.training.settings["rank"] == 4 and found.training.seed == 17
     assert (found.machine.threads, found.machine.precision, found.machine.device) == (1, "fp32", "cpu")
     assert found.machine.packages["torch"] and found.code.digest == "c" * 64
-    assert (found.judgement.verdict, found.judgement.nll_nats, found.judgement.rival) == ("pass", 2.0, None)
+    assert (found.judgement.verdict, found.judgement.nll_nats, found.judgement.champion) == ("pass", 2.0, None)
 
 
-def test_no_file_of_it_tells_where_on_this_machine_anything_lay(place):
+def test_no_file_of_it_names_a_folder_of_this_machine(place):
     texts = [
         path for path in place.files.parent.rglob("*") if path.suffix not in (".safetensors", ".png") and path.is_file()
     ]
@@ -231,7 +235,7 @@ def test_the_environment_is_a_lock_that_pip_reads(place):
 
 def test_the_same_key_makes_no_second_version_and_a_crash_leaves_none(place, monkeypatch):
     assert register_version(place.made).version == "1"
-    made = place.made._replace(key="register-2")
+    made = replace(place.made, key="register-2")
     with monkeypatch.context() as patch:
         patch.setattr("mlflow.MlflowClient.create_model_version", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -288,8 +292,8 @@ def test_the_licence_of_a_base_is_what_its_card_says(tmp_path, card, licence):
     assert _licence(tmp_path, "org/name", "abc" if card is None else None) == licence  # the hub is out of reach here
 
 
-def test_a_path_is_told_by_its_last_part_and_a_hub_id_as_it_is():
-    told = [
+def test_of_a_path_the_last_part_stays_and_a_hub_id_as_it_is():
+    names = [
         "/data/rows.jsonl",
         "~/rows.jsonl",
         "file:///data/rows.jsonl",
@@ -298,7 +302,7 @@ def test_a_path_is_told_by_its_last_part_and_a_hub_id_as_it_is():
         "builtin:x",
         "a/b",
     ]
-    assert [without_place(name) for name in told] == ["rows.jsonl"] * 3 + told[3:]
+    assert [without_place(name) for name in names] == ["rows.jsonl"] * 3 + names[3:]
 
 
 # --- made again ---------------------------------------------------------------------------------------------
@@ -478,3 +482,13 @@ def test_the_distance_of_adapters_is_that_of_their_worst_tensor():
     assert distance(then, then | {"a": torch.tensor([3.0, 4.5])}) == pytest.approx(0.1)
     for now in ({"a": then["a"]}, then | {"b": torch.ones(2)}, then | {"a": torch.tensor([math.nan, 4.0])}):
         assert distance(then, now) == math.inf
+
+
+def test_what_was_kept_before_0_2_is_read_with_its_champion(tmp_path):
+    judgement = {"verdict": "pass", "items_sha256": "i", "nll_nats": 2.0, "candidate": "lora", "rival": "m version 1"}
+    assert Judgement.model_validate(judgement).champion == "m version 1"
+    found = planted(tmp_path)
+    decision = {"model": "models:/m/2", "name": "m", "version": "2", "rival": "m version 1"}
+    decision |= {"gate": found.gate.model_dump(), "comparison": found.comparison.model_dump()}
+    kept = {"adapter_sha256": "b", "rival_adapter_sha256": "a", "answers": [], "precision": None, "unix_seconds": 1.0}
+    assert KeptDecision.model_validate(kept | {"decision": decision}).champion_adapter_sha256 == "a"

@@ -15,18 +15,19 @@ from pathlib import Path
 import pytest
 
 from data_contracts.errors import ConfigError, GateError, StoreError, TransientError
+from data_contracts.jobs.release import CheckReleaseJob
 from data_contracts.releases import OVERRIDE_TAG, Move
 from data_contracts.reports import ReleaseCheck, SampleAnswer
 from data_contracts.run_spec import StoreSpec
 from data_contracts.verdict import Decision, GateReport
 from flows.cli.pages.release import show_history
-from tasks.release import history as moves
-from tasks.release import judgements as judged
-from tasks.release import promotion
+from flows.services.status import look
+from tasks.release import history, promotion
 from tasks.release import promotion_ledger as ledgers
-from tasks.release.champion import rival
-from tasks.release.promotion import promote_version, rollback_version
-from tasks.release.registry import CHAMPION, champion, resolve
+from tasks.release.champion import champion_baseline
+from tasks.release.judgements import keep_judgement
+from tasks.release.promotion import Approval, promote_version, rollback_version
+from tasks.release.registry import CHAMPION, alias_version, champion, resolve
 from tasks.runtime.console import page
 from tasks.runtime.mlflow_client import connect
 from tasks.runtime.store import Store
@@ -58,7 +59,7 @@ def written(tmp_path) -> Store:
 
 
 def file_of(store: Store) -> Path:
-    return store.files / ledgers.FILE
+    return store.files / ledgers.LEDGER_FILE
 
 
 def test_what_was_written_is_read_again(written):
@@ -73,7 +74,7 @@ def test_a_line_that_was_changed_is_found(written, number):
     lines[number] = lines[number].replace('"note":""', '"note":"nothing to see"')
     file_of(written).write_text("".join(lines))
     problem = ledgers.read(written).problem
-    if number == 5:  # nothing follows it in the file: the registry's tags are what tells
+    if number == 5:  # nothing follows it in the file: only the registry's tags show it
         assert problem is None
     else:
         assert f"line {number + 2}:" in problem and "the line before it was changed or taken out" in problem
@@ -107,7 +108,7 @@ def test_half_a_line_of_a_killed_process_is_taken_away(written):
     assert [one.id for one in ledgers.read(written).unfinished] == ["m4"]
 
 
-def test_a_ledger_from_before_it_was_chained_goes_on(tmp_path):
+def test_a_ledger_from_before_it_was_chained_is_continued(tmp_path):
     store = Store(tmp_path)
     store.files.mkdir(parents=True)
     early = {"name": NAME, "act": "promote", "from": None, "to": "1", "reason": "gates: pass", "unix_seconds": 1.0}
@@ -126,9 +127,9 @@ def test_a_ledger_from_before_it_was_chained_goes_on(tmp_path):
     assert "line 4" in ledgers.read(store).problem, "such a line is only at the beginning"
 
 
-def test_a_ledger_that_another_process_holds_is_waited_for_and_then_told(written):
-    told = pytest.raises(TransientError, match="another process is moving a champion")
-    with ledgers.opened(written), told, ledgers.opened(written, wait_seconds=0):
+def test_a_ledger_that_another_process_holds_is_waited_for_and_then_reported(written):
+    refused = pytest.raises(TransientError, match="another process is moving a champion")
+    with ledgers.opened(written), refused, ledgers.opened(written, wait_seconds=0):
         pass
 
 
@@ -149,7 +150,7 @@ def test_the_champions_that_stand_are_those_that_were_not_rolled_back(acts, stan
         kind = {"p": "promote", "r": "rollback"}[act[0]]
         done.append(move(number, kind).model_copy(update={"before": before, "to": act[1]}))
         before = act[1]
-    assert moves.champions(done) == standing.split()
+    assert history.kept_champions(done) == standing.split()
 
 
 # --- the registry -------------------------------------------------------------------------------------------
@@ -157,11 +158,11 @@ def test_the_champions_that_stand_are_those_that_were_not_rolled_back(acts, stan
 
 @pytest.fixture(scope="module")
 def registry(tiny_base, tmp_path_factory) -> Registry:
-    """Versions 1 to 4, by seed; 1 and 2 stood against nobody, 3 against 1, and 4 failed."""
+    """Versions 1 to 4, by seed; 1 and 2 were compared with no champion, 3 with 1, and 4 failed."""
     found = Registry(tmp_path_factory.mktemp("moves"), tiny_base)
     found.version(1)
     found.version(2)
-    found.version(3, rival=1)
+    found.version(3, compared_with=1)
     found.version(4, verdict="fail")
     return found
 
@@ -170,7 +171,7 @@ def registry(tiny_base, tmp_path_factory) -> Registry:
 def fresh(registry) -> Registry:
     """The same without any move."""
     client = connect(registry.store)
-    if moves.alias_version(client, NAME, CHAMPION):
+    if alias_version(client, NAME, CHAMPION):
         client.delete_registered_model_alias(NAME, CHAMPION)
     for key in client.get_registered_model(NAME).tags:
         client.delete_registered_model_tag(NAME, key)
@@ -182,11 +183,11 @@ def fresh(registry) -> Registry:
 
 
 def now(registry: Registry) -> str | None:
-    return moves.alias_version(connect(registry.store), NAME, CHAMPION)
+    return alias_version(connect(registry.store), NAME, CHAMPION)
 
 
 def steps(registry: Registry) -> list[tuple[str, str | None, str, str]]:
-    entries = moves.history(registry.store, NAME).entries
+    entries = history.promotion_history(registry.store, NAME).entries
     return [(entry.move.act, entry.move.before, entry.move.to, entry.step) for entry in entries]
 
 
@@ -196,14 +197,14 @@ def test_a_promotion_is_kept_with_who_when_from_to_why_and_evidence(fresh, monke
         questions=1, answered_alike=1, difference_nats=1e-6, tolerance_nats=1e-3, precision="fp32", ms_per_token=2.0,
         peak_bytes=10**9, seconds=3.0, refusals=[],
     )  # fmt: skip
-    promote_version(fresh.store, NAME, "1", reason="token=hunter2 asked for it", check=check)
-    (entry,) = moves.history(fresh.store, NAME).entries
+    promote_version(fresh.store, NAME, "1", Approval(reason="token=hunter2 asked for it"), check=check)
+    (entry,) = history.promotion_history(fresh.store, NAME).entries
     kept = entry.move
     assert (kept.act, kept.before, kept.to, entry.step) == ("promote", None, "1", "done")
     assert kept.who.startswith("octocat (CI, ") and kept.why == "token=... asked for it"
     assert kept.evidence.verdict == "pass" and kept.evidence.judged_in == "gate.json"
     assert kept.evidence.adapter_sha256 == fresh.adapter(1).sha256 and kept.evidence.check == check
-    assert moves.registry_moves(connect(fresh.store), NAME) == [kept]
+    assert history.registry_moves(connect(fresh.store), NAME) == [kept]
     promote_version(fresh.store, NAME, "1")
     assert len(steps(fresh)) == 1, "it is champion already"
 
@@ -226,7 +227,7 @@ def test_a_tag_alone_is_no_judgement(fresh):
     with pytest.raises(GateError, match="say fail and pass: its tag and its report differ"):
         promote_version(fresh.store, NAME, "4")
     client.set_model_version_tag(NAME, "4", "tunegate.verdict", "fail")
-    other = fresh.version(5, judged=fresh.adapter(1))
+    other = fresh.version(5, judgement_of=fresh.adapter(1))
     with pytest.raises(GateError, match=f"no gate report is kept for moves version {other}") as found:
         promote_version(fresh.store, NAME, other)
     assert found.value.problems[0].act == f"judge it: tunegate gate --model models:/moves/{other}"
@@ -241,8 +242,8 @@ def decided(registry: Registry, version: str, verdict: str, against: int | None)
     decision = Decision(
         model=f"models:/{NAME}/{version}", name=NAME, version=version, champion=None, gate=gate, comparison=comparison
     )
-    own = evaluation("candidate", named.adapter_sha256, [])
-    judged.keep(registry.store, named, registry.adapter(against).sha256 if against else None, decision, own)
+    own = evaluation("candidate", named.adapter.sha256, [])
+    keep_judgement(registry.store, named, registry.adapter(against).sha256 if against else None, decision, own)
 
 
 def test_the_newest_judgement_of_a_version_counts(fresh):
@@ -251,14 +252,18 @@ def test_the_newest_judgement_of_a_version_counts(fresh):
     with pytest.raises(GateError, match="has become champion since"):
         promote_version(fresh.store, NAME, version)
     decided(fresh, version, "pass", against=1)
-    assert [one.verdict for one in moves.standings(fresh.store)] == ["pass", "pass"]
+    assert [one.verdict for one in history.champions(fresh.store).standings] == ["pass", "pass"]
     decided(fresh, version, "fail", against=1)
     with pytest.raises(GateError, match=f"the gates of moves version {version} say fail"):
         promote_version(fresh.store, NAME, version)
-    assert [one.verdict for one in moves.standings(fresh.store)] == ["pass", "fail"]
+    assert [one.verdict for one in history.champions(fresh.store).standings] == ["pass", "fail"]
     decided(fresh, version, "pass", against=1)
     promote_version(fresh.store, NAME, version)
-    assert moves.history(fresh.store, NAME).entries[-1].move.evidence.judged_in.startswith(f"judgements/{version}-")
+    assert (
+        history.promotion_history(fresh.store, NAME)
+        .entries[-1]
+        .move.evidence.judged_in.startswith(f"judgements/{version}-")
+    )
     connect(fresh.store).delete_registered_model_alias(NAME, CHAMPION)
     connect(fresh.store).delete_model_version(NAME, version)
 
@@ -266,23 +271,25 @@ def test_the_newest_judgement_of_a_version_counts(fresh):
 def test_an_override_needs_a_reason_and_is_shown_everywhere(fresh, capfd):
     promote_version(fresh.store, NAME, "1")
     with pytest.raises(ConfigError, match="--override without --reason"):
-        promote_version(fresh.store, NAME, "4", override=True, reason=" ")
-    promote_version(fresh.store, NAME, "4", override=True, reason="[b]we[/b] know better")
+        promote_version(fresh.store, NAME, "4", Approval(override=True, reason=" "))
+    promote_version(fresh.store, NAME, "4", Approval(override=True, reason="[b]we[/b] know better"))
     assert connect(fresh.store).get_model_version(NAME, "4").tags[OVERRIDE_TAG] == "[b]we[/b] know better"
-    standing = moves.standings(fresh.store)[0]
+    standing = history.champions(fresh.store).standings[0]
     assert (standing.version, standing.verdict, standing.override) == ("4", "fail", "[b]we[/b] know better")
-    kept = moves.history(fresh.store, NAME).entries[-1].move
+    kept = history.promotion_history(fresh.store, NAME).entries[-1].move
     assert kept.overrode == [
         "the gates of moves version 4 say fail",
         "version 1 has become champion since moves version 4 was judged",
     ]
     base = Base(champion(fresh.store, NAME).base_digest)
-    assert rival(fresh.store, NAME, fresh.adapter(2), base).label == "moves version 4 (champion by override)"
-    show_history(moves.history(fresh.store, NAME), page(sys.stdout))
-    told = capfd.readouterr().out
-    assert "override" in told and "[b]we[/b]" in " ".join(told.split())
+    assert (
+        champion_baseline(fresh.store, NAME, fresh.adapter(2), base).label == "moves version 4 (champion by override)"
+    )
+    show_history(history.promotion_history(fresh.store, NAME), page(sys.stdout))
+    printed = capfd.readouterr().out
+    assert "override" in printed and "[b]we[/b]" in " ".join(printed.split())
     rollback_version(fresh.store, NAME)
-    assert moves.standings(fresh.store)[0].override == ""
+    assert history.champions(fresh.store).standings[0].override == ""
 
 
 class Base:
@@ -292,7 +299,7 @@ class Base:
 
 def test_rolled_back_twice_it_is_the_one_before_the_one_before_and_then_there_is_none(fresh):
     for version in ("1", "3", "2"):
-        promote_version(fresh.store, NAME, version, override=version == "2", reason="no rival of it")
+        promote_version(fresh.store, NAME, version, Approval(override=version == "2", reason="of this test"))
     rollback_version(fresh.store, NAME)
     assert now(fresh) == "3"
     rollback_version(fresh.store, NAME)
@@ -304,56 +311,56 @@ def test_rolled_back_twice_it_is_the_one_before_the_one_before_and_then_there_is
 
 
 def test_a_version_that_is_gone_is_not_gone_back_to(fresh):
-    gone = fresh.version(7, rival=1)
+    gone = fresh.version(7, compared_with=1)
     for version in ("1", gone):
         promote_version(fresh.store, NAME, version)
-    promote_version(fresh.store, NAME, "2", override=True, reason="of this test")
+    promote_version(fresh.store, NAME, "2", Approval(override=True, reason="of this test"))
     connect(fresh.store).delete_model_version(NAME, gone)
     rollback_version(fresh.store, NAME)
     assert now(fresh) == "1"
 
 
-def test_an_alias_set_past_tunegate_is_told_and_rolled_back(fresh):
+def test_an_alias_set_past_tunegate_is_reported_and_rolled_back(fresh):
     promote_version(fresh.store, NAME, "1")
     connect(fresh.store).set_registered_model_alias(NAME, CHAMPION, "4")
-    (problem,) = moves.history(fresh.store, NAME).problems
+    (problem,) = history.promotion_history(fresh.store, NAME).problems
     assert "the champion is version 4, and the last move was to 1" in problem
     rollback_version(fresh.store, NAME)
-    assert now(fresh) == "1" and moves.history(fresh.store, NAME).problems == []
+    assert now(fresh) == "1" and history.promotion_history(fresh.store, NAME).problems == []
 
 
-def test_the_last_line_changed_is_told_by_the_registry(fresh):
+def test_a_changed_last_line_is_found_by_the_registry(fresh):
     promote_version(fresh.store, NAME, "1")
     lines = file_of(fresh.place).read_text().splitlines()
     intended = json.loads(lines[0])
     intended["move"]["who"] = "nobody"
     first = json.dumps(intended)
-    done = json.loads(lines[1]) | {"after": hashlib.sha256(first.encode()).hexdigest()}  # chained anew, and well
+    done = json.loads(lines[1]) | {"after": hashlib.sha256(first.encode()).hexdigest()}  # chained again, and well
     file_of(fresh.place).write_text(f"{first}\n{json.dumps(done)}\n")
     assert ledgers.read(fresh.place).problem is None
-    (problem,) = moves.history(fresh.store, NAME).problems
-    assert "the registry has another story of the promote to version 1" in problem
+    (problem,) = history.promotion_history(fresh.store, NAME).problems
+    assert "the registry has another record of the promote to version 1" in problem
 
 
-def test_moves_that_the_file_lost_are_told_and_written_anew_from_the_registry(fresh):
+def test_moves_that_the_file_lost_are_reported_and_rebuilt_from_the_registry(fresh):
     promote_version(fresh.store, NAME, "1")
     promote_version(fresh.store, NAME, "3")
     whole = file_of(fresh.place).read_text().splitlines(keepends=True)
     file_of(fresh.place).write_text("".join(whole[:2]))  # a shorter chain is one too
-    (problem,) = moves.history(fresh.store, NAME).problems
+    (problem,) = history.promotion_history(fresh.store, NAME).problems
     assert "it lacks 1 moves that the registry has" in problem and "--rebuild" in problem
-    moves.rebuild(fresh.store)
-    assert moves.history(fresh.store, NAME).problems == []
+    history.rebuild_ledger(fresh.store)
+    assert history.promotion_history(fresh.store, NAME).problems == []
     assert steps(fresh) == [("promote", None, "1", "done"), ("promote", "1", "3", "done")]
     file_of(fresh.place).write_text(file_of(fresh.place).read_text().replace("gates: pass", "as we like"))
-    moves.rebuild(fresh.store)
-    assert [entry.move.why for entry in moves.history(fresh.store, NAME).entries] == ["gates: pass"] * 2
+    history.rebuild_ledger(fresh.store)
+    assert [entry.move.why for entry in history.promotion_history(fresh.store, NAME).entries] == ["gates: pass"] * 2
     file_of(fresh.place).write_text("nonsense\n")
     with pytest.raises(StoreError, match="the promotion ledger was changed"):
         rollback_version(fresh.store, NAME)
     assert now(fresh) == "3"
-    assert "restore the file" in moves.history(fresh.store, NAME).problems[0]
-    moves.rebuild(fresh.store)
+    assert "restore the file" in history.promotion_history(fresh.store, NAME).problems[0]
+    history.rebuild_ledger(fresh.store)
     rollback_version(fresh.store, NAME)
     assert now(fresh) == "1" and len(list(fresh.place.files.glob("promotions.jsonl.1*"))) >= 3
 
@@ -364,13 +371,13 @@ def test_two_stores_on_one_registry_see_each_others_moves(fresh, tmp_path):
     there = StoreSpec(root=str(tmp_path), mlflow_uri=uri)
     promote_version(here, NAME, "1")
     promote_version(there, NAME, "3")
-    found = moves.history(there, NAME)
+    found = history.promotion_history(there, NAME)
     assert [(entry.move.to, entry.elsewhere) for entry in found.entries] == [("1", True), ("3", False)]
-    assert found.problems == [] and moves.history(here, NAME).problems == []
+    assert found.problems == [] and history.promotion_history(here, NAME).problems == []
     rollback_version(here, NAME)
     assert now(fresh) == "1"
     plan = promotion.plan_promotion(there, NAME, "3")
-    promote_version(here, NAME, "2", override=True, reason="of this test")
+    promote_version(here, NAME, "2", Approval(override=True, reason="of this test"))
     with pytest.raises(GateError, match="version 2 has become champion since moves version 3 was judged"):
         promotion.carry_out(there, plan, None)
 
@@ -387,14 +394,14 @@ def processes():
 
 
 def test_of_several_promoters_exactly_one_wins_and_the_others_say_who(fresh, processes):
-    start, told = processes.Barrier(3), processes.Queue()
+    start, ends_of = processes.Barrier(3), processes.Queue()
     found = [
-        processes.Process(target=try_to_promote, args=(fresh.store.root, version, start, told))
+        processes.Process(target=try_to_promote, args=(fresh.store.root, version, start, ends_of))
         for version in ("1", "2", "3")
     ]
     for one in found:
         one.start()
-    ends = dict(told.get(timeout=120) for _ in found)
+    ends = dict(ends_of.get(timeout=120) for _ in found)
     for one in found:
         one.join()
     (winner,) = [version for version, end in ends.items() if end == "won"]
@@ -412,27 +419,55 @@ def killed(processes, registry: Registry, version: str, write: int, torn: bool =
 
 def is_consistent(registry: Registry) -> None:
     """Alias, ledger and registry say the same, every move is ended, and none is there twice."""
-    found = moves.history(registry.store, NAME)
+    found = history.promotion_history(registry.store, NAME)
     done = [entry.move for entry in found.entries if entry.step == "done"]
     assert found.problems == []
     assert all(entry.step in ("done", "undone") for entry in found.entries)
     assert now(registry) == (done[-1].to if done else None)
     assert [one.before for one in done] == [None, *(one.to for one in done[:-1])][: len(done)]
-    assert [one.id for one in moves.registry_moves(connect(registry.store), NAME)] == [one.id for one in done]
+    assert [one.id for one in history.registry_moves(connect(registry.store), NAME)] == [one.id for one in done]
 
 
 BEFORE, ALIAS, TAG, END = range(4)
 DEATHS = [(BEFORE, False), (BEFORE, True), (ALIAS, False), (TAG, False), (END, False), (END, True)]
 
 
+def bytes_of(registry: Registry) -> dict[str, str]:
+    """sha256 of the ledger and of the registry's database."""
+    files = [file_of(registry.place), registry.place.root / "mlflow.db"]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_a_query_shows_what_a_killed_move_left_as_unfinished_and_changes_no_byte(fresh, processes, capfd):
+    promote_version(fresh.store, NAME, "1")
+    killed(processes, fresh, "3", TAG)
+    before = bytes_of(fresh)
+    line = "the promotion of moves to version 3 is unfinished: the next promote, rollback or retrain ends it"
+    found = history.promotion_history(fresh.store, NAME)
+    assert (found.champion, found.entries[-1].step, found.unfinished, found.problems) == ("3", "intended", [line], [])
+    show_history(found, page(sys.stdout))
+    assert "promote, unfinished" in " ".join(capfd.readouterr().out.split())
+    assert history.champions(fresh.store).unfinished == [line]
+    status = look(fresh.store)
+    assert status.unfinished == [line] and status.models[0].version == "3"
+    assert champion_baseline(fresh.store, NAME, fresh.adapter(2), Base("b")).version == "3"
+    assert bytes_of(fresh) == before
+    rollback_version(fresh.store, NAME)
+    is_consistent(fresh)
+    assert now(fresh) == "1" and history.champions(fresh.store).unfinished == []
+    assert steps(fresh) == [
+        ("promote", None, "1", "done"), ("promote", "1", "3", "done"), ("rollback", "3", "1", "done"),
+    ]  # fmt: skip
+
+
 def dies(processes, fresh: Registry, write: int, torn: bool) -> None:
     promote_version(fresh.store, NAME, "1")
     killed(processes, fresh, "3", write, torn)
-    told = moves.reconcile(fresh.store)
+    lines = history.reconcile(fresh.store)
     is_consistent(fresh)
     took = write > ALIAS
     assert now(fresh) == ("3" if took else "1")
-    assert [("complete now" in line, "nothing was moved" in line) for line in told] == (
+    assert [("complete now" in line, "nothing was moved" in line) for line in lines] == (
         [] if write == BEFORE else [(took, not took)]
     )
     promote_version(fresh.store, NAME, "3")
@@ -440,7 +475,7 @@ def dies(processes, fresh: Registry, write: int, torn: bool) -> None:
     assert [one for one in steps(fresh) if one[3] == "done"] == [
         ("promote", None, "1", "done"), ("promote", "1", "3", "done"),
     ]  # fmt: skip
-    assert moves.reconcile(fresh.store) == []
+    assert history.reconcile(fresh.store) == []
 
 
 @pytest.mark.parametrize(("write", "torn"), [(ALIAS, False), (TAG, False)])
@@ -457,7 +492,7 @@ def test_killed_before_or_within_any_write_the_next_start_ends_it(fresh, process
 def test_a_promotion_ends_what_a_killed_one_left(fresh, processes):
     killed(processes, fresh, "1", TAG)
     with pytest.raises(GateError, match="version 1 has become champion since"):
-        promote_version(fresh.store, NAME, "2", judged="none")
+        promote_version(fresh.store, NAME, "2", compared_with="none")
     promote_version(fresh.store, NAME, "3")
     is_consistent(fresh)
 
@@ -494,15 +529,15 @@ def check_here(registry, monkeypatch):
     from tasks.release import release_check
     from tasks.release.workers import check_release as worker
 
-    def here(module: str, spec: dict, out: Path, *_: object) -> dict:
+    def here(module: str, job: CheckReleaseJob, out: Path, *_: object) -> dict:
         out.mkdir(parents=True)
-        return worker.check(spec, out)
+        return worker.compare_with_evaluation(job, out)
 
     monkeypatch.setattr(release_check, "run_worker", here)
     monkeypatch.setenv("TUNEGATE_STORE_DIR", registry.store.root)
 
     def check(version: str, sample: SampleAnswer, **limits: float) -> ReleaseCheck:
-        settings = release_check.Limits(8, **limits)
+        settings = release_check.ReleaseLimits(8, **limits)
         return release_check.check_release(
             registry.store, resolve(registry.store, f"models:/{NAME}/{version}"), [sample], "fp32", settings
         ).check
@@ -510,7 +545,7 @@ def check_here(registry, monkeypatch):
     return check
 
 
-def test_what_was_evaluated_is_told_from_another_adapter(answered, check_here):
+def test_what_was_evaluated_is_distinguished_from_another_adapter(answered, check_here):
     same = check_here("1", answered)
     assert (same.refusals, same.answered_alike, same.questions) == ([], 1, 1)
     assert same.difference_nats < 1e-4 and same.ms_per_token > 0 and same.peak_bytes > 1e8
@@ -522,7 +557,7 @@ def test_what_was_evaluated_is_told_from_another_adapter(answered, check_here):
 def test_a_check_refuses_what_is_slow_or_large_or_cannot_be_compared(answered, check_here):
     blind = answered.model_copy(update={"next_tokens": None})
     found = check_here("1", blind, max_ms_per_token=1e-6, max_memory_gb=1e-3)
-    assert [told.split(":")[0].split(",")[-1].strip() for told in found.refusals] == [
+    assert [line.split(":")[0].split(",")[-1].strip() for line in found.refusals] == [
         "its evaluation kept no log-probabilities to compare with",
         "gates.max_ms_per_token is 1e-06",
         "gates.max_memory_gb is 0.001",
@@ -535,11 +570,11 @@ def test_a_refused_check_moves_nothing_unless_it_is_overruled(fresh, answered, c
         promote_version(fresh.store, NAME, "3", check=check)
     assert found.value.problems[0].act.endswith('tunegate promote moves --version 3 --override --reason "why"')
     assert now(fresh) is None and steps(fresh) == []
-    promote_version(fresh.store, NAME, "3", override=True, reason="the evaluation is lost", check=check)
-    assert now(fresh) == "3" and moves.standings(fresh.store)[0].override == "the evaluation is lost"
+    promote_version(fresh.store, NAME, "3", Approval(override=True, reason="the evaluation is lost"), check=check)
+    assert now(fresh) == "3" and history.champions(fresh.store).standings[0].override == "the evaluation is lost"
 
 
 def test_a_plan_sees_nothing_against_the_champion_itself(fresh):
-    promote_version(fresh.store, NAME, "4", override=True, reason="of this test")
+    promote_version(fresh.store, NAME, "4", Approval(override=True, reason="of this test"))
     plan = promotion.plan_promotion(fresh.store, NAME, "4")
     assert plan.is_done and plan.against == ()

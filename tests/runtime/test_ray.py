@@ -10,7 +10,7 @@ import pytest
 
 from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
 from data_contracts.errors import TransientError, WorkerError
-from data_contracts.failures import may_pass
+from data_contracts.failures import is_transient
 from data_contracts.jobs.training import TrainJob
 from data_contracts.train_spec import TrainSpec
 from tasks.data.curation.curate import Curation, curate_rows
@@ -94,4 +94,4 @@ def test_a_rank_that_raises_is_not_retried_and_one_that_dies_is(on_ray, tmp_path
     monkeypatch.setenv("TUNEGATE_FAULT", f"1:4:{fault}")
     with pytest.raises(error, match=f"(?s){message}") as ended:
         run_worker("tests.support.faulty_rank", on_ray, tmp_path / "ray")
-    assert may_pass(ended.value) == (error is TransientError)
+    assert is_transient(ended.value) == (error is TransientError)

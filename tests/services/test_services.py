@@ -222,14 +222,18 @@ def test_the_page_of_status_says_what_is_wrong_and_what_waits(capfd):
     last = [LastRun("a", "Skipped", "COMPLETED", "2026-01-02T03:04:05+01:00", 3.2)]
     coming = [NextRun("2026-01-03T03:00:00+01:00", "Scheduled"), NextRun("x", "AwaitingConcurrencySlot")]
     found = Status(
-        State("[b]my.yaml", [], "/", 4200, 5000), services, [Deployed("retrain", "0 3 * * *", last, coming)], []
+        State("[b]my.yaml", [], "/", 4200, 5000),
+        services,
+        [Deployed("retrain", "0 3 * * *", last, coming)],
+        [],
+        ["the promotion of [b]m to version 3 is unfinished"],
     )
     assert not found.healthy
     show_status(found, page(sys.stdout))
     out = capfd.readouterr().out
     for text in (
         "silent", "next: tunegate up", "Skipped 2026-01-02 03:04 +01:00, 3 s", "2026-01-03 03:00 +01:00",
-        "waits for its turn", "as [b]my.yaml says",
+        "waits for its turn", "as [b]my.yaml says", "the promotion of [b]m to version 3 is unfinished",
     ):  # fmt: skip
         assert text in out
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from data_contracts.errors import ConfigError
 from data_contracts.jobs.serving import Assignment, RequestLimits, ServedVersion, ServeJob
-from data_contracts.releases import Given, Pair
+from data_contracts.releases import Pair, ShadowAnswer
 from data_contracts.run_spec import StoreSpec
 from flows.cli.chat import ChatSession
 from tasks.runtime.store import digest
@@ -560,7 +560,7 @@ def test_a_model_is_named_by_alias_or_version():
 
 def pair(champion: str, challenger: str, versions: tuple[str, str] = ("demo/1", "demo/2"), at: float = 1.0) -> Pair:
     mine, theirs = (
-        Given(version=version, answer=answer, tokens=4, seconds=0.2, stopped=bool(answer))
+        ShadowAnswer(version=version, answer=answer, tokens=4, seconds=0.2, stopped=bool(answer))
         for version, answer in zip(versions, (champion, challenger), strict=True)
     )
     return Pair(unix_seconds=at, messages=[QUESTION], champion=mine, challenger=theirs)

@@ -100,10 +100,10 @@ def before_call(owner: str, name: str, number: int, fault: Callable[[], None]) -
     setattr(place, name, faulty)
 
 
-def run(worker: str, job: Job | dict, out: Path, patch: Patch | None = None, seconds: float | None = None) -> int:
+def run(worker: str, job: Job, out: Path, patch: Patch | None = None, seconds: float | None = None) -> int:
     """Run a worker after `patch`, killed after `seconds`; its exit code, negative if a signal ended it."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "spec.json").write_text(job.model_dump_json() if isinstance(job, Job) else json.dumps(job))
+    (out / "spec.json").write_text(job.model_dump_json())
     (out / "report.json").unlink(missing_ok=True)
     child = _CONTEXT.Process(target=_work, args=(worker, out, patch))
     child.start()
@@ -149,7 +149,7 @@ def _work(worker: str, out: Path, patch: Patch | None, environment: dict[str, st
         if patch:
             patch()
         work = getattr(imported, function)
-        main(work, get_type_hints(work).get("job"))
+        main(work, get_type_hints(work)["job"])
 
 
 def events(out: Path, kind: str) -> list[dict]:

@@ -22,7 +22,7 @@ SPEC = {"evaluate": {"sample_tokens": 8}, "gates": {"max_ms_per_token": None, "m
 
 
 def log_judgement(
-    verdict: str, adapter: str, rival: str | None = None, answers: list[SampleAnswer] | None = None
+    verdict: str, adapter: str, champion: str | None = None, answers: list[SampleAnswer] | None = None
 ) -> None:
     """What a run keeps of its gates, in the MLflow run that is open."""
     import mlflow
@@ -30,7 +30,7 @@ def log_judgement(
     mlflow.log_dict(GateReport(gates=[], off=[], verdict=verdict).model_dump(mode="json"), "gate.json")
     mlflow.log_dict({"released": "qlora"}, "comparison.json")
     mlflow.log_dict(SPEC, "spec.yaml")
-    scored = {"qlora": adapter} | ({"champion": rival} if rival else {})
+    scored = {"qlora": adapter} | ({"champion": champion} if champion else {})
     for name, sha256 in scored.items():
         report = evaluation(name, sha256, answers or [])
         mlflow.log_dict(report.model_dump(mode="json"), f"evaluations/{name}.json")
@@ -74,10 +74,11 @@ class Registry:
         return AdapterRef(folder=str(file.parent.relative_to(self.place.files)), sha256=digest(file))
 
     def version(
-        self, seed: int, verdict: str = "pass", rival: int | None = None, answers: list[SampleAnswer] | None = None,
-        judged: AdapterRef | None = None,
+        self, seed: int, verdict: str = "pass", compared_with: int | None = None, answers: list[SampleAnswer] | None = None,
+        judgement_of: AdapterRef | None = None,
     ) -> str:  # fmt: skip
-        """A new version, as if a run had made it. rival: seed of the champion that it stood against."""
+        """A new version, as if a run had made it. compared_with: seed of the champion; judgement_of: another adapter
+        that the kept report is about."""
         import mlflow
         from mlflow.models import infer_signature
 
@@ -87,7 +88,12 @@ class Registry:
         client, adapter = connect(self.store), self.adapter(seed)
         open_experiment(client, self.store, NAME)
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True), mlflow.start_run() as run:
-            log_judgement(verdict, (judged or adapter).sha256, self.adapter(rival).sha256 if rival else None, answers)
+            log_judgement(
+                verdict,
+                (judgement_of or adapter).sha256,
+                self.adapter(compared_with).sha256 if compared_with else None,
+                answers,
+            )
             meta = Path(folder) / "meta.json"
             meta.write_text(json.dumps(self._meta(adapter)))
             artifacts = {"adapter": str(self.place.path(adapter.folder)), "meta": str(meta)}
@@ -125,8 +131,8 @@ def words_of(base: Path) -> dict[str, Any]:
 # --- other processes ----------------------------------------------------------------------------------------
 
 
-def try_to_promote(root: str, version: str, start: Any, told: Any) -> None:
-    """Plan, wait for the others, then move: what became of it."""
+def try_to_promote(root: str, version: str, start: Any, ends: Any) -> None:
+    """Plan, wait for the others, then move: how it ended."""
     from data_contracts.errors import GateError
     from tasks.release import promotion
 
@@ -135,9 +141,9 @@ def try_to_promote(root: str, version: str, start: Any, told: Any) -> None:
     start.wait()
     try:
         promotion.carry_out(store, plan, None)
-        told.put((version, "won"))
+        ends.put((version, "won"))
     except GateError as error:
-        told.put((version, error.problems[0].what))
+        ends.put((version, error.problems[0].what))
 
 
 def promote_and_die(root: str, version: str, write: int, torn: bool) -> None:

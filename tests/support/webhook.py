@@ -1,4 +1,4 @@
-"""What a run told: a webhook on this machine that keeps what it was sent, with Prefect's block for it, and artifacts."""
+"""What a run has sent: a webhook on this machine that keeps what it was sent, with Prefect's block for it, and artifacts."""
 
 import json
 import threading
@@ -49,7 +49,7 @@ def webhook() -> Iterator[dict]:
 
 
 def save_block(name: str, url: str) -> str:
-    """Its token lies in the block's secrets, and goes into the address and a header."""
+    """Its token is in the block's secrets, and goes into the address and a header."""
     block = CustomWebhookNotificationBlock(
         name=name,
         url=f"{url}/{{{{token}}}}",

@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import pytest
 
-from data_contracts.data_reports import DatasetManifest
+from data_contracts.data_reports import DatasetManifest, FileRef
 from data_contracts.errors import ConfigError, DataError, StoreError, TunegateError
 from data_contracts.reports import BaseModelRef, Slot, TrainReport
 from data_contracts.run_spec import RunSpec, StoreSpec
-from data_contracts.train_spec import TrainSpec, arms_of
+from data_contracts.stage_inputs import TrainInputs
+from data_contracts.train_spec import Arm, TrainSpec, arms_of
 from tasks.evaluation.core.costs import claims, measure_costs
 from tasks.models.base import adapter_ref
 from tasks.pipeline.policies import stage_key
@@ -36,7 +37,7 @@ SHORT = {
 
 def test_free_cores_are_divided_evenly_with_the_reason():
     slots = share_out(TrainSpec(parallel=3), [], free=8, cores=16)
-    assert [(slot.gpu, slot.threads, slot.side_by_side) for slot in slots] == [(None, 2, 3)] * 3
+    assert [(slot.gpu, slot.threads, slot.arms_at_once) for slot in slots] == [(None, 2, 3)] * 3
     assert slots[0].why == "the share of each of 3 arms in 8 free cores"
     assert share_out(TrainSpec(parallel=2), [], free=1, cores=2)[0].threads == 1
     assert share_out(TrainSpec(parallel=2, threads=4), [], free=1, cores=8)[1].why == "set by train.threads"
@@ -85,11 +86,11 @@ def test_ray_needs_one_cluster_for_all_arms_and_gives_each_what_it_asks_for():
     with pytest.raises(ConfigError, match="RAY_ADDRESS"):
         on_cluster(TrainSpec(parallel=2, engine="ray"), None)
     asked = on_cluster(TrainSpec(parallel=2, workers=2, engine="ray", threads=4), "10.0.0.1:6379")
-    assert [(slot.gpu, slot.threads, slot.side_by_side) for slot in asked] == [(None, 4, 2)] * 2
+    assert [(slot.gpu, slot.threads, slot.arms_at_once) for slot in asked] == [(None, 4, 2)] * 2
 
 
 def test_how_many_train_at_a_time_is_no_part_of_what_is_trained():
-    slot = Slot(gpu="1", threads=1, why="", side_by_side=2)
+    slot = Slot(gpu="1", threads=1, why="", arms_at_once=2)
     keys = {stage_key("train", {"settings": TrainSpec(parallel=n), "slot": slot if n > 1 else None}) for n in (1, 2)}
     assert len(keys) == 1
 
@@ -154,21 +155,27 @@ class Place:
         names = {name: self.store.ref(self.store.files / f"{name}.jsonl") for name in ("train", "validation")}
         return dataset().model_copy(update=names)
 
+    def inputs(self, arm: Arm, rows: FileRef) -> TrainInputs:
+        return TrainInputs(
+            method=arm.method, seed=arm.seed, base=self.base, step0=self.step0, rows=rows,
+            validation=self.data().validation, settings=arm.settings, precision="auto",
+        )  # fmt: skip
+
     def train(self, slots: list[Slot], lost: str | None = None, **settings) -> Trained:
         """lost: the arm whose rows are gone."""
         from prefect import flow
 
         from flows.runner import Stages
-        from flows.train_arms import Begin, train_arms
+        from flows.train_arms import PlannedArm, train_arms
 
         spec = RunSpec(train=TrainSpec(**SHORT | settings), store=StoreSpec(root=str(self.store.root)))
         arms, data = arms_of(spec.train), self.data()
         gone = data.train.model_copy(update={"path": "gone.jsonl", "sha256": "0"})
-        begins = [Begin(self.step0, gone if arm.name == lost else data.train, None) for arm in arms]
+        planned = [PlannedArm(arm, self.inputs(arm, gone if arm.name == lost else data.train), None) for arm in arms]
 
         @flow(result_storage=self.store.root / "results")
         def alone() -> list[TrainReport]:
-            return train_arms(Stages.of(spec), spec, self.base, data, arms, begins, slots)
+            return train_arms(Stages.of(spec), self.store, planned, slots)
 
         (self.store.root / "results").mkdir(exist_ok=True)
         trained = alone()

@@ -19,16 +19,16 @@ from data_contracts.jobs import Job
 from data_contracts.lineage import LINEAGE_TAG
 from data_contracts.reports import AdapterRef, BaseModelRef, Origin, RecordedRun, Start, TrainReport
 from data_contracts.run_spec import ModelSpec, RunSpec, StoreSpec
-from data_contracts.stage_inputs import StartInputs, TrainInputs
+from data_contracts.stage_inputs import RunResult, StartInputs, TrainInputs
 from data_contracts.train_spec import TrainSpec, arms_of
 from data_contracts.verdict import GateReport
 from tasks.data.curation.dataset_files import ids_of, publish_ids, read_ids
 from tasks.models.base import init_adapter, start_settings
 from tasks.pipeline.policies import stage_key
 from tasks.release import registry
-from tasks.release.champion import rival
-from tasks.release.lineage import Made
-from tasks.release.promotion import promote_version, rollback_version
+from tasks.release.champion import champion_baseline
+from tasks.release.lineage import Registration
+from tasks.release.promotion import NO_CHAMPION, promote_version, rollback_version
 from tasks.release.register import register_version
 from tasks.reproduction.dataset import RebuiltSplits
 from tasks.reproduction.reproduce import begin_again, train_again
@@ -208,14 +208,15 @@ class Place:
         data = data.model_copy(update={"contract_result": self.store.ref(file)})
         files = {name: self.store.ref(file) for name in ("samples", "facts")}
         own = scores("lora", 2.0).model_copy(update=files | {"adapter_sha256": arm.adapter.sha256})
-        made = Made(
-            spec=self.spec(), key=f"register-{arm.adapter.sha256}-{judged}", code="c", base=self.base, arm=arm, arms=[arm],
-            evaluations=[own], dataset=data, comparison=planted(self.store.root).comparison,
-            gate=GateReport(gates=[], off=[], verdict="pass"), rival=None, recorded=recorded,
+        result = RunResult(
+            base=self.base, dataset=data, candidate=arm, arms=[arm], evaluations=[own],
+            comparison=planted(self.store.root).comparison, gate=GateReport(gates=[], off=[], verdict="pass"),
+            champion=None,
         )  # fmt: skip
+        made = Registration(self.spec(), result, recorded, f"register-{arm.adapter.sha256}-{judged}", "c")
         version = register_version(made).version
         now = registry.alias_version(client, NAME, registry.CHAMPION)
-        promote_version(self.model, NAME, version, judged=judged or now or "none")
+        promote_version(self.model, NAME, version, compared_with=judged or now or NO_CHAMPION)
         return version
 
 
@@ -314,9 +315,9 @@ def test_without_anything_new_in_the_whole_line_it_is_scratch_with_the_reason(pl
 
 def test_the_champion_itself_is_judged_against_the_one_it_took_over_from(place, generations):
     adapters = [found.arm.adapter for found in generations]
-    found = [rival(place.model, NAME, adapter, place.base) for adapter in (*adapters, adapters[2])]
+    found = [champion_baseline(place.model, NAME, adapter, place.base) for adapter in (*adapters, adapters[2])]
     assert [of.version for of in found] == ["3", "3", "2", "2"]
-    assert rival(place.model, "nobody", adapters[0], place.base) is None
+    assert champion_baseline(place.model, "nobody", adapters[0], place.base) is None
 
 
 def test_the_champions_adapter_registered_once_more_needs_no_other_judgement(place, generations):
@@ -400,7 +401,7 @@ def test_the_arms_own_dropout_is_kept_and_nothing_but_weights_is_taken(place, mo
     assert files == ["adapter_config.json", "adapter_model.safetensors"]
     config = json.loads((place.store.path(start.adapter.folder) / "adapter_config.json").read_text())
     assert config["lora_dropout"] == 0.2
-    assert start.adapter.sha256 == registry.champion(place.model, NAME).adapter_sha256
+    assert start.adapter.sha256 == registry.champion(place.model, NAME).adapter.sha256
 
 
 # --- what is broken -----------------------------------------------------------------------------------------
@@ -410,7 +411,7 @@ def test_the_arms_own_dropout_is_kept_and_nothing_but_weights_is_taken(place, mo
 def champion_files(place, generations):
     """The champion's files in the registry; each is put back."""
     registered = registry.champion(place.model, NAME)
-    files = [Path(registered.adapter) / "adapter_model.safetensors", Path(registered.trained.path)]
+    files = [Path(registered.adapter.folder) / "adapter_model.safetensors", Path(registered.trained.path)]
     before = [file.read_bytes() for file in files]
     yield files
     for file, content in zip(files, before, strict=True):

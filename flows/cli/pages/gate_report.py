@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 from data_contracts.errors import ConfigError, Problem
 from flows.cli.output import show_problems, write_json
-from tasks.reporting.markdown import environment, escape, interval, needs, number
+from tasks.reporting.markdown import environment, escape, needs, plain_interval, plain_number
 
 if TYPE_CHECKING:  # `gate` looks at its folder before anything slow is imported
     from data_contracts.verdict import Decision
@@ -75,7 +75,8 @@ def junit(decision: "Decision") -> str:
     suite = ElementTree.SubElement(root, "testsuite", {"name": name, **counts, "skipped": str(len(off))})
     for gate in gates:
         case = _case(suite, gate.name)
-        text = _xml(f"needs {needs(gate)}, measured {number(gate.actual)} ({interval(gate.interval)}): {gate.why}")
+        measured = f"{plain_number(gate.actual)} ({plain_interval(gate.interval)})"
+        text = _xml(f"needs {needs(gate)}, measured {measured}: {gate.why}")
         if gate.verdict == "pass":
             ElementTree.SubElement(case, "system-out").text = text
         else:

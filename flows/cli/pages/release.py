@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from data_contracts.releases import Entry, History, Moved
+from data_contracts.releases import History, Moved, MoveEntry
 from data_contracts.reports import ReleaseCheck
 from flows.cli.pages.payloads import model_summary
 from flows.cli.pages.tables import show_version
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BROKEN = 4
-_UNFINISHED = {"intended": "not finished", "undone": "not done"}
+_UNFINISHED = {"intended": "unfinished", "undone": "not done"}
 
 
 def moved_summary(found: Moved) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def show_history(found: History, console: "Console") -> None:
     console.print(table)
     champion = f"version {found.champion}" if found.champion else "none"
     console.print(Text(f"champion of {found.name} now: {champion}"), soft_wrap=True)
-    _lines(found.reconciled, "yellow", console)
+    _lines(found.unfinished, "yellow", console)
     _lines(found.problems, "bold red", console)
 
 
@@ -76,7 +76,7 @@ def _lines(lines: list[str], style: str, console: "Console") -> None:
         console.print(Text(line, style=style), soft_wrap=True)
 
 
-def _cells(entry: Entry) -> list[str]:
+def _cells(entry: MoveEntry) -> list[str]:
     move, evidence = entry.move, entry.move.evidence
     when = datetime.fromtimestamp(move.unix_seconds).astimezone().isoformat(timespec="seconds").replace("T", " ")
     act = "override" if move.overrode else move.act

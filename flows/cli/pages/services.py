@@ -101,6 +101,7 @@ def status_summary(found: Status) -> dict[str, Any]:
             for one in found.deployments
         ],
         "models": [model._asdict() for model in found.models],
+        "unfinished": found.unfinished,
     }
 
 
@@ -117,6 +118,8 @@ def show_status(found: Status, console: "Console") -> None:
     if found.models:
         console.print()
         console.print(_models(found.models))
+    for line in found.unfinished:
+        console.print(_coloured(line, "yellow"), soft_wrap=True)
 
 
 def _services(services: list[Service]) -> "Table":

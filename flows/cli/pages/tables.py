@@ -9,8 +9,8 @@ from rich.text import Text
 from data_contracts.reports import EvalReport, ModelVersion, RunReport, Stage
 from data_contracts.verdict import Comparison, GateReport
 from tasks.reporting.finished_runs import store_of
-from tasks.reporting.sentences import estimate, interval, label_of, number, p_value, sentences, started
-from tasks.reporting.tables import cost_rows, models_of, score_rows
+from tasks.reporting.sentences import estimate, interval, label_of, number, p_value, sentences, start_sentence
+from tasks.reporting.tables import cost_rows, models_by_name, score_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +25,7 @@ def show_run_tables(report: RunReport, console: "Console") -> None:
     """Everything that was measured in a run: models, differences, gates, and one question with its answers."""
     show_models(report, console)
     show_decision_tables(report.gate, report.comparison, console, report.base.note)
-    models = models_of(report.arms, report.evaluations)
+    models = models_by_name(report.arms, report.evaluations)
     _show_sample([scores[0] for scores, _ in models.values() if scores], console)
     data_docs = store_of(report).files / report.dataset.data_docs
     console.print(Text(f"\ndata, by Great Expectations: {data_docs}", style="dim"), soft_wrap=True)
@@ -55,7 +55,7 @@ def show_finished_run(report: RunReport, console: "Console") -> None:
 def show_models(report: RunReport, console: "Console") -> None:
     table = Table(title=f"run {report.run_id}: {report.base.name}", title_justify="left", title_style="bold")
     table.add_column("")
-    models = models_of(report.arms, report.evaluations)
+    models = models_by_name(report.arms, report.evaluations)
     for name in models:
         table.add_column(label_of(name), justify="right")
     for label, cells in score_rows(models, report.comparison):
@@ -66,7 +66,7 @@ def show_models(report: RunReport, console: "Console") -> None:
     console.print(table)
     for arm in report.arms:
         if arm.start:
-            console.print(Text(f"  {arm.name} {started(arm.start)}"), soft_wrap=True)
+            console.print(Text(f"  {arm.name} {start_sentence(arm.start)}"), soft_wrap=True)
 
 
 def show_version(model: ModelVersion, console: "Console") -> None:

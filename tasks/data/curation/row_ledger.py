@@ -16,7 +16,7 @@ from typing import Final, Literal, NamedTuple, cast
 
 from data_contracts.data_reports import FileRef
 from data_contracts.errors import Problem, StoreError, TransientError
-from data_contracts.failures import may_pass
+from data_contracts.failures import is_transient
 from data_contracts.rows import Conversation, conversation_as_json, conversation_from_json
 from tasks.data.curation.core.split import Known, Split
 from tasks.runtime.core.files import exclusive
@@ -240,5 +240,5 @@ def connection(store: Store, tables: str = "") -> Iterator[sqlite3.Connection]:
             yield database
     except sqlite3.Error as error:
         act = "check that the disk has room and that no other program holds the file"
-        kind = TransientError if may_pass(error) else StoreError
+        kind = TransientError if is_transient(error) else StoreError
         raise kind(Problem(f"the row ledger failed: {error}", str(store.ledger), act=act)) from error

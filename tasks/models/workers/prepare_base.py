@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from data_contracts.errors import ConfigError, Problem, TransientError, TunegateError
-from data_contracts.failures import may_pass
+from data_contracts.failures import is_transient
 from data_contracts.jobs.models import PrepareBaseJob, PreparedBase
 from tasks.models.core.adapter_files import CONFIG, read_bounded_json, weight_faults
 from tasks.models.workers.chat_template import PLAIN_TEMPLATE, load_chat
@@ -144,7 +144,7 @@ def _download(base: str, revision: str | None) -> FoundBase:
         raise _no_base(
             base, "it is neither a folder nor in the local hub cache, and the hub cannot be reached",
             "go online once, give a folder, or use model.base=builtin:smollm2-135m",
-            TransientError if may_pass(error) else ConfigError,
+            TransientError if is_transient(error) else ConfigError,
         ) from error  # fmt: skip
     return FoundBase(_check_files(folder), "weights as stored", folder.name)
 

@@ -1,7 +1,7 @@
 """The registered model: an adapter on its base, or all weights, answered through mlflow.pyfunc (models-from-code).
 
 MLflow copies this file into every model version and runs it on its own, so it imports nothing of Tunegate. `meta.json`
-beside the adapter names the base, the form it is loaded in (full precision or 4 bits, as evaluated), and the sha256 of
+next to the adapter names the base, the form it is loaded in (full precision or 4 bits, as evaluated), and the sha256 of
 the adapter's files and of the base: with others nothing is loaded. The base itself is found, in this order: in
 $TUNEGATE_BASE_DIR; in a store above this model or above the working directory; on the hub, if it came from there. torch is
 imported when a model is loaded, not when it is logged.
@@ -30,7 +30,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.meta = json.loads(Path(context.artifacts["meta"]).read_text())
-        adapter = checked_adapter(Path(context.artifacts["adapter"]), self.meta["adapter_files"])
+        adapter = registered_adapter(Path(context.artifacts["adapter"]), self.meta["adapter_files"])
         base = find_base(self.meta, [adapter, Path.cwd()])
         self.tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         if self.tokenizer.chat_template is None:
@@ -82,9 +82,9 @@ class ServedModel(mlflow.pyfunc.PythonModel):
         return str(answer).strip()
 
 
-def checked_adapter(folder: Path, files: dict[str, str]) -> Path:
+def registered_adapter(folder: Path, files: dict[str, str]) -> Path:
     """The adapter's folder. Raises ValueError unless it holds the named files, as they were registered, and nothing else:
-    a pickle, code or a link beside them could run or be read in their place."""
+    a pickle, code or a link next to them could run or be read in their place."""
     found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
     wrong = sorted(found.keys() ^ files.keys())
     wrong += [
@@ -111,7 +111,7 @@ def find_base(meta: dict[str, Any], starts: list[Path]) -> str:
 
 
 def _checked_base(folder: Path, meta: dict[str, Any]) -> Path:
-    if digest(folder) != meta["base_digest"]:
+    if folder_digest(folder) != meta["base_digest"]:
         act = "every file in it counts; TUNEGATE_BASE_DIR names another folder"
         raise ValueError(
             f"{folder} is not the base this adapter was trained on (expected {meta['base_digest']}); {act}"
@@ -129,7 +129,7 @@ def _candidates(meta: dict[str, Any], starts: list[Path]) -> Iterator[Path]:
         yield parent / "mlruns" / "store" / meta["base_path"]
 
 
-def digest(folder: Path) -> str:
+def folder_digest(folder: Path) -> str:
     """Hex sha256 of a folder's sorted (relative path, file digest) pairs, as the store computes it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     lines = [f"{path.relative_to(folder).as_posix()} {_sha256(path)}\n" for path in files]

@@ -28,8 +28,8 @@ def write_atomically(path: Path, text: str, *, durable: bool = False) -> None:
 def exclusive(path: Path, busy: TunegateError, *, seconds: float = 0.0) -> Iterator[None]:
     """Hold the lock file `path` for the block; the system frees it the moment its holder dies.
 
-    Raises `busy` if another process still holds it after so many seconds. On a shared volume this holds between machines
-    only if the volume keeps POSIX locks (NFS 4 does).
+    Raises `busy` if another process still holds it after so many seconds; negative seconds wait as long as it takes. On a
+    shared volume this holds between machines only if the volume keeps POSIX locks (NFS 4 does).
     """
     lock = FileLock(path)
     try:

@@ -45,7 +45,7 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def main(work: _Work[Any], job: type[Job] | None = None) -> None:  # TRANSITION: work: _Work[J], job: type[J]
+def main(work: _Work[J], job: type[J]) -> None:
     """Run one worker from the command line's two arguments and exit with its code."""
     if len(sys.argv) != 3:
         raise SystemExit("usage: python -m tasks.SUBJECT.workers.NAME spec.json out/")
@@ -59,7 +59,7 @@ def main(work: _Work[Any], job: type[Job] | None = None) -> None:  # TRANSITION:
         sys.exit(error.exit_code)
 
 
-def run_job(work: _Work[Any], job: type[Job] | None, spec_file: Path, out: Path) -> None:  # TRANSITION: as in main
+def run_job(work: _Work[J], job: type[J], spec_file: Path, out: Path) -> None:
     """Do the work of a job file. An error with a known cause is left in `out` and raised as one of ours."""
     out.mkdir(parents=True, exist_ok=True)
     if "RANK" not in os.environ:
@@ -69,8 +69,7 @@ def run_job(work: _Work[Any], job: type[Job] | None, spec_file: Path, out: Path)
     busy = TransientError(Problem(what, str(out), f"{_LOCK_SECONDS:.0f} s", "wait for it or end it"))
     try:
         with exclusive(out / ".lock", busy, seconds=_LOCK_SECONDS) if is_first_rank() else nullcontext():
-            text = spec_file.read_bytes()
-            report = work(job.model_validate_json(text) if job else json.loads(text), out)  # TRANSITION: no else
+            report = work(job.model_validate_json(spec_file.read_bytes()), out)
             if is_first_rank():
                 write_atomically(out / "report.json", json.dumps(report, indent=1))
     except TunegateError as error:

@@ -15,7 +15,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from data_contracts.errors import Problem, StoreError
 from data_contracts.jobs.serving import BASE, ServedVersion
-from tasks.release.workers.served_model import ServedModel, digest
+from tasks.release.workers.served_model import ServedModel, folder_digest
 
 _SHARED_BASE_METHODS = ("lora", "qlora")  # methods of which PEFT keeps several adapters on one base
 
@@ -98,7 +98,7 @@ def _check(version: ServedVersion) -> None:
     """What answers is what was registered: the adapter's weights, or all files where they are all weights."""
     folder = Path(version.adapter_folder)
     weights = folder / SAFETENSORS_WEIGHTS_NAME
-    found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else digest(folder)
+    found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else folder_digest(folder)
     if found != version.adapter_sha256:
         what = f"its files are not those that were registered: sha256 {found}"
         raise StoreError(Problem(what, version.label, version.adapter_sha256, "restore them, or train it again"))
