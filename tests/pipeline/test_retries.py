@@ -207,9 +207,10 @@ def worker(tmp_path, monkeypatch) -> Callable[[str], dict]:
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
 
     def run(what: str) -> dict:
-        text = "from tasks.runtime.workers.harness import main\n\n\ndef work(spec, out):\n"
+        text = "from data_contracts.jobs import Job\nfrom tasks.runtime.workers.harness import main\n\n\ndef work(job, out):\n"
         text += (
-            "    print('begun', file=(out / 'tries').open('a'))\n" + f"    {what}\n    return {{}}\n\n\nmain(work)\n"
+            "    print('begun', file=(out / 'tries').open('a'))\n"
+            + f"    {what}\n    return {{}}\n\n\nmain(work, Job)\n"
         )
         (tmp_path / "some_worker.py").write_text(text)
         return run_worker("some_worker", Job(), tmp_path / "out")

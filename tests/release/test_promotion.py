@@ -21,7 +21,7 @@ from data_contracts.reports import ReleaseCheck, SampleAnswer
 from data_contracts.run_spec import StoreSpec
 from data_contracts.verdict import Decision, GateReport
 from flows.cli.pages.release import show_history
-from flows.services.status import look
+from flows.services.status import read_status
 from tasks.release import history, promotion
 from tasks.release import promotion_ledger as ledgers
 from tasks.release.champion import champion_baseline
@@ -448,7 +448,7 @@ def test_a_query_shows_what_a_killed_move_left_as_unfinished_and_changes_no_byte
     show_history(found, page(sys.stdout))
     assert "promote, unfinished" in " ".join(capfd.readouterr().out.split())
     assert history.champions(fresh.store).unfinished == [line]
-    status = look(fresh.store)
+    status = read_status(fresh.store)
     assert status.unfinished == [line] and status.models[0].version == "3"
     assert champion_baseline(fresh.store, NAME, fresh.adapter(2), Base("b")).version == "3"
     assert bytes_of(fresh) == before
