@@ -106,6 +106,7 @@ def key_parts(stage: str, arguments: dict[str, Any]) -> KeyParts:
         if name not in NOT_IDENTITY:
             found |= _made(name, value) if _is_made(name, value) else dict(_given(name, value))
     found |= {f"code {name}": digest for name, digest in code_digests(policy.code).items()}
+    found["code version of the stage"] = str(policy.version)
     return found | {f"version {name}": number for name, number in library_versions(policy.libraries).items()}
 
 

@@ -66,11 +66,12 @@ class Policy:
     code: tuple[str, ...]  # modules whose code, with what they import and shapes results, is part of the key
     libraries: tuple[str, ...] = ()
     timeout_seconds: float = 1 * _HOURS
+    version: int = 1  # raise it where the result changes by code that no digest sees: a contract, the store, a template
     device: bool = False  # it fills the GPU, or the cores: one such stage at a time (tasks/pipeline/device_lock.py)
 
 
 # The one contract with formulas: ids of rows, and what each reason leads to.
-_ROWS = ("data_contracts.rows", "data_contracts.rows")
+_ROWS = ("data_contracts.rows",)
 
 POLICIES = {
     "ingest": Policy(
@@ -84,20 +85,20 @@ POLICIES = {
     "choose_start": Policy(("tasks.training.warm_start",)),
     "check_tasks": Policy(("tasks.evaluation.workers.evaluate_models",), ("lm-eval",)),
     "train": Policy(
-        ("tasks.training.train", "tasks.training.workers.train_adapter"), _MODEL_LIBRARIES, 7 * 24 * _HOURS, True
+        ("tasks.training.train", "tasks.training.workers.train_adapter"), _MODEL_LIBRARIES, 7 * 24 * _HOURS, device=True
     ),
     "evaluate": Policy(
         ("tasks.evaluation.evaluate", "tasks.evaluation.workers.evaluate_models"),
         (*_MODEL_LIBRARIES, "lm-eval", "rouge-score"),
         24 * _HOURS,
-        True,
+        device=True,
     ),
     "compare": Policy(("tasks.evaluation.compare",), ("scipy", "numpy")),
     "serve_alone": Policy(
         ("tasks.evaluation.evaluate", "tasks.evaluation.workers.evaluate_models"),
         (*_MODEL_LIBRARIES, "lm-eval"),
         2 * _HOURS,
-        True,
+        device=True,
     ),
     "gate": Policy(("tasks.evaluation.core.gates",), ("scipy",)),
     "record": Policy(("tasks.reporting.mlflow_run",), ("mlflow",)),
@@ -156,6 +157,7 @@ def stage_key(name: str, arguments: dict[str, Any]) -> str:
     parts = {
         "arguments": plain(arguments),
         "code": code_digest(policy.code),
+        "version": policy.version,
         "libraries": library_versions(policy.libraries),
     }
     return f"{name}-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}"

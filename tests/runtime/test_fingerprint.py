@@ -2,6 +2,8 @@
 
 import ast
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,18 +53,30 @@ SHAPES_NO_RESULT = [
 
 
 def keys() -> dict[str, str]:
-    fingerprint.read_module.cache_clear()
     return {name: stage_key(name, {}) for name in POLICIES}
+
+
+@pytest.fixture(scope="module")
+def before() -> dict[str, str]:
+    return keys()
 
 
 def changed(before: dict[str, str]) -> set[str]:
     return {name for name, key in keys().items() if key != before[name]}
 
 
-def file_of(copy: Path, module: str) -> Path:
-    file = copy.joinpath(*module.split(".")).with_suffix(".py")
-    assert file.exists(), module
-    return file
+@pytest.fixture
+def edited(tmp_path, monkeypatch) -> Callable[[str], None]:
+    """Let one module have another line of code."""
+    file_of = fingerprint._file
+
+    def edit(module: str) -> None:
+        file, copy = file_of(module), tmp_path / "edited.py"
+        assert file, module
+        copy.write_text(file.read_text() + "\nFACTOR = 2\n")
+        monkeypatch.setattr(fingerprint, "_file", lambda name: copy if name == module else file_of(name))
+
+    return edit
 
 
 def test_every_stage_has_a_formula_to_change():
@@ -70,23 +84,18 @@ def test_every_stage_has_a_formula_to_change():
 
 
 @pytest.mark.parametrize(("module", "stages"), FORMULAS.items())
-def test_a_changed_formula_changes_the_keys_of_its_stages_and_no_other(copy_of_code, module, stages):
-    before = keys()
-    file = file_of(copy_of_code, module)
-    file.write_text(file.read_text() + "\nFACTOR = 2\n")
+def test_a_changed_formula_changes_the_keys_of_its_stages_and_no_other(before, edited, module, stages):
+    edited(module)
     assert changed(before) == stages
 
 
 @pytest.mark.parametrize("module", SHAPES_NO_RESULT)
-def test_code_that_shapes_no_result_changes_no_key(copy_of_code, module):
-    before = keys()
-    file = file_of(copy_of_code, module)
-    file.write_text(file.read_text() + "\nFACTOR = 2\n")
+def test_code_that_shapes_no_result_changes_no_key(before, edited, module):
+    edited(module)
     assert changed(before) == set()
 
 
-def test_other_docstrings_comments_annotations_and_help_texts_change_no_key(copy_of_code):
-    before = keys()
+def test_other_docstrings_comments_annotations_and_help_texts_change_no_key(before, copy_of_code):
     files = sorted(copy_of_code.rglob("*.py"))
     texts = sum(_reword(file) for file in files)
     assert texts > 1000
@@ -106,6 +115,11 @@ def _reword(file: Path) -> int:
     text = re.sub(r" -> (?:None|str|int|bool|float):$", ' -> "object":', "\n".join(lines), flags=re.MULTILINE)
     file.write_text(f"{text}\n# another comment\n")
     return count
+
+
+def test_a_raised_version_changes_the_key_of_its_stage_alone(before, monkeypatch):
+    monkeypatch.setitem(POLICIES, "compare", replace(POLICIES["compare"], version=2))
+    assert changed(before) == {"compare"}
 
 
 def test_a_helper_is_followed_through_the_imports(tmp_path, monkeypatch):
