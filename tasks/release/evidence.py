@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from data_contracts.data_reports import Report
 from data_contracts.lineage import EVIDENCE, LINEAGE_FILE, Lineage
-from tasks.data.ingestion.sources import UNKNOWN_LICENCE, distribution_licence
+from tasks.data.ingestion.licences import UNKNOWN_LICENCE, distribution_licence
 from tasks.release.lineage import Registration, file_digests, lineage_of
 from tasks.reporting.markdown import environment, escape
 from tasks.reporting.plots import figures

@@ -27,7 +27,7 @@ from data_contracts.run_spec import RunSpec
 from data_contracts.stage_inputs import RunResult
 from data_contracts.train_spec import arms_of
 from tasks.data.curation.row_ledger import fates_sha256
-from tasks.data.ingestion.sources import data_licence
+from tasks.data.ingestion.licences import data_licence
 from tasks.runtime.store import Store, digest, without_place
 
 _ROOT = Path(__file__).parents[2]

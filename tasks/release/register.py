@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from data_contracts.data_reports import FileRef
 from data_contracts.lineage import EVIDENCE, LINEAGE_FILE, LINEAGE_TAG, Lineage
 from data_contracts.reports import ModelVersion
-from tasks.data.curation.dataset_files import ids_of, publish_ids
+from tasks.data.curation.trained_rows import ids_of, publish_ids
 from tasks.models.integrity import CODE_FILE, spec_digest
 from tasks.release.evidence import write_evidence
 from tasks.release.lineage import Registration

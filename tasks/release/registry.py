@@ -15,7 +15,7 @@ from data_contracts.releases import OVERRIDE_TAG
 from data_contracts.reports import AdapterRef, ModelVersion, Quantisation
 from data_contracts.run_spec import StoreSpec
 from data_contracts.train_spec import Method
-from tasks.data.curation.dataset_files import TRAINED_ROWS_FILE
+from tasks.data.curation.trained_rows import TRAINED_ROWS_FILE
 from tasks.models.integrity import checked_spec, verify_version
 from tasks.release.lineage import read_lineage
 from tasks.runtime.mlflow_client import SPEC_FILE, connect

@@ -14,7 +14,7 @@ from data_contracts.reports import Origin, Start
 from data_contracts.run_spec import StoreSpec
 from data_contracts.stage_inputs import StartInputs
 from data_contracts.train_spec import LORA_ARMS
-from tasks.data.curation.dataset_files import ids_of, publish_ids, read_ids
+from tasks.data.curation.trained_rows import ids_of, publish_ids, read_ids
 from tasks.models.base import adapter_ref
 from tasks.models.core.adapter_files import CONFIG, WEIGHTS
 from tasks.release import registry

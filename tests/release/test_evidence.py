@@ -31,7 +31,7 @@ from flows.reproduce import reproduce_flow, reproduction_spec
 from tasks.data.curation import row_ledger as ledger
 from tasks.data.curation.curate import Curation, curate_rows
 from tasks.data.ingestion.ingest import ingest_sources
-from tasks.data.ingestion.sources import data_licence
+from tasks.data.ingestion.licences import data_licence
 from tasks.data.validation.validate import Checks, validate
 from tasks.models.base import init_adapter, start_settings
 from tasks.release import lineage as lineages

@@ -15,8 +15,10 @@ from tasks.runtime import fingerprint
 # digests of what they are given.
 FORMULAS = {
     "tasks.data.ingestion.core.formats": {"ingest"},
+    "tasks.data.ingestion.sources": {"ingest"},
     "tasks.data.validation.core.text_rules": {"validate"},
     "tasks.data.curation.core.minhash": {"curate"},
+    "tasks.data.curation.dataset_files": {"curate"},
     "tasks.evaluation.workers.benchmark_items": {"benchmarks"},
     "tasks.models.workers.prepare_base": {"prepare_base"},
     "tasks.models.workers.init_adapter": {"init_adapter"},

@@ -22,7 +22,7 @@ from data_contracts.run_spec import ModelSpec, RunSpec, StoreSpec
 from data_contracts.stage_inputs import RunResult, StartInputs, TrainInputs
 from data_contracts.train_spec import TrainSpec, arms_of
 from data_contracts.verdict import GateReport
-from tasks.data.curation.dataset_files import ids_of, publish_ids, read_ids
+from tasks.data.curation.trained_rows import ids_of, publish_ids, read_ids
 from tasks.models.base import init_adapter, start_settings
 from tasks.pipeline.policies import stage_key
 from tasks.release import registry

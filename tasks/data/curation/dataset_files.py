@@ -1,7 +1,7 @@
 """The files of a data set: the splits sorted by row, the duplicates, and everything in quarantine."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +9,12 @@ from typing import Any, Final, Literal, NamedTuple, TextIO, get_args
 
 import pyarrow.parquet as pq
 
-from data_contracts.data_reports import FileRef
 from data_contracts.rows import Conversation, Reason, conversation_from_json
 from tasks.data.curation.core.split import Split
 from tasks.runtime.store import Store, content_key, digest, draft_folder, publish_draft
 
 SPLITS: Final[tuple[Split, ...]] = get_args(Split)
 _BUCKETS: Final = "0123456789abcdef"  # first digit of the row id: a sixteenth of the rows is sorted in memory
-TRAINED_ROWS_FILE: Final = "trained_rows.txt"
 _COLUMNS: Final = ["row_id", "source", "line", "messages", "slice", "cluster"]
 
 
@@ -113,21 +111,3 @@ def _merge(path: Path, buckets: list[TextIO]) -> None:
         for bucket in buckets:
             bucket.seek(0)
             out.writelines(sorted(bucket))
-
-
-def ids_of(rows: Path) -> list[str]:
-    """The row ids of a split's file, in its order."""
-    with rows.open(encoding="utf-8") as lines:
-        return [json.loads(line)["row_id"] for line in lines]
-
-
-def read_ids(file: Path) -> list[str]:
-    return file.read_text(encoding="utf-8").split()
-
-
-def publish_ids(store: Store, row_ids: Iterable[str]) -> FileRef:
-    """Keep ids in the store, one a line, sorted."""
-    text = "".join(f"{row}\n" for row in sorted(set(row_ids)))
-    with store.publish("trained_rows", content_key(text)[:32]) as folder:
-        (folder / TRAINED_ROWS_FILE).write_text(text, encoding="utf-8")
-    return store.ref(store.files / "trained_rows" / content_key(text)[:32] / TRAINED_ROWS_FILE)

@@ -6,11 +6,9 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from importlib.machinery import PathFinder
-from importlib.metadata import PackageNotFoundError, metadata, packages_distributions
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, Final, Literal
 
@@ -233,41 +231,3 @@ def _fetch(source: Source, to: Path, display: Display) -> None:
     if now.size is not None and now.size != to.stat().st_size:
         limit = f"{now.size} bytes"
         raise TransientError(Problem(f"only {to.stat().st_size} bytes came", source.name, limit, "retry"))
-
-
-UNKNOWN_LICENCE = "unknown"
-_STDLIB = "PSF-2.0"
-
-
-def data_licence(data: DataSpec) -> str:
-    """What the preset says; else of the built-in data the packages' own; else "unknown"."""
-    if data.licence:
-        return data.licence
-    if data.source != ["builtin:python-docs"]:
-        return UNKNOWN_LICENCE
-    return " AND ".join(sorted({package_licence(package) for package in data.packages}))
-
-
-def package_licence(package: str) -> str:
-    """Of an importable package, by the metadata of its distribution."""
-    name = package.partition(".")[0]
-    if name == "stdlib" or name in sys.stdlib_module_names:
-        return _STDLIB
-    found = _distributions().get(name)
-    return distribution_licence(found[0]) if found else UNKNOWN_LICENCE
-
-
-@cache
-def _distributions() -> Mapping[str, list[str]]:
-    """By importable name; a second to find out."""
-    return packages_distributions()
-
-
-def distribution_licence(name: str) -> str:
-    """The SPDX expression (PEP 639), or an older field if it is one line; "unknown" if the distribution is not here."""
-    try:
-        found = metadata(name)
-    except PackageNotFoundError:
-        return UNKNOWN_LICENCE
-    licence = next((found[field] for field in ("License-Expression", "License") if field in found), "")
-    return licence if licence and "\n" not in licence else UNKNOWN_LICENCE
