@@ -11,7 +11,7 @@ TunegateError
     └── TransientError      the only kind that is retried
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -87,3 +87,15 @@ ERRORS: dict[str, type[TunegateError]] = {
         InfrastructureError, StoreError, WorkerError, TransientError,
     )
 }  # fmt: skip
+
+
+def error_chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what led to it. The chain ends at one of our own errors, which names its cause itself."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        yield link
+        if isinstance(link, TunegateError):
+            return
+        seen.add(id(link))
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)

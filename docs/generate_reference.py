@@ -15,7 +15,7 @@ from typer.main import get_command
 from data_contracts import rows
 from data_contracts.data_spec import RulesSpec
 from data_contracts.errors import ERRORS, TunegateError
-from data_contracts.failures import KINDS
+from data_contracts.retry_table import KINDS
 from data_contracts.rows import LEAKS, UNREADABLE, Reason, action_of
 from data_contracts.run_spec import GateSpec, RunSpec
 from data_contracts.verdict import Comparison, GateResult
@@ -215,7 +215,7 @@ def _argument(parameter: Any, context: Any) -> tuple[str, str]:
 
 def exit_codes_page() -> str:
     """Every exit code, every error class, and what an error of a library becomes."""
-    text = HEAD.format(sources="data_contracts/errors.py, data_contracts/failures.py and flows/cli/output.py")
+    text = HEAD.format(sources="data_contracts/errors.py, data_contracts/retry_table.py and flows/cli/output.py")
     text += "# Exit codes and errors\n\n"
     text += table(["exit code", "meaning", "what to do"], list(_codes()))
     text += """

@@ -20,8 +20,8 @@ from prefect.states import Completed
 from rich.text import Text
 
 from data_contracts.errors import TunegateError
-from data_contracts.failures import explained
 from data_contracts.reports import Stage
+from data_contracts.retry_table import explained
 from data_contracts.run_spec import RunSpec
 from tasks.pipeline.cache_reasons import FORCED, Reasons
 from tasks.pipeline.device_lock import device_slot

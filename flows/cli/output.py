@@ -15,7 +15,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from data_contracts.errors import Problem, TunegateError
-from data_contracts.failures import explained, without_secrets
+from data_contracts.redaction import without_secrets
+from data_contracts.retry_table import explained
 
 if TYPE_CHECKING:  # rich takes 0.1 s to import, which `--help` need not wait for
     from psutil import Process

@@ -1,6 +1,6 @@
 """Every retry, timeout and cache policy of the project, on one screen.
 
-data_contracts/failures.py says which errors are retried.
+data_contracts/retry_table.py says which errors are retried.
 
 A stage's cache key is its name, its arguments (the configuration it uses and the digests of its inputs), the code that
 shapes its result (tasks/runtime/fingerprint.py) and the versions of the libraries that do. It holds no run id and no path.
@@ -22,8 +22,9 @@ from pydantic import BaseModel
 
 from data_contracts.data_reports import FileRef
 from data_contracts.errors import TransientError, TunegateError
-from data_contracts.failures import explained, has_secret, is_transient
+from data_contracts.redaction import has_secret
 from data_contracts.reports import AdapterRef, BaseModelRef
+from data_contracts.retry_table import explained, is_transient
 from data_contracts.run_spec import RunSpec, StoreSpec
 from tasks.data.validation.check_rows import LIBRARIES
 from tasks.pipeline.notifications import work_begins

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from prefect.runtime import flow_run
 
 from data_contracts.errors import ConfigError, GateError, Problem
-from data_contracts.failures import without_secrets
 from data_contracts.lineage import LINEAGE_TAG
+from data_contracts.redaction import without_secrets
 from data_contracts.releases import Act, Evidence, Move, Moved
 from data_contracts.reports import ModelVersion, ReleaseCheck
 from data_contracts.run_spec import StoreSpec

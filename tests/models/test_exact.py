@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tasks.models.core.packing import ScoredSequence, pack
 from tasks.models.workers.fused_layers import fuse_lora, fuse_mlp, fuse_norms
 from tasks.models.workers.head_loss import HeadLoss
-from tasks.models.workers.lora_init import take_off_start
+from tasks.models.workers.pissa_olora_loftq import take_off_start
 from tasks.models.workers.scoring import Scoring, choose_way, scored_logits, scored_losses, to_tensors
 from tasks.models.workers.tree_attention import ATTENTION, CpuAttention, by_sdpa
 from tests.models.test_packing import attention_mask_TT

@@ -101,7 +101,7 @@ def test_an_edited_helper_runs_its_stages_and_a_comment_none(run, copy_of_code):
 
 
 def test_what_a_failure_is_called_shapes_no_result(run, copy_of_code):
-    edit(copy_of_code / "data_contracts" / "failures.py", "\nUNUSED = 1\n")
+    edit(copy_of_code / "data_contracts" / "retry_table.py", "\nUNUSED = 1\n")
     assert set(run().values()) == {"cached"}
 
 

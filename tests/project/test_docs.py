@@ -12,7 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 from typer.main import get_command
 
-from data_contracts.failures import KINDS
+from data_contracts.retry_table import KINDS
 from docs.generate_reference import FOLDER, pages
 from flows.cli.app import app
 

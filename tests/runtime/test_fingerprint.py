@@ -41,7 +41,7 @@ FORMULAS = {
 SHAPES_NO_RESULT = [
     "data_contracts.run_spec",
     "data_contracts.verdict",
-    "data_contracts.failures",
+    "data_contracts.retry_table",
     "tasks.runtime.store",
     "tasks.runtime.processes",
     "tasks.runtime.console",

@@ -10,8 +10,8 @@ import pytest
 
 from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
 from data_contracts.errors import TransientError, WorkerError
-from data_contracts.failures import is_transient
 from data_contracts.jobs.training import TrainJob
+from data_contracts.retry_table import is_transient
 from data_contracts.train_spec import TrainSpec
 from tasks.data.curation.curate import Curation, curate_rows
 from tasks.data.ingestion.ingest import ingest_sources

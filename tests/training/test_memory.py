@@ -31,7 +31,7 @@ from tasks.models.core.packing import ScoredSequence, pack
 from tasks.models.workers.fused_layers import fuse_lora, fuse_mlp, fuse_norms
 from tasks.models.workers.head_loss import HeadLoss
 from tasks.models.workers.loading import load_base
-from tasks.models.workers.lora_init import take_off_start
+from tasks.models.workers.pissa_olora_loftq import take_off_start
 from tasks.models.workers.scoring import choose_way, scored_losses, to_tensors
 from tasks.runtime.workers.device import Device
 from tasks.training.core.activations import block_bytes, logit_bytes

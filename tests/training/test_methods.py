@@ -21,7 +21,7 @@ from tasks.models.workers.forms import attach_adapter, form_of, load_form
 from tasks.models.workers.fused_layers import fuse_lora
 from tasks.models.workers.init_adapter import make_step0
 from tasks.models.workers.loading import QLORA, dequantised, load_base
-from tasks.models.workers.lora_init import adapted
+from tasks.models.workers.pissa_olora_loftq import adapted
 from tasks.models.workers.scoring import scored_losses, to_tensors
 from tasks.release.registry import _quantisation
 from tasks.runtime.store import digest

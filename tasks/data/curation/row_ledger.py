@@ -16,7 +16,7 @@ from typing import Final, Literal, NamedTuple, cast
 
 from data_contracts.data_reports import FileRef
 from data_contracts.errors import Problem, StoreError, TransientError
-from data_contracts.failures import is_transient
+from data_contracts.retry_table import is_transient
 from data_contracts.rows import Conversation, conversation_as_json, conversation_from_json
 from tasks.data.curation.core.split import Known, Split
 from tasks.runtime.core.files import exclusive

@@ -88,7 +88,7 @@ def fuse_lora(model: torch.nn.Module) -> int:
     """Give every plain LoRA linear layer the fused forward; answers with how many got it.
 
     While dropout is at work, a layer computes as PEFT does; with DoRA always. A start that is taken off
-    (tasks/models/workers/lora_init.py) is one more part of A and B, which gets no gradient.
+    (tasks/models/workers/pissa_olora_loftq.py) is one more part of A and B, which gets no gradient.
     """
     found = [(layer, lora_of(layer)) for layer in model.modules()]
     plain = [(layer, lora) for layer, lora in found if lora is not None]

@@ -11,13 +11,13 @@ from data_contracts.errors import ConfigError, Problem
 from data_contracts.jobs.models import InitAdapterJob, LoftqStart, LoraStart, StartSettings
 from data_contracts.reports import Quantisation
 from tasks.models.workers.loading import load_base, save_adapter
-from tasks.models.workers.lora_init import adapted, make_up_for_quantisation
+from tasks.models.workers.pissa_olora_loftq import adapted, make_up_for_quantisation
 from tasks.runtime.workers.device import choose_device
 from tasks.runtime.workers.harness import main
 
 _INITS: dict[str, Any] = {"default": True, "loftq": True, "pissa": "pissa_niter_16", "olora": "olora"}
 """`init_lora_weights` of PEFT. PiSSA's randomised SVD takes seconds where the exact one takes minutes; what it leaves
-out changes no result, since the very same parts are taken off the base (tasks/models/workers/lora_init.py)."""
+out changes no result, since the very same parts are taken off the base (tasks/models/workers/pissa_olora_loftq.py)."""
 
 
 def make_step0(job: InitAdapterJob, out: Path) -> dict[str, Any]:

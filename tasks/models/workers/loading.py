@@ -126,7 +126,7 @@ def weights_bytes(model: torch.nn.Module) -> int:
 
 
 def adapters_bytes(model: torch.nn.Module) -> int:
-    """Bytes of LoRA's layers or a prefix, with the start that some are measured from (lora_init.py)."""
+    """Bytes of LoRA's layers or a prefix, with the start that some are measured from (pissa_olora_loftq.py)."""
     own = [parameter for name, parameter in model.named_parameters() if _is_adapters(name)]
     return tensor_bytes([*own, *(start for name, start in model.named_buffers() if ".start_" in name)])
 

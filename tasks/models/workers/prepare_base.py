@@ -33,8 +33,8 @@ from transformers import (
 )
 
 from data_contracts.errors import ConfigError, Problem, TransientError, TunegateError
-from data_contracts.failures import is_transient
 from data_contracts.jobs.models import PrepareBaseJob, PreparedBase
+from data_contracts.retry_table import is_transient
 from tasks.models.core.adapter_files import CONFIG, read_bounded_json, weight_faults
 from tasks.models.workers.chat_template import PLAIN_TEMPLATE, load_chat
 from tasks.runtime.workers.harness import main, say

@@ -2,7 +2,7 @@
 
 It reads its job as the one typed model of that worker (data_contracts/jobs), keeps other workers out of `out/`, reports
 its progress as JSON lines on stdout, and ends with `out/report.json` (complete or absent). What fails with a known
-cause (ours, or in the table of data_contracts/failures.py) ends with its exit code and `out/error.json`. Where several
+cause (ours, or in the table of data_contracts/retry_table.py) ends with its exit code and `out/error.json`. Where several
 ranks do one worker's work, the first one writes the progress, the lock and the report; an error is written by the rank
 that has it first.
 """
@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_contracts.errors import Problem, TransientError, TunegateError
-from data_contracts.failures import explained, without_secrets
 from data_contracts.jobs import Job
+from data_contracts.redaction import without_secrets
+from data_contracts.retry_table import explained
 from tasks.runtime.core.files import exclusive, write_atomically
 
 _LOCK_SECONDS = 60.0

@@ -24,7 +24,7 @@ from tasks.models.core.packing import ScoredSequence, plan_batches
 from tasks.models.workers.chat_template import Chat, load_chat
 from tasks.models.workers.fused_layers import fuse_lora, fuse_mlp, fuse_norms
 from tasks.models.workers.loading import QLORA, adapters_bytes, load_base, save_adapter, scanned_adapter, weights_bytes
-from tasks.models.workers.lora_init import TAKEN_OFF, as_plain_lora, take_off_start
+from tasks.models.workers.pissa_olora_loftq import TAKEN_OFF, as_plain_lora, take_off_start
 from tasks.models.workers.scoring import Scoring, choose_way
 from tasks.runtime.workers.device import Device, bytes_now, choose_device, peak_bytes, peak_rss_bytes, reset_peak_rss
 from tasks.runtime.workers.harness import is_first_rank, main, say

@@ -1,6 +1,6 @@
 """Each kind of error is recognised wherever it hides, and reported with its next act and without secrets.
 
-Run: pytest tests/contracts/test_failures.py
+Run: pytest tests/contracts/test_retry_table.py
 """
 
 import errno
@@ -24,7 +24,8 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.task_engine import TaskRunTimeoutError
 
 from data_contracts.errors import ConfigError, DataError, GateError, Problem, StoreError, TransientError, WorkerError
-from data_contracts.failures import KINDS, explained, has_secret, is_transient, kind_of, without_secrets
+from data_contracts.redaction import has_secret, without_secrets
+from data_contracts.retry_table import KINDS, explained, is_transient, kind_of
 
 TABLE = Path(__file__).parents[2] / "docs" / "failures.md"
 PROBLEM = Problem("something")

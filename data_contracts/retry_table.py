@@ -7,7 +7,7 @@ and texts, along `__cause__` and `__context__`, so nothing is imported for it. d
 import errno
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +21,9 @@ from data_contracts.errors import (
     StoreError,
     TransientError,
     TunegateError,
+    error_chain,
 )
+from data_contracts.redaction import without_secrets
 
 _TEXT_CHARS: Final = 200
 Test = Callable[[BaseException], bool]
@@ -186,7 +188,7 @@ _LOGINS: Final = {
 
 def kind_of(error: BaseException) -> FailureKind | None:
     """The row of the table; None for what it does not know: a bug, which is not retried."""
-    chain = list(_chain(error))
+    chain = list(error_chain(error))
     return next((kind for kind in KINDS if any(kind.test(link) for link in chain)), None)
 
 
@@ -201,7 +203,7 @@ def explained(error: BaseException, place: Path | None = None) -> TunegateError 
 
     Raise it `from None` if `has_secret(error)`, else `from error`.
     """
-    chain = list(_chain(error))
+    chain = list(error_chain(error))
     own = next((link for link in chain if isinstance(link, TunegateError)), None)
     kind = kind_of(error)
     if own or kind is None:
@@ -213,18 +215,6 @@ def explained(error: BaseException, place: Path | None = None) -> TunegateError 
     where = next((found for found in map(_where, chain) if found), "") or str(place or "")
     limit = _room(Path(where)) if kind.name == "the disk is full" and where else ""
     return kind.error(Problem(f"{kind.name}: {_line(error)}", where, limit, act))
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what led to it. The chain ends at one of our own errors, which names its cause itself."""
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        yield link
-        if isinstance(link, TunegateError):
-            return
-        seen.add(id(link))
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
 
 
 def _where(error: BaseException) -> str:
@@ -254,24 +244,3 @@ def _line(error: BaseException) -> str:
     lines = without_secrets(str(error)).strip().splitlines()
     first = lines[0].strip() if lines else ""
     return (first[: _TEXT_CHARS - 3] + "...") if len(first) > _TEXT_CHARS else first or type(error).__name__
-
-
-_SECRETS: Final = (
-    (re.compile(r"(?<=://)[^/@\s'\"]+@"), ""),  # user:password of an address
-    (re.compile(r"(?<=[/\w])\?[^\s'\")>]+"), ""),  # a query may hold a token or a signature
-    (re.compile(r"\bhf_[A-Za-z0-9]{6,}"), "hf_..."),
-    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), r"\1 ..."),
-    (re.compile(r"(?i)\b(password|token|secret|api[_-]?key)(['\"]?\s*[=:]\s*)['\"]?[^\s,'\")}]+"), r"\1\2..."),
-)
-
-
-def without_secrets(words: str) -> str:
-    """A text without what looks like a login: of an address, a query, a header, a token."""
-    for pattern, instead in _SECRETS:
-        words = pattern.sub(instead, words)
-    return words
-
-
-def has_secret(error: BaseException) -> bool:
-    """Whether an error's chain says what looks like a login, so that it must not reach a log."""
-    return any(without_secrets(str(link)) != str(link) for link in _chain(error))
