@@ -1,4 +1,4 @@
-"""What a stage takes where it takes much: frozen groups of inputs, typed from the flow to the step.
+"""Grouped inputs of stages with many parameters: frozen groups of inputs, typed from the flow to the step.
 
 In a cache key a group counts by its fields, as single arguments do: files, adapters and bases by their content
 (tasks/pipeline/policies.py), and what changed is named field by field (tasks/pipeline/cache_reasons.py). So a field has a

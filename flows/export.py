@@ -38,7 +38,7 @@ def check_place(to: Path) -> None:
 
 @contextmanager
 def draft_of(to: Path) -> Iterator[Path]:
-    """Yield a folder next to `to`, which becomes `to` only if the block ends well."""
+    """Yield a folder next to `to`, which becomes `to` only if the block succeeds."""
     to.absolute().parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.absolute().parent))
     try:

@@ -66,7 +66,7 @@ def gate_flow(spec: RunSpec, model_uri: str, baseline_uri: str | None = None) ->
 def baseline_of(store: StoreSpec, version: Registered, baseline_uri: str | None) -> ChampionBaseline | None:
     """The version named, else the champion, else None. Raises ConfigError if the one named has a different base model.
 
-    Where that is the version itself it is measured all the same, to a difference of zero: the first-run rule, which
+    Where that is the version itself it is still measured, with a difference of zero: the first-run rule, which
     is for models without a champion, would be no true reason.
     """
     named = registry.resolve(store, baseline_uri, "--baseline") if baseline_uri else None

@@ -22,7 +22,7 @@ from tasks.runtime.console import note, page
 
 @flow(name="promote", on_running=[hold])
 def promote_flow(store: StoreSpec, name: str, version: str | None, override: bool, reason: str) -> Moved:
-    """What speaks against it is found before a model is loaded, and the model is checked before anything is moved."""
+    """Objections are collected before a model is loaded, and the model is checked before anything is moved."""
     _reconcile(store)
     return _carry_out(store, promotion.plan_promotion(store, name, version), Approval(override, reason))
 

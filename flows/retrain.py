@@ -45,7 +45,7 @@ def retrain_flow(spec: RunSpec, force: bool = False, reason: str = BY_HAND) -> R
     holder = Holder.this_process(flow_run.id, flow_run.name)
     with hold_run_lock(store, holder, spec.schedule.when_busy, note) as lock:
         if not lock.acquired:
-            return skipped(result=None, why=f"at work already: {lock.busy or 'another run'}")
+            return skipped(result=None, why=f"already running: {lock.busy or 'another run'}")
         if lock.crashed:
             mark_crashed(lock.crashed)
         return chain(Stages.of(spec, force=force), spec, reason)

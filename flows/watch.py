@@ -103,7 +103,7 @@ def _refusal(last: FlowRun, number: int) -> str | None:
     """Why a retrain that was started already is not started again; None if it was killed and may be."""
     state = last.state
     if state is None or not state.is_final():
-        return f"{last.name} is at work on them"
+        return f"{last.name} is already training on them"
     if not state.is_crashed():
         message = (state.message or "").splitlines()
         why = f": {message[0]}" if message else ""

@@ -37,7 +37,7 @@ def run_command(
     began = time.monotonic()
     report = retrain(spec, force=force)
     if report is None:
-        reason = "another run is at work in this store: nothing was done (schedule.when_busy is skip)"
+        reason = "another run uses this store: nothing was run (schedule.when_busy is skip)"
         return Outcome({"skipped": reason}, lambda console: console.print(reason))
     show = partial(show_run, report, details=details, seconds=time.monotonic() - began)
     return Outcome(summary(report), show, EXIT_CODES[report.gate.verdict])

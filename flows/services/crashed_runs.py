@@ -81,7 +81,7 @@ def _is_held(home: Path, run: UUID) -> bool:
 
 
 def reap(client: SyncPrefectClient, home: Path, seconds: float = 0.0) -> list[str]:
-    """Set every run that no process works on any more to Crashed; their names.
+    """Set every run without a live process to Crashed; return their names.
 
     seconds: how long a run must have been in its state, where a worker may be just about to start one.
     """

@@ -70,7 +70,7 @@ def _stop_runs(folder: Path) -> list[str]:
     runs = list(services_state.flow_runs(folder))
     names = [name for _, name in runs]
     if runs:
-        note(f"{', '.join(names)} at work: asked to end, with a checkpoint; up to {SECONDS_TO_END:.0f} s")
+        note(f"{', '.join(names)} running: asked to save a checkpoint and stop; waiting up to {SECONDS_TO_END:.0f} s")
         with page(sys.stderr).status("waiting for a checkpoint"):
             end([process for process, _ in runs], SECONDS_TO_END + _SECONDS_TO_STOP)
     return names
@@ -85,5 +85,5 @@ def end_services(folder: Path) -> None:
 def services_lock(folder: Path) -> AbstractContextManager[None]:
     """Only one `up` or `down` of a store works at a time; a second one raises InfrastructureError."""
     act = "wait for it, or end it"
-    problem = Problem("another tunegate up or down is at work", str(folder), act=act)
+    problem = Problem("another tunegate up or down is running", str(folder), act=act)
     return exclusive(folder / "up.lock", InfrastructureError(problem))

@@ -1,4 +1,4 @@
-"""`python -m flows.services.restart COMMAND ...`: end what a killed server's parent process has left behind, then become the server.
+"""`python -m flows.services.restart COMMAND ...`: stop the leftover child processes of a killed server, then exec the server.
 
 `mlflow server` is a parent of the process that listens. If only the parent is killed, the port stays taken.
 """

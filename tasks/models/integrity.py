@@ -193,7 +193,7 @@ def checked_spec(file: Path, sha256: str, label: str) -> Path:
 def checked_base(store: Store, base: BaseModelRef) -> Path:
     """The folder of a base. Raises StoreError if its files are not those that the run has prepared."""
     return _checked(
-        store.path(base.path), base.digest, f"the base {base.name}", "run again with --force to prepare it anew"
+        store.path(base.path), base.digest, f"the base {base.name}", "run again with --force to prepare it again"
     )
 
 
@@ -202,7 +202,7 @@ def checked_adapter(store: Store, adapter: AdapterRef) -> Path:
     named."""
     folder = Path(adapter.folder) if Path(adapter.folder).is_absolute() else store.path(adapter.folder)
     named = folder / WEIGHTS if (folder / WEIGHTS).exists() else folder
-    _checked(named, adapter.sha256, f"the adapter in {folder.parent.name}", "run again with --force to train it anew")
+    _checked(named, adapter.sha256, f"the adapter in {folder.parent.name}", "run again with --force to train it again")
     return folder
 
 
@@ -222,3 +222,12 @@ def digest_of(path: Path) -> str:
 @lru_cache(maxsize=4096)
 def _digest(path: Path, state: tuple[Any, ...]) -> str:
     return digest(path)
+
+
+def adapter_ref(store: Store, adapter_folder: Path) -> AdapterRef:
+    """sha256: of the adapter's weights, or of the folder where it holds all weights."""
+    weights = adapter_folder / WEIGHTS
+    return AdapterRef(
+        folder=adapter_folder.resolve().relative_to(store.files.resolve()).as_posix(),
+        sha256=digest(weights if weights.exists() else adapter_folder),
+    )

@@ -1,4 +1,4 @@
-"""Why a stage ran: what its cache key is made of, compared with what it was made of the last time."""
+"""Why a stage ran: the parts of its cache key, compared with those of the last run."""
 
 import hashlib
 import json
@@ -99,7 +99,7 @@ def one_by_one(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def key_parts(stage: str, arguments: dict[str, Any]) -> KeyParts:
-    """Everything that a stage's key is made of, by a name that a person knows."""
+    """Every part of a stage's key, by a readable name."""
     policy = POLICIES[stage]
     found: KeyParts = {}
     for name, value in one_by_one(arguments).items():

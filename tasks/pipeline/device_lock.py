@@ -135,7 +135,7 @@ def _take_back_or_wait() -> None:
 
 
 def _is_alive(holder: Any) -> bool:
-    """Whether the very process still runs: its number may have been given to another one."""
+    """Whether the same process still runs: its number may have been given to another one."""
     try:
         process = psutil.Process(holder["pid"])
         return bool(process.create_time() == holder["began"] and process.status() != psutil.STATUS_ZOMBIE)

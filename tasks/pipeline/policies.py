@@ -21,12 +21,15 @@ from prefect.context import TaskRunContext
 from pydantic import BaseModel
 
 from data_contracts.data_reports import FileRef
+from data_contracts.data_spec import Section
 from data_contracts.errors import TransientError, TunegateError
 from data_contracts.redaction import has_secret
 from data_contracts.reports import AdapterRef, BaseModelRef
 from data_contracts.retry_table import explained, is_transient
 from data_contracts.run_spec import RunSpec, StoreSpec
-from tasks.data.validation.check_rows import LIBRARIES
+from tasks.data.validation import check_rows as validation
+from tasks.evaluation import evaluate as evaluation
+from tasks.models import base as bases
 from tasks.pipeline.notifications import work_begins
 from tasks.runtime.console import note
 from tasks.runtime.fingerprint import code_digest, library_versions
@@ -39,7 +42,7 @@ _HOURS = 3600
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Settings that change how a result is reached, not what it is.
+# Arguments, and settings, that change how a result is reached, not what it is.
 NOT_IDENTITY = frozenset(
     {
         "store",
@@ -52,19 +55,21 @@ NOT_IDENTITY = frozenset(
         "checkpoint_steps",
         "max_loss_rise_nats",
         "engine",
-        "start",  # where training began is in the digests of its adapter and rows
         "warm_start",
         "replay_share",
         "task_folder",
         "schedule",
     }
 )
+_NOT_IDENTITY_OF_REPORTS = frozenset({"start"})  # where training began is in the digests of its adapter and rows
 _MODEL_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 @dataclass(frozen=True)
 class Policy:
-    code: tuple[str, ...]  # modules whose code, with what they import and shapes results, is part of the key
+    code: tuple[
+        str, ...
+    ]  # modules, with what they import and shapes results; and files by their path in the repository
     libraries: tuple[str, ...] = ()
     timeout_seconds: float = 1 * _HOURS
     version: int = 1  # raise it where the result changes by code that no digest sees: a contract, the store, a template
@@ -72,47 +77,58 @@ class Policy:
 
 
 # The one contract with formulas: ids of rows, and what each reason leads to.
-_ROWS = ("data_contracts.rows",)
+_ROWS = "data_contracts.rows"
+_REPORTING = tuple(f"tasks.reporting.{name}" for name in ("plots", "sentences", "tables", "markdown"))
+_TEMPLATES = "tasks/reporting/templates"
+_EVALUATION = ("tasks.evaluation.evaluate", "tasks.evaluation.workers.evaluate_models")
 
 POLICIES = {
     "ingest": Policy(
-        (*_ROWS, "tasks.data.ingestion.ingest", "tasks.data.ingestion.workers.build_python_docs"), ("pyarrow",)
+        (_ROWS, "tasks.data.ingestion.ingest", "tasks.data.ingestion.workers.build_python_docs"),
+        ("pyarrow", "datasets", "charset-normalizer"),
     ),
-    "validate": Policy((*_ROWS, "tasks.data.validation.validate"), ("great-expectations", *LIBRARIES)),
+    "validate": Policy((_ROWS, "tasks.data.validation.validate"), ("great-expectations", *validation.LIBRARIES)),
     "benchmarks": Policy(("tasks.evaluation.workers.benchmark_items",), ("lm-eval",)),
-    "curate": Policy((*_ROWS, "tasks.data.curation.curate"), ("rensa",)),
-    "prepare_base": Policy(("tasks.models.workers.prepare_base",), ("transformers",), 6 * _HOURS),
-    "init_adapter": Policy(("tasks.models.workers.init_adapter",), ("torch", "peft"), device=True),
+    "curate": Policy((_ROWS, "tasks.data.curation.curate"), ("rensa", "scipy", "xxhash")),
+    "prepare_base": Policy(
+        ("tasks.models.base", "tasks.models.workers.prepare_base"),
+        ("torch", "transformers", "tokenizers", "gguf"),
+        6 * _HOURS,
+    ),
+    "init_adapter": Policy(
+        ("tasks.models.base", "tasks.models.workers.init_adapter"), bases.STEP0_LIBRARIES, device=True
+    ),
     "choose_start": Policy(("tasks.training.warm_start",)),
     "check_tasks": Policy(("tasks.evaluation.workers.evaluate_models",), ("lm-eval",)),
     "train": Policy(
-        ("tasks.training.train", "tasks.training.workers.train_adapter"), _MODEL_LIBRARIES, 7 * 24 * _HOURS, device=True
-    ),
-    "evaluate": Policy(
-        ("tasks.evaluation.evaluate", "tasks.evaluation.workers.evaluate_models"),
-        (*_MODEL_LIBRARIES, "lm-eval", "rouge-score"),
-        24 * _HOURS,
+        ("tasks.training.train", "tasks.training.workers.train_adapter"),
+        (*_MODEL_LIBRARIES, "accelerate", "tokenizers", "safetensors", "numpy"),
+        7 * 24 * _HOURS,
         device=True,
     ),
+    "evaluate": Policy(_EVALUATION, evaluation.LIBRARIES, 24 * _HOURS, device=True),
     "compare": Policy(("tasks.evaluation.compare",), ("scipy", "numpy")),
-    "serve_alone": Policy(
-        ("tasks.evaluation.evaluate", "tasks.evaluation.workers.evaluate_models"),
-        (*_MODEL_LIBRARIES, "lm-eval"),
-        2 * _HOURS,
-        device=True,
-    ),
+    "serve_alone": Policy(_EVALUATION, evaluation.LIBRARIES, 2 * _HOURS, device=True),
     "gate": Policy(("tasks.evaluation.core.gates",), ("scipy",)),
-    "record": Policy(("tasks.reporting.mlflow_run",), ("mlflow",)),
+    "record": Policy(("tasks.reporting.mlflow_run", *_REPORTING), ("mlflow", "matplotlib")),
     "register": Policy(
-        ("tasks.release.register", "tasks.release.workers.served_model"), ("mlflow", "cyclonedx-python-lib")
+        (
+            "tasks.release.register",
+            "tasks.release.workers.served_model",
+            *_REPORTING,
+            f"{_TEMPLATES}/card.md.j2",
+        ),
+        ("mlflow", "cyclonedx-python-lib", "matplotlib", "jinja2"),
     ),
     "load_back": Policy(
         ("tasks.release.release_check", "tasks.release.workers.check_release"),
         ("mlflow", *_MODEL_LIBRARIES),
         device=True,
     ),
-    "promote": Policy(("tasks.release.promotion",)),
-    "report": Policy(("tasks.reporting.html_report",), ("matplotlib",)),
+    "promote": Policy(("tasks.release.promotion",), ("mlflow",)),
+    "report": Policy(
+        ("tasks.reporting.html_report", *_REPORTING, f"{_TEMPLATES}/report.html.j2"), ("matplotlib", "jinja2")
+    ),
 }
 
 
@@ -156,7 +172,7 @@ def stage_key(name: str, arguments: dict[str, Any]) -> str:
     """Content key of a stage: hex sha256, led by the stage's name so that a person finds it in the folder."""
     policy = POLICIES[name]
     parts = {
-        "arguments": plain(arguments),
+        "arguments": {argument: plain(value) for argument, value in arguments.items() if argument not in NOT_IDENTITY},
         "code": code_digest(policy.code),
         "version": policy.version,
         "libraries": library_versions(policy.libraries),
@@ -171,10 +187,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, BaseModelRef):
         return value.digest
     if isinstance(value, BaseModel):
-        return plain(dict(value))
-    if isinstance(value, dict):
-        items = {str(key): plain(item) for key, item in value.items() if key not in NOT_IDENTITY}
-        return items
+        left_out = NOT_IDENTITY if isinstance(value, Section) else _NOT_IDENTITY_OF_REPORTS
+        return {name: plain(item) for name, item in value if name not in left_out}
+    if isinstance(value, dict):  # its keys are names that people chose
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, Store):

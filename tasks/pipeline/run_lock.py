@@ -48,10 +48,10 @@ def hold_run_lock(
     store: Store, holder: Holder, when_busy: Literal["wait", "skip"], note: Callable[[str], None]
 ) -> Iterator[LockState]:
     """Hold the store's lock for the block. The system frees it the moment its holder dies, and the next one then finds the
-    holder's name: a holder that ends well removes it."""
+    holder's name: a holder that exits normally removes it."""
     store.files.mkdir(parents=True, exist_ok=True)
     lock, name = store.files / "retrain.lock", store.files / "retrain.holder.json"
-    taken = TransientError(Problem("another retrain is at work", str(lock)))
+    taken = TransientError(Problem("another retrain is running", str(lock)))
     with ExitStack() as held:
         if not _entered(held, exclusive(lock, taken)):
             busy = _read(name)

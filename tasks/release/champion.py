@@ -16,7 +16,7 @@ from tasks.runtime.mlflow_client import connect
 class ChampionBaseline:
     """The version that a candidate must not be worse than. target is None if it has a different base model."""
 
-    label: str  # says too if somebody overruled what spoke against it
+    label: str  # also says whether objections were overridden
     version: str
     adapter_sha256: str
     target: EvalTarget | None

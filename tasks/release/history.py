@@ -196,7 +196,7 @@ def _of_alias(name: str, entries: list[MoveEntry], champion: str | None) -> list
     if not done or done[-1] == champion or champion in set_by_unfinished:
         return []
     what = f"the champion is {f'version {champion}' if champion else 'none'}, and the last move was to {done[-1]}"
-    return [str(Problem(what, name, act="somebody set the alias past Tunegate: promote or roll back"))]
+    return [str(Problem(what, name, act="the alias was set outside Tunegate: promote or roll back"))]
 
 
 def _differences(store: StoreSpec, ledger: Ledger, entries: list[MoveEntry]) -> list[str]:

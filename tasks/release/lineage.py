@@ -1,4 +1,4 @@
-"""What a version is made of, put together when it is registered; and read again, checked against its tag."""
+"""The lineage of a version: collected at registration, verified against its tag when read."""
 
 import platform
 import re

@@ -41,7 +41,7 @@ _MOST_CHARACTERS = 500  # of a reason; a tag of MLflow's holds 5,000
 
 @dataclass(frozen=True)
 class Approval:
-    """What a person says to a move. override: make it although something says no; then it needs a reason."""
+    """A person's approval of a move. override: move despite objections; requires a reason."""
 
     override: bool = False
     reason: str = ""
@@ -56,7 +56,7 @@ class Approval:
 
 @dataclass(frozen=True)
 class MovePlan:
-    """A move that nobody has made yet. before: the champion that it takes over from; against: what says no."""
+    """A planned move. before: the champion to replace; against: the objections."""
 
     act: Act
     to: Registered
@@ -159,7 +159,7 @@ def plan_rollback(store: StoreSpec, name: str) -> MovePlan:
 def carry_out(
     store: StoreSpec, plan: MovePlan, check: ReleaseCheck | None, overrode: Sequence[str] = (), reason: str = ""
 ) -> Moved:
-    """Set the alias, if the champion is still the plan's. Raises GateError if somebody else was faster.
+    """Set the alias, if the champion is still the plan's. Raises GateError if the champion changed meanwhile.
 
     check: None: the version was not checked. The move is in the ledger before the alias is set and with its end after, so a
     kill between any two writes is known.
@@ -261,4 +261,4 @@ def refusals_of(plan: MovePlan, check: ReleaseCheck | None) -> list[Problem]:
 def overrule(plan: MovePlan) -> str:
     """The next act where a move was refused."""
     version = f" --version {plan.to.version}" if plan.act == "promote" else ""
-    return f'nothing was moved; all the same: tunegate {plan.act} {plan.to.name}{version} --override --reason "why"'
+    return f'nothing was moved; to override: tunegate {plan.act} {plan.to.name}{version} --override --reason "why"'

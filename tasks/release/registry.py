@@ -116,7 +116,7 @@ def recorded_spec_file(store: StoreSpec, version: Registered) -> str:
 
 
 def recorded_lineage(store: StoreSpec, version: Registered) -> Lineage:
-    """What a version is made of. Raises ConfigError if it has no lineage, StoreError if it is not the registered one."""
+    """The lineage of a version. Raises ConfigError if it has no lineage, StoreError if it is not the registered one."""
     tags = connect(store).get_model_version(version.name, version.version).tags
     return read_lineage(version.artifacts, tags, version.label)
 

@@ -55,7 +55,7 @@ def rebuild_splits(
     compared += [Compared(what=f"{name} split", then=wanted[name], now=ref.sha256) for name, ref in found.items()]
     if {name: ref.sha256 for name, ref in found.items()} == wanted:
         absolute = {name: ref.model_copy(update={"path": str(place.path(ref))}) for name, ref in found.items()}
-        return RebuiltSplits(**absolute, note=f"{note}, split again with the ledger of then", compared=compared)
+        return RebuiltSplits(**absolute, note=f"{note}, split again with the ledger as of that run", compared=compared)
     return _recorded(store, recorded, wanted, f"{note}; the splits come from the store's own data set", compared)
 
 

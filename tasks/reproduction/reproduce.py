@@ -92,7 +92,7 @@ def registered_adapter(version: Registered, then: Lineage) -> AdapterRef:
 
 
 def base_again(store: Store, place: Store, spec: RunSpec, then: Lineage) -> BaseModelRef:
-    """The base of then: the store's if its files are what they were, else fetched or converted again. Raises ConfigError if
+    """The recorded base: the store's if its files are what they were, else fetched or converted again. Raises ConfigError if
     it is another one by now."""
     folder = store.files / then.base.path
     if folder.exists() and digest(folder) == then.base.digest:
@@ -100,7 +100,7 @@ def base_again(store: Store, place: Store, spec: RunSpec, then: Lineage) -> Base
     made = prepare_base(place, spec.model.base, then.base.revision)
     if made.digest != then.base.digest:
         what = f"the base {then.base.name} has other files than then ({made.digest[:_SHOWN]})"
-        act = "restore it, or name the folder of then: --set model.base=PATH"
+        act = "restore it, or give the original folder: --set model.base=PATH"
         raise ConfigError(Problem(what, "model.base", f"digest {then.base.digest[:_SHOWN]}", act))
     return made
 

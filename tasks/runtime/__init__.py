@@ -1,1 +1,1 @@
-"""What every subject stands on: `store.Store`, `processes.run_worker`, `partitions`, `fingerprint`."""
+"""What every subject uses: `store.Store`, `processes.run_worker`, `partitions`, `fingerprint`."""

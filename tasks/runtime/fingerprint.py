@@ -23,9 +23,13 @@ _SHAPES_NO_RESULT = (
     "tasks.training.core",  # the memory formulas: a plan is compared with what was measured
     "tasks.training.workers.planned_memory",
     "tasks.training.workers.describe_base",
+    "tasks.models.integrity",  # checks: they refuse a file, and change none
+    "tasks.models.core.adapter_scan",
 )
 # But these in it do.
-_SHAPES_RESULTS = ("tasks.runtime.workers.device", "tasks.runtime.workers.ranks")
+_SHAPES_RESULTS = ("data_contracts.jobs", "tasks.runtime.workers.device", "tasks.runtime.workers.ranks")
+_MESSAGES = frozenset({"Problem", "note", "say", "warn"})
+"""Calls that only report: what they say is left out."""
 
 
 def code_digest(modules: tuple[str, ...]) -> str:
@@ -35,11 +39,14 @@ def code_digest(modules: tuple[str, ...]) -> str:
 
 
 def code_digests(modules: tuple[str, ...]) -> dict[str, str]:
-    """The same module by module. A package's `__init__` holds no code, so it has no digest."""
+    """The same module by module. A name with a slash is a file, such as a template, and counts by its bytes."""
     found: dict[str, str] = {}
     waiting = list(modules)
     while waiting:
         name = waiting.pop()
+        if "/" in name:
+            found[name] = hashlib.sha256(_ROOT.joinpath(name).read_bytes()).hexdigest()
+            continue
         file = _file(name)
         if name in found or file is None:
             continue
@@ -61,7 +68,7 @@ def library_versions(names: tuple[str, ...]) -> dict[str, str]:
 
 
 class _Bare(ast.NodeTransformer):
-    """Leaves what runs: no docstrings (of settings, too), no annotations, no imports for annotations only."""
+    """Leaves what shapes results: no docstrings (of settings, too), annotations, imports for annotations, messages."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
@@ -70,6 +77,11 @@ class _Bare(ast.NodeTransformer):
     def visit_If(self, node: ast.If) -> ast.AST | None:
         typing_only = isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
         return None if typing_only else self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if isinstance(node.func, ast.Name) and node.func.id in _MESSAGES:
+            node.args, node.keywords = [], []
+        return self.generic_visit(node)
 
     def visit_arg(self, node: ast.arg) -> ast.AST:
         node.annotation = None
@@ -99,8 +111,8 @@ def _within(module: str, packages: tuple[str, ...]) -> bool:
 def _file(module: str) -> Path | None:
     if module.partition(".")[0] not in _OURS:
         return None
-    file = _ROOT.joinpath(*module.split(".")).with_suffix(".py")
-    return file if file.exists() else None
+    place = _ROOT.joinpath(*module.split("."))
+    return next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.exists()), None)
 
 
 def _imports(tree: ast.Module) -> list[str]:

@@ -77,7 +77,7 @@ class Store:
 
     @contextmanager
     def publish(self, kind: str, name: str) -> Iterator[Path]:
-        """Yield an empty folder to fill; it becomes `store/kind/name` only if the block ends well.
+        """Yield an empty folder to fill; it becomes `store/kind/name` only if the block succeeds.
 
         Names hold a content key: what is there already has the same content and is replaced by it.
         """

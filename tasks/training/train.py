@@ -7,8 +7,7 @@ from data_contracts.jobs.training import TrainJob
 from data_contracts.reports import Slot, TrainReport
 from data_contracts.stage_inputs import TrainInputs
 from data_contracts.train_spec import TrainSpec
-from tasks.models.base import adapter_ref
-from tasks.models.integrity import checked_adapter, checked_base
+from tasks.models.integrity import adapter_ref, checked_adapter, checked_base
 from tasks.runtime.processes import Launch, run_worker
 from tasks.runtime.store import Store, without_place
 

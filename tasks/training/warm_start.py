@@ -15,8 +15,8 @@ from data_contracts.run_spec import StoreSpec
 from data_contracts.stage_inputs import StartInputs
 from data_contracts.train_spec import LORA_ARMS
 from tasks.data.curation.trained_rows import ids_of, publish_ids, read_ids
-from tasks.models.base import adapter_ref
 from tasks.models.core.adapter_files import CONFIG, WEIGHTS
+from tasks.models.integrity import adapter_ref
 from tasks.release import registry
 from tasks.release.registry import Registered
 from tasks.runtime.store import Store, content_key, digest

@@ -412,7 +412,8 @@ def test_a_port_in_use_is_named_and_nothing_starts(capfd):
         taken.listen()
         port = taken.getsockname()[1]
         assert not port_is_free(port)
-        code, payload, _ = answer(capfd, "ui", "--mlflow-port", str(port), "--set", STORE)
+        ports = ["--mlflow-port", str(port), "--prefect-port", str(free_port())]
+        code, payload, _ = answer(capfd, "ui", *ports, "--set", STORE)
     (problem,) = payload["error"]["problems"]
     assert (code, payload["error"]["kind"]) == (4, "InfrastructureError")
     assert problem["what"] == f"port {port} is in use"

@@ -359,7 +359,7 @@ def test_without_gates_the_screen_says_why_it_is_a_fail(tmp_path):
     )
     for lines in screens(nothing):
         assert lines[0].startswith("FAIL  ")
-        assert "what decided it: every gate is off, and a version that nothing judged fails" in lines
+        assert "what decided it: all gates are off: an unjudged version fails" in lines
 
 
 def test_without_a_lora_arm_the_screen_measures_against_the_base(tmp_path):
@@ -389,8 +389,8 @@ def test_details_is_an_option_of_the_command_and_json_has_no_use_for_it(tmp_path
     assert len(screen.splitlines()) <= MOST_LINES
     assert main([*command, "--details"]) == 0
     tables = capfd.readouterr().out
-    assert "claims, held against this run" in tables
-    assert "claims, held against this run" not in screen
+    assert "claims about QLoRA, checked against this run" in tables
+    assert "claims about QLoRA, checked against this run" not in screen
     assert main([*command, "--details", "--json"]) == 0
     assert list(json.loads(capfd.readouterr().out)) == list(summary(planted(tmp_path)))
 

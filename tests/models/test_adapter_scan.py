@@ -353,7 +353,7 @@ def test_a_file_that_is_cut_or_lies_about_itself_is_refused_at_once(adapter, nam
     file.write_bytes(BROKEN[name](file.read_bytes()))
     started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     (fault,) = scan_adapter(adapter)
-    assert fault.startswith(f"{WEIGHTS}: is no whole safetensors file: ")
+    assert fault.startswith(f"{WEIGHTS}: is not a complete safetensors file: ")
     assert time.monotonic() - started < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
 
@@ -363,7 +363,7 @@ def test_a_huge_file_is_refused_by_its_header_and_never_read(adapter):
         file.truncate(2**40)  # sparse
     started = time.monotonic()
     (fault,) = scan_adapter(adapter)
-    assert "is no whole safetensors file" in fault
+    assert "is not a complete safetensors file" in fault
     assert time.monotonic() - started < 2
     with (adapter / WEIGHTS).open("r+b") as file:
         file.write(struct.pack("<Q", 2**39))  # a header that would fit into the file

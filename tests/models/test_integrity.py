@@ -370,7 +370,7 @@ INDEX = {"weight_map": {"lm_head.weight": "../../outside.safetensors"}}
     ("change", "message"),
     [
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "it holds no .safetensors weights"),
-        (cut("model.safetensors"), "model.safetensors: is no whole safetensors file"),
+        (cut("model.safetensors"), "model.safetensors: is not a complete safetensors file"),
         (lambda f: (f / "model.safetensors.index.json").write_text(json.dumps(INDEX)), "names ../../outside.safetensors"),
         (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json would put an adapter on it"),
         (lambda f: (f / "config.json").write_text("[" * 5000), "config.json is no configuration"),

@@ -49,6 +49,13 @@ def test_a_key_does_not_depend_on_where_the_store_is():
     assert len(keys) == 1
 
 
+def test_a_name_that_a_person_chose_is_no_setting_that_is_left_out():
+    def key(numbers):
+        return stage_key("gate", {"comparison": numbers})
+
+    assert key({"slot": 1.0}) != key({"slot": 2.0})
+
+
 def test_a_key_depends_on_a_files_content_not_on_its_path():
     def key(path, sha256):
         return stage_key("train", {"rows": FileRef(path=path, sha256=sha256)})

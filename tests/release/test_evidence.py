@@ -316,7 +316,7 @@ def test_it_is_made_again_to_the_byte_from_the_stores_snapshot(place, monkeypatc
     monkeypatch.chdir(place.root)
     found = place.again(root=place.store.root.name)  # as a preset names it
     assert found.result == "identical" and found.adapter_now == place.arm.adapter.sha256
-    assert found.data == "the store's snapshot, split again with the ledger of then"
+    assert found.data == "the store's snapshot, split again with the ledger as of that run"
     assert {what for what, same in named(found).items() if not same} <= {"code of the training"}  # planted as c...
     assert {"snapshot", "train split", "test split", "step-0 adapter", "threads", "torch", "processor"} <= named(
         found

@@ -11,6 +11,8 @@ import pytest
 from tasks.pipeline.policies import POLICIES, stage_key
 from tasks.runtime import fingerprint
 
+ROOT = Path(__file__).parents[2]
+
 # A module with a stage's own rules or formulas -> the stages whose keys change with it. Those after them follow by the
 # digests of what they are given.
 FORMULAS = {
@@ -20,11 +22,13 @@ FORMULAS = {
     "tasks.data.curation.core.minhash": {"curate"},
     "tasks.data.curation.dataset_files": {"curate"},
     "tasks.evaluation.workers.benchmark_items": {"benchmarks"},
+    "tasks.models.base": {"prepare_base", "init_adapter"},
     "tasks.models.workers.prepare_base": {"prepare_base"},
     "tasks.models.workers.init_adapter": {"init_adapter"},
     "tasks.training.warm_start": {"choose_start"},
     "tasks.evaluation.core.items": {"benchmarks", "check_tasks", "evaluate", "serve_alone"},
     "tasks.training.workers.trainer": {"train"},
+    "data_contracts.jobs.training": {"train"},
     "tasks.runtime.workers.ranks": {"train"},
     "tasks.models.workers.scoring": {"train", "check_tasks", "evaluate", "serve_alone"},
     "tasks.evaluation.core.comparison": {"compare"},
@@ -36,6 +40,7 @@ FORMULAS = {
     "tasks.release.workers.check_release": {"load_back"},
     "tasks.release.promotion": {"promote"},
     "tasks.reporting.html_report": {"report"},
+    "tasks.reporting.sentences": {"record", "register", "report"},
 }
 # How a result is reached, shown, planned or announced: its code changes no key.
 SHAPES_NO_RESULT = [
@@ -46,6 +51,7 @@ SHAPES_NO_RESULT = [
     "tasks.runtime.processes",
     "tasks.runtime.console",
     "tasks.runtime.workers.harness",
+    "tasks.models.integrity",
     "tasks.training.core.memory",
     "tasks.training.workers.planned_memory",
     "tasks.pipeline.notifications",
@@ -119,6 +125,22 @@ def _reword(file: Path) -> int:
     return count
 
 
+def test_a_changed_template_changes_the_key_of_its_stage(before, copy_of_code):
+    with (copy_of_code / "tasks" / "reporting" / "templates" / "report.html.j2").open("a") as file:
+        file.write("<hr>")
+    assert changed(before) == {"report"}
+
+
+@pytest.mark.parametrize("call", ["say('note', text=TEXT)", "note(TEXT)", "raise ValueError(Problem(TEXT, act=TEXT))"])
+def test_what_a_message_says_is_no_code(tmp_path, call):
+    def digest(text: str) -> str:
+        file = tmp_path / f"{text}.py"
+        file.write_text(f"def f():\n    {call.replace('TEXT', repr(text))}\n")
+        return fingerprint.read_module(file)[0]
+
+    assert digest("loading") == digest("reading")
+
+
 def test_a_raised_version_changes_the_key_of_its_stage_alone(before, monkeypatch):
     monkeypatch.setitem(POLICIES, "compare", replace(POLICIES["compare"], version=2))
     assert changed(before) == {"compare"}
@@ -143,5 +165,5 @@ def test_a_helper_is_followed_through_the_imports(tmp_path, monkeypatch):
 def test_every_stage_names_modules_and_libraries_that_exist():
     assert len(POLICIES) > 10
     for name, policy in POLICIES.items():
-        assert all(fingerprint._file(module) for module in policy.code), name
+        assert all(fingerprint._file(module) or (ROOT / module).is_file() for module in policy.code), name
         assert fingerprint.library_versions(policy.libraries).keys() == set(policy.libraries)

@@ -372,7 +372,7 @@ class TestUp:
             states = database.execute("select state_name from flow_run where name = ?", (name,)).fetchall()
         assert states == [("Crashed",)]
         steps = [int(path.name[11:]) for path in running.folder.glob("mlruns/store/training/*/checkpoint-*")]
-        assert any(step % 5 for step in steps), "no checkpoint of the step at hand"
+        assert any(step % 5 for step in steps), "no checkpoint of the current step"
         assert running("down")[:2] == (0, {"stopped": [], "runs": []})
 
 

@@ -16,7 +16,7 @@ from data_contracts.run_spec import RunSpec, StoreSpec
 from data_contracts.stage_inputs import TrainInputs
 from data_contracts.train_spec import Arm, TrainSpec, arms_of
 from tasks.evaluation.core.costs import claims, measure_costs
-from tasks.models.base import adapter_ref
+from tasks.models.integrity import adapter_ref
 from tasks.pipeline.policies import stage_key
 from tasks.runtime.processes import Display
 from tasks.runtime.store import Store, digest

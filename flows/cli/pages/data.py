@@ -44,7 +44,7 @@ def show_dataset(data: DatasetManifest, stages: list[Stage], store: Store, conso
         _add(table, {n: r.rows for n, r in data.repairs.items()}, {n: r.examples for n, r in data.repairs.items()})
     if data.flags:
         table.add_section()
-        table.add_row("flagged", "", "kept all the same; --set rules.actions.REASON=quarantine takes them out")
+        table.add_row("flagged", "", "kept anyway; --set rules.actions.REASON=quarantine takes them out")
         _add(table, data.flags, {})
     console.print(table)
     for line in (_languages(data), _drift(data), _contamination(data)):

@@ -83,7 +83,7 @@ def _show_sample(evaluations: Sequence[EvalReport], console: "Console") -> None:
     if not answers:
         return
     first = next(iter(answers.values()))
-    console.print(Text("\na held-out question, and who answers what", style="bold"))
+    console.print(Text("\na held-out question, with each model's answer", style="bold"))
     lines = {"question": first.question, "reference": first.reference}
     lines |= {label_of(target): answer.answer for target, answer in answers.items()}
     for label, text in lines.items():
@@ -137,7 +137,7 @@ def _table(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]], con
 
 def _show_claims(found: Comparison, console: "Console") -> None:
     """What articles say of QLoRA, each next to what this run measured."""
-    table = Table(title="\nclaims, held against this run", title_justify="left", title_style="bold")
+    table = Table(title="\nclaims about QLoRA, checked against this run", title_justify="left", title_style="bold")
     for name in ("QLoRA ...", "here", "measured"):
         table.add_column(name)
     for claim in found.claims:

@@ -98,7 +98,7 @@ def _show_deciding_gates(report: GateReport, console: "Console") -> None:
 def _counts(report: GateReport) -> str:
     """How many gates passed, failed, and are inconclusive."""
     if not report.gates:
-        return "every gate is off, and a version that nothing judged fails"
+        return "all gates are off: an unjudged version fails"
     total = len(report.gates)
     if report.verdict == "pass":
         return "the only gate passed" if total == 1 else f"all {total} gates passed"

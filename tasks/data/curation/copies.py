@@ -1,4 +1,4 @@
-"""What is compared, and which row stands for its copies.
+"""The compared columns, and the representative row of each group of copies.
 
 A row has one place throughout: first come the rows of the data, in the order of their parts, then the held-out rows that
 only the ledger knows. Everything about rows is a column by place.

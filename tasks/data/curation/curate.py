@@ -1,4 +1,4 @@
-"""Stage 3: duplicates leave, the rest is split for ever, and every row's fate goes into the ledger.
+"""Stage 3: duplicates are removed, the rest gets a permanent split, and every row's fate is recorded in the ledger.
 
 A row has one place throughout (see copies.py). Everything about rows is a column by place, and every step answers with
 new columns: which row stands for its copies, then splits, then fates.

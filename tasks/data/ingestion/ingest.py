@@ -101,7 +101,7 @@ def _log_encodings(sources: list[Source], data: DataSpec) -> None:
 
 
 def _check_clusters(field: str, alone: int, rows: int) -> None:
-    """A name that no row knows would part what belongs together, unseen: that stops the run. Fewer rows are logged."""
+    """A cluster field that no row has would silently split clusters, so it stops the run. Fewer rows are logged."""
     if rows and alone == rows:
         act = "name a field of your rows; dots reach into nested values"
         raise DataError(Problem(f"none of {rows:,} rows has a value in {field!r}", "data.cluster_field", act=act))

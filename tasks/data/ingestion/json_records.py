@@ -91,7 +91,7 @@ class _Records:
         self._sibling = re.compile(rf"\n[^\S\n]{{0,{self._indent}}}{self._start}")
 
     def move_to_next(self) -> bool:
-        """Stand on the first character of a record; False at the end of the file."""
+        """Move to the first character of a record; False at the end of the file."""
         raise NotImplementedError
 
     def _broken_end(self, offset: int) -> int:

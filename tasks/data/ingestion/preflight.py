@@ -53,7 +53,7 @@ def _log_delimiters(sources: list[Source], data: DataSpec) -> None:
         for source in files if data.delimiter == AUTO else []:
             delimiter = find_delimiter(source.path, resolve_encoding(source.path, data.encoding)[0], AUTO)
             if delimiter != ",":
-                reason = "it parts the header and the first rows alike"
+                reason = "it splits header and first rows into the same number of columns"
                 display.show({"event": "note", "text": f"{source.name}: delimiter {delimiter!r} ({reason})"})
 
 

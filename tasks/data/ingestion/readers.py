@@ -69,7 +69,7 @@ def _read_csv(path: Path, encoding: str, delimiter: str) -> Iterator[RawRow]:
 
 
 def find_delimiter(path: Path, encoding: str, configured: str) -> str:
-    """What parts the columns. `auto`: the one that gives the first records the header's number of columns.
+    """The column separator. `auto`: the one that gives the first records the header's number of columns.
 
     At least two columns are needed, and nine records in ten; half of them if a comma does not part the header at all.
     A comma where none or several others fit.

@@ -20,7 +20,7 @@ _NEEDS = {
 
 
 def all_tasks(job: EvaluateJob, items: list[TaskItem], chat: Chat) -> dict[str, Any]:
-    """Every task of an evaluation by its name. Raises ConfigError for one that cannot be had."""
+    """Every task of an evaluation by its name. Raises ConfigError for an unavailable task."""
     own = domain_tasks(job, items, chat)
     for name in (name for name in DOMAIN_TASKS if name in job.tasks and name not in own):
         say("note", text=f"{name} is left out: no test row has {_NEEDS[name]}")
@@ -52,6 +52,6 @@ def _fetch(manager: TaskManager, names: list[str]) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = manager.load(names)["tasks"]
     except (OSError, ConnectionError, ValueError) as error:
-        raise ConfigError(Problem(f"the data of {', '.join(names)} cannot be had: {error}", "evaluate.tasks",
+        raise ConfigError(Problem(f"the data of {', '.join(names)} is not available: {error}", "evaluate.tasks",
                                   act="go online once so that they are cached, or take the task out")) from error  # fmt: skip
     return loaded

@@ -109,17 +109,17 @@ def read_bounded_json(file: Path) -> Any:
 
 
 def read_header(file: Path) -> Header:
-    """Every tensor's type and shape. Raises ValueError, with the file's name, for what is no whole safetensors file."""
+    """Every tensor's type and shape. Raises ValueError, with the file's name, for what is not a complete safetensors file."""
     length, size = _header_bytes(file), file.stat().st_size
     if length > min(size - 8, _MOST_HEADER_BYTES):
         found = f"its header would have {length:,} bytes, the file has {size:,}" if size >= 8 else f"{size} bytes"
-        raise ValueError(f"{file.name}: is no whole safetensors file: {found}")
+        raise ValueError(f"{file.name}: is not a complete safetensors file: {found}")
     try:
         with safe_open(file, framework="numpy") as stored:
             slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 it is no mapping
             return {name: Tensor(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file.name}: is no whole safetensors file: {str(error)[:200]}") from error
+        raise ValueError(f"{file.name}: is not a complete safetensors file: {str(error)[:200]}") from error
 
 
 def _header_bytes(file: Path) -> int:

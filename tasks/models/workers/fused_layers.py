@@ -87,7 +87,7 @@ class LoraLinear(torch.autograd.Function):
 def fuse_lora(model: torch.nn.Module) -> int:
     """Give every plain LoRA linear layer the fused forward; answers with how many got it.
 
-    While dropout is at work, a layer computes as PEFT does; with DoRA always. A start that is taken off
+    While dropout is active, a layer computes as PEFT does; with DoRA always. A start that is taken off
     (tasks/models/workers/pissa_olora_loftq.py) is one more part of A and B, which gets no gradient.
     """
     found = [(layer, lora_of(layer)) for layer in model.modules()]
@@ -192,7 +192,7 @@ def _is_gated_mlp(part: Any) -> bool:
 
 
 def _computes_the_same(part: Any) -> bool:
-    """On a few numbers, which is how a class that scales or norms in between is found out."""
+    """Numeric check on a small input: detects classes that also scale or normalise."""
     weight = part.gate_proj.lora_A[next(iter(part.gate_proj.lora_A))].weight
     dtype = next(part.gate_proj.get_base_layer().parameters()).dtype
     x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).view(2, -1)

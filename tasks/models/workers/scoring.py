@@ -2,7 +2,7 @@
 
 Two ways, one result: `packed`, a prefix tree in one row, with attention by segment and the vocabulary projection at
 scored positions only; and `padded`, the plain Hugging Face forward, for models that the first does not cover.
-`choose_way` compares them on the model at hand.
+`choose_way` compares them on the loaded model.
 """
 
 from collections.abc import Sequence

@@ -23,7 +23,7 @@ def ask_model(job: AskJob, out: Path) -> dict[str, Any]:
 
 
 def load_registered(version: LoadJob) -> Any:
-    """The model as MLflow gives it to anybody."""
+    """The model as `mlflow.pyfunc.load_model` returns it."""
     # From a tracking server the version's files come into a temporary folder, from where no base can be found.
     os.environ.setdefault("TUNEGATE_STORE_DIR", version.store)
     mlflow.set_tracking_uri(version.tracking_uri)

@@ -141,7 +141,7 @@ def stopped_early(state: dict[str, Any]) -> bool:
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM and SIGINT end a run with a checkpoint of the step at hand."""
+    """SIGTERM and SIGINT end a run with a checkpoint of the current step."""
 
     signalled: str | None = None
     agreed = False  # by all ranks: a signal reaches them in different steps

@@ -100,7 +100,7 @@ def batch_facts(rows: list[ScoredSequence], plan: list[list[int]], job: TrainJob
     tokens = [sum(len(rows[index].ids) for index in step) for step in plan]
     most = f"at most {max(map(len, plan))} and {max(tokens):,}"
     steps = "train.max_steps" if len(plan) == settings.max_steps else f"train.epochs={settings.epochs}"
-    why = f"train.batch_tokens={settings.batch_tokens} holds no more; {len(plan)} steps by {steps}"
+    why = f"train.batch_tokens={settings.batch_tokens} is full; {len(plan)} steps, limited by {steps}"
     why += f"; shared by {ranks()} workers" if ranks() > 1 else ""
     why += f"; computed in {parts} parts, since memory ran out" if parts > 1 else ""
     batch = f"{sum(map(len, plan)) / len(plan):.1f} rows and {sum(tokens) / len(plan):,.0f} tokens a step ({most})"
@@ -135,7 +135,7 @@ def trainable(job: TrainJob, device: Device) -> Any:
     set_seed(job.seed)
     if job.step0 is not None:
         model = with_adapter(model, str(job.step0))
-    model.eval()  # PEFT's dropout begins at work, and would make the packed losses differ from the padded ones
+    model.eval()  # PEFT starts with dropout active, and would make the packed losses differ from the padded ones
     if is_taken_off(job):
         take_off_start(model)
     if job.settings.activation_checkpointing:

@@ -209,7 +209,7 @@ class PackedTrainer(Trainer):
         whole = whole_weights(model) if is_sharded(model) else None
         if not all(bool(torch.isfinite(weight).all()) for weight in (whole.values() if whole else weights)):
             act = f"lower train.learning_rate; {last_good(out)}"
-            raise ConfigError(Problem("a weight is no finite number any more", f"step {step}", act=act))
+            raise ConfigError(Problem("a weight is not finite", f"step {step}", act=act))
         optimizer: Any = self.optimizer
         states = [value for state in optimizer.state.values() for value in state.values()]
         tensors = weights + [value for value in states if isinstance(value, torch.Tensor)]
