@@ -69,7 +69,7 @@ def ingested(run: Stages, store: Store, spec: RunSpec) -> Snapshot:
     return run.run(stages.ingest_stage, store, spec.data, source_digests(spec.data))
 
 
-def release_rows(spec: RunSpec, reason: str, why: str, rows: list[str]) -> tuple[DatasetManifest, list[Stage]]:
+def release_quarantined(spec: RunSpec, reason: str, why: str, rows: list[str]) -> tuple[DatasetManifest, list[Stage]]:
     """Overrule `reason` for the quarantined rows whose id begins with one of `rows` (all, if none is given).
 
     Raises ConfigError if the reason cannot be overruled or no such row is there.

@@ -71,9 +71,9 @@ def release_command(
 ) -> Outcome:
     """Bring rows back from quarantine: all that a reason rejected, or some. Who did it and why is kept."""
     spec = prepared_spec(preset, changes)
-    from flows.prepare_data import release_rows
+    from flows.prepare_data import release_quarantined
 
-    return _page(spec, release_rows(spec, reason, why, rows or []))
+    return _page(spec, release_quarantined(spec, reason, why, rows or []))
 
 
 def _page(spec: "RunSpec", prepared: "tuple[DatasetManifest, list[Stage]]") -> Outcome:

@@ -80,7 +80,7 @@ def recorded_dataset(version: Registered) -> DatasetManifest:
     return DatasetManifest.model_validate_json((version.artifacts / EVIDENCE / "dataset.json").read_bytes())
 
 
-def registered_adapter(version: Registered, then: Lineage) -> AdapterRef:
+def recorded_adapter(version: Registered, then: Lineage) -> AdapterRef:
     """The registered adapter. Raises StoreError if it is not the file that the lineage names."""
     weights = Path(version.adapter.folder) / WEIGHTS
     found = digest(weights if weights.exists() else weights.parent)
@@ -148,7 +148,7 @@ def compare_again(
     job = CompareAdaptersJob(then=version.adapter.folder, now=str(place.path(arm.adapter.folder)))
     found = run_worker("tasks.reproduction.workers.compare_adapters", job, place.files / "compared")
     own = {"method": arm.method, "quantisation": arm.quantisation}
-    adapters = {"then": registered_adapter(version, then), "now": arm.adapter}
+    adapters = {"then": recorded_adapter(version, then), "now": arm.adapter}
     targets = [EvalTarget(name=name, adapter=adapter, **own) for name, adapter in adapters.items()]
     only_loss = {"tasks": ["domain_nll"], "forms": [], "sample_questions": 0, "task_folder": None}
     scoring = ScoringInputs(

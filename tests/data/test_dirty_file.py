@@ -12,7 +12,7 @@ from data_contracts.data_reports import DatasetManifest, DataState, Snapshot, Va
 from data_contracts.data_spec import ContractSpec, CurateSpec, DataSpec, RulesSpec
 from data_contracts.errors import ConfigError, DataError
 from flows.cli.app import main
-from flows.prepare_data import release_rows
+from flows.prepare_data import release_quarantined
 from tasks.data.curation import row_ledger as ledger
 from tasks.data.curation.curate import Curation, curate_rows
 from tasks.data.curation.dataset_files import SPLITS
@@ -131,7 +131,7 @@ def test_a_released_row_comes_back_and_only_for_that_reason(store: Store) -> Non
 )
 def test_a_release_that_cannot_be_is_refused_with_the_next_act(reason: str, why: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        release_rows(None, reason, why, [])  # type: ignore[arg-type]
+        release_quarantined(None, reason, why, [])  # type: ignore[arg-type]
 
 
 def test_appended_rows_leave_the_parts_before_as_they_are(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +154,7 @@ def test_the_story_of_a_row_tells_what_came_in_what_became_of_it_and_where_it_is
     (rejected,) = row_stories(store, "model", f"rows.jsonl:{LINES['empty']}")
     assert (rejected.now["file"], rejected.now["reason"]) == ("quarantine", "empty_answer")
     assert row_stories(store, "model", rejected.row_id[:12]) == [rejected]
-    ledger.release_rows(store, "model", [rejected.row_id], "refusal", "because")
+    ledger.release_quarantined(store, "model", [rejected.row_id], "refusal", "because")
     assert row_stories(store, "model", rejected.row_id[:12])[0].releases[0]["why"] == "because"
     with pytest.raises(ConfigError, match="no row is called"):
         row_stories(store, "model", "nowhere:1")

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 Hashes = NDArray[np.uint64]
 Offsets = NDArray[np.int64]
-Flags = NDArray[np.bool_]
 
 # Kana, ideographs, Hangul syllables; Thai, Lao, Burmese, Khmer: a character there says about as much as a word.
 _SINGLE: Final = (
