@@ -23,8 +23,8 @@ from tasks.reproduction.reproduce import (
     base_again,
     begin_again,
     compare_again,
+    recorded_adapter,
     recorded_dataset,
-    registered_adapter,
     reproduction_report,
     train_again,
     working_place,
@@ -76,7 +76,7 @@ def reproduce_flow(spec: RunSpec, uri: str, threads: int | None = None) -> Repro
     started, store = time.monotonic(), Store(Path(spec.store.root).resolve())
     version = registry.resolve(spec.store, uri, "reproduce")
     then = registry.recorded_lineage(spec.store, version)
-    registered_adapter(version, then)
+    recorded_adapter(version, then)
     with working_place(store, version) as place, device_slot(f"reproduce {version.label}"):
         rows = rebuild_splits(store, place, spec, then, recorded_dataset(version))
         note(f"rows: {rows.note}")

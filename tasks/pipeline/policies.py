@@ -87,7 +87,7 @@ POLICIES = {
         (_ROWS, "tasks.data.ingestion.ingest", "tasks.data.ingestion.workers.build_python_docs"),
         ("pyarrow", "datasets", "charset-normalizer"),
     ),
-    "validate": Policy((_ROWS, "tasks.data.validation.validate"), ("great-expectations", *validation.LIBRARIES)),
+    "validate": Policy((_ROWS, "tasks.data.validation.validate"), ("great-expectations", *validation.CHECK_LIBRARIES)),
     "benchmarks": Policy(("tasks.evaluation.workers.benchmark_items",), ("lm-eval",)),
     "curate": Policy((_ROWS, "tasks.data.curation.curate"), ("rensa", "scipy", "xxhash")),
     "prepare_base": Policy(
@@ -106,9 +106,9 @@ POLICIES = {
         7 * 24 * _HOURS,
         device=True,
     ),
-    "evaluate": Policy(_EVALUATION, evaluation.LIBRARIES, 24 * _HOURS, device=True),
+    "evaluate": Policy(_EVALUATION, evaluation.SCORING_LIBRARIES, 24 * _HOURS, device=True),
     "compare": Policy(("tasks.evaluation.compare",), ("scipy", "numpy")),
-    "serve_alone": Policy(_EVALUATION, evaluation.LIBRARIES, 2 * _HOURS, device=True),
+    "serve_alone": Policy(_EVALUATION, evaluation.SCORING_LIBRARIES, 2 * _HOURS, device=True),
     "gate": Policy(("tasks.evaluation.core.gates",), ("scipy",)),
     "record": Policy(("tasks.reporting.mlflow_run", *_REPORTING), ("mlflow", "matplotlib")),
     "register": Policy(

@@ -154,7 +154,7 @@ def test_the_story_of_a_row_tells_what_came_in_what_became_of_it_and_where_it_is
     (rejected,) = row_stories(store, "model", f"rows.jsonl:{LINES['empty']}")
     assert (rejected.now["file"], rejected.now["reason"]) == ("quarantine", "empty_answer")
     assert row_stories(store, "model", rejected.row_id[:12]) == [rejected]
-    ledger.release_quarantined(store, "model", [rejected.row_id], "refusal", "because")
+    ledger.release_rows(store, "model", [rejected.row_id], "refusal", "because")
     assert row_stories(store, "model", rejected.row_id[:12])[0].releases[0]["why"] == "because"
     with pytest.raises(ConfigError, match="no row is called"):
         row_stories(store, "model", "nowhere:1")

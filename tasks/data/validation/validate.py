@@ -16,7 +16,7 @@ from data_contracts.data_reports import Drift, FileRef, Repaired, Snapshot, Vali
 from data_contracts.data_spec import ContractSpec, RulesSpec
 from data_contracts.errors import DataError, Problem
 from data_contracts.rows import conversation_from_json
-from tasks.data.validation.check_rows import LIBRARIES, CheckPart, Releases, check_part, summaries
+from tasks.data.validation.check_rows import CHECK_LIBRARIES, CheckPart, Releases, check_part, summaries
 from tasks.data.validation.contract import ExpectationResult, Suites, load_suites, run_suites
 from tasks.data.validation.core.drift import LENGTHS, SHARES, Profile, drift, labels, largest_label_share, profile
 from tasks.runtime.fingerprint import code_digest, library_versions
@@ -137,7 +137,7 @@ def _validated(store: Store, snapshot: Snapshot, folder: Path, found: _Found) ->
 
 
 def _parts(store: Store, snapshot: Snapshot, checks: Checks) -> list[Part[CheckPart]]:
-    code = [code_digest(("tasks.data.validation.check_rows",)), json.dumps(library_versions(LIBRARIES))]
+    code = [code_digest(("tasks.data.validation.check_rows",)), json.dumps(library_versions(CHECK_LIBRARIES))]
     if checks.rules.function:
         code.append(digest(Path(checks.rules.function.rpartition(":")[0])))
     text = json.dumps(checks.settings, sort_keys=True)
