@@ -25,8 +25,8 @@ Details = Annotated[bool, typer.Option("--details", help="Print the full tables 
 Name = Annotated[str, typer.Argument(help="Name in the registry.")]
 
 
-def prepared_spec(preset: str | None, changes: list[str] | None) -> "RunSpec":
-    """The spec of a preset or file with its changes."""
+def prepared_spec(preset: str | None, changes: list[str] | None, title: str | None = None) -> "RunSpec":
+    """The spec of a preset or file with its changes. title: what is started, if not the preset by its name."""
     from flows.config.load import DEFAULT_PRESET, load_spec
     from flows.services.environment import make_homes, prepare_environment
 
@@ -34,7 +34,9 @@ def prepared_spec(preset: str | None, changes: list[str] | None) -> "RunSpec":
     prepare_environment(spec.store)
     make_homes(spec.store)
     # Prefect's imports and its server take seconds before the first stage can say anything.
-    page(sys.stderr).print(f"{preset or DEFAULT_PRESET}: starting, store {spec.store.root}", style="dim", markup=False)
+    page(sys.stderr).print(
+        f"{title or preset or DEFAULT_PRESET}: starting, store {spec.store.root}", style="dim", markup=False
+    )
     return spec
 
 

@@ -116,7 +116,7 @@ def gate_command(
     make_folder(report)
     if preset is None:
         preset = preset_of(model, changes)
-    spec = prepared_spec(preset, changes)
+    spec = prepared_spec(preset, changes, title=model)
     from flows.cli.pages.payloads import decision_summary
     from flows.cli.pages.verdict import show_decision
     from flows.gate import gate
@@ -127,7 +127,7 @@ def gate_command(
         from flows.cli.pages.pull_request import put_comment
 
         put_comment(decision)
-    show = partial(show_decision, decision, details=details)
+    show = partial(show_decision, decision, spec.store.root, details=details)
     return Outcome(decision_summary(decision), show, EXIT_CODES[decision.gate.verdict])
 
 

@@ -23,6 +23,7 @@ from flows.services.state import MARK, State, services_folder
 from flows.services.supervisor import IDLE, Process, Program, Supervisor, configuration
 from tasks.reporting.links import MLFLOW_PAGE
 from tasks.runtime.console import note, page
+from tasks.runtime.store import write_atomically
 
 WORKER = "worker"
 
@@ -70,7 +71,7 @@ def up(preset: str | None, changes: list[str], mlflow_port: int | None, prefect_
         services_state.write_services_state(folder, replace(state, deployed=before.deployed if before and runs else ""))
         try:
             if not runs:
-                supervisor.file.write_text(configuration(_programs(found)), encoding="utf-8")
+                write_atomically(supervisor.file, configuration(_programs(found)))
                 supervisor.start(_environment(folder, found))
             return _start(spec, supervisor, found, missing)
         except BaseException:

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-from pydantic import BaseModel
-
 from data_contracts.data_reports import CheckedRows, Report
 from data_contracts.run_spec import RunSpec
 from data_contracts.stage_inputs import StageInputs
@@ -123,13 +121,13 @@ def _made(name: str, value: Any) -> KeyParts:
 
 
 def _given(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    prefix = _SECTIONS.get(type(value)) if isinstance(value, BaseModel) else None
-    label = _GIVEN.get(name, name.replace("_", " "))
-    if prefix is None and not isinstance(value, dict):
-        yield label, _text(plain(value))
+    label = _SECTIONS.get(type(value), _GIVEN.get(name, name.replace("_", " ")))
+    content = plain(value)
+    if not isinstance(content, dict):
+        yield label, _text(content)
         return
-    for path, leaf in _leaves(plain(value)):
-        yield (label if prefix is None else prefix) + path, _text(leaf)
+    for path, leaf in _leaves(content):
+        yield label + path, _text(leaf)
 
 
 def _leaves(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -161,7 +159,9 @@ def _differences(last: KeyParts, now: KeyParts) -> list[str]:
         kinds[kind if kind in kinds else ""].append(rest if kind in kinds else name)
     lines = [_setting(name, last.get(name), now.get(name)) for name in kinds[""]]
     lines += dict.fromkeys(f"{name.partition('/')[0]} changed" for name in kinds["made"])
-    lines += [f"code changed: {_listed(kinds['code'])}"] if kinds["code"] else []
+    if kinds["code"]:
+        is_elsewhere = not any(name.startswith("code ") and name in now for name in last)
+        lines.append(f"code changed: {'every module has another name' if is_elsewhere else _listed(kinds['code'])}")
     return lines + [
         f"{name} {last.get(f'version {name}')} -> {now.get(f'version {name}')}" for name in kinds["version"]
     ]

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from data_contracts.errors import ERRORS, Problem, TransientError, WorkerError
 from data_contracts.jobs import Job
+from tasks.runtime.console import page
 from tasks.runtime.core.files import write_atomically
 
 _LOG_LINES_SHOWN = 12
@@ -200,7 +200,7 @@ class _Screen:
     def enter(self) -> Progress:
         with self._lock:
             if self.shown == 0:
-                console = Console(stderr=True)
+                console = page(sys.stderr)
                 self._bar = Progress(
                     TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(),
                     TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn(), console=console,

@@ -406,14 +406,14 @@ def test_a_gate_decision_is_one_screen_too(tmp_path, width):
         "candidate", 400, 390, nll_nats={}, gain=estimate(1.2), champion_gain=estimate(-0.02), stop_rate=estimate(0.9)
     )
     failed = decision(found, "fail", "m version 2", FAILED)
-    lines = rendered(lambda page: show_decision(failed, page), width)
+    lines = rendered(lambda page: show_decision(failed, "mlruns", page), width)
     assert lines[:2] == ["FAIL  m version 3 must not be released", "  compared with m version 2, 400 held-out items"]
     assert len(lines) <= MOST_LINES
     assert "what decided it: 1 failed of 1 gate" in lines
     assert any("-0.020 [-0.070, 0.030]" in line for line in lines)
     assert lines[-1].endswith("the same command with --details")
     passed = decision(found, "pass", None, FIRST_RUN)
-    lines = rendered(lambda page: show_decision(passed, page, details=True), width)
+    lines = rendered(lambda page: show_decision(passed, "else where", page, details=True), width)
     assert "  no other version is in production, 400 held-out items" in lines
     assert "tunegate promote m --version 3" in "\n".join(lines)
     assert lines[-1] == "verdict: PASS"

@@ -4,6 +4,7 @@ At most 40 lines, and 80 columns wide except for paths and commands, which are n
 """
 
 import math
+import shlex
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -47,8 +48,8 @@ def show_run(report: RunReport, console: "Console", *, details: bool = False, se
         show_run_tables(report, console)
 
 
-def show_decision(decision: Decision, console: "Console", *, details: bool = False) -> None:
-    """One screen on a registered version that was judged alone; with `details` the tables below."""
+def show_decision(decision: Decision, root: str, console: "Console", *, details: bool = False) -> None:
+    """One screen on a registered version that was judged alone; with `details` the tables below. root: of its store."""
     _show_headline(decision.gate, f"{decision.name} version {decision.version}", console)
     rival = f"compared with {decision.champion}" if decision.champion else "no other version is in production"
     _show_wrapped(f"{rival}, {decision.comparison.items:,} held-out items", "  ", console)
@@ -56,7 +57,7 @@ def show_decision(decision: Decision, console: "Console", *, details: bool = Fal
     _show_numbers(decision.comparison, console)
     steps = {"tables": "the same command with --details"}
     if decision.gate.verdict == "pass":
-        steps["promote it"] = f"tunegate promote {decision.name} --version {decision.version}"
+        steps["promote it"] = f"tunegate promote {decision.name} --version {decision.version}{_store_option(root)}"
     _show_next(steps, console)
     if details:
         show_decision_tables(decision.gate, decision.comparison, console)
@@ -206,9 +207,12 @@ def duration(seconds: float) -> str:
     return large if small.startswith("0 ") else f"{large} {small}"
 
 
+def _store_option(root: str) -> str:
+    return "" if root == _DEFAULT_ROOT else f" --set {shlex.quote(f'store.root={root}')}"
+
+
 def _steps_after_run(report: RunReport) -> dict[str, str]:
-    root = report.spec["store"]["root"]
-    store = "" if root == _DEFAULT_ROOT else f" --set store.root={root}"
+    store = _store_option(report.spec["store"]["root"])
     questions = [answer.question for item in report.evaluations for answer in item.answers]
     text = " ".join(min(questions, key=len, default="your question").split()).replace('"', "'").replace("`", "")
     shown = text if len(text) <= _QUESTION_CHARS else f"{text[: _QUESTION_CHARS - 3]}..."

@@ -13,7 +13,7 @@ from data_contracts.errors import TunegateError
 def write_atomically(path: Path, text: str, *, durable: bool = False) -> None:
     """Write a text file so that it is complete or absent, whenever the process is killed.
 
-    durable: also when the machine loses its power after the return.
+    durable: the text is on the disk before the name is. A name that must survive a power cut needs a sync of its folder too.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     with draft.open("w", encoding="utf-8") as file:

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from data_contracts.errors import Problem, StoreError
+from tasks.runtime.core.files import write_atomically
 from tasks.runtime.workers.harness import say
 from tasks.runtime.workers.ranks import ranks
 
@@ -100,10 +101,7 @@ def _seal(folder: Path) -> None:
     manifest = {name: _identity(folder / name) for name in _files(folder)}
     for name in manifest:
         _sync(folder / name)
-    draft = folder.with_suffix(".draft")
-    draft.write_text(json.dumps(manifest, indent=1))
-    _sync(draft)
-    draft.rename(folder / _MANIFEST)
+    write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=1), durable=True)
     _sync(folder)
     _sync(folder.parent)
 
