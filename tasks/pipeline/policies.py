@@ -55,13 +55,14 @@ NOT_IDENTITY = frozenset(
         "checkpoint_steps",
         "max_loss_rise_nats",
         "engine",
+        "start",  # where training began is in the digests of its adapter and rows
         "warm_start",
         "replay_share",
         "task_folder",
         "schedule",
     }
 )
-_NOT_IDENTITY_OF_REPORTS = frozenset({"start"})  # where training began is in the digests of its adapter and rows
+_NOT_IDENTITY_OF_REPORTS = frozenset({"start"})
 _MODEL_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 

@@ -610,7 +610,7 @@ def test_the_workflows_own_steps_gate_a_change_against_main_and_comment(job, api
     code, said = run_step(decide, job)
     printed = json.loads((work / "gate" / "gate.json").read_text())
     assert code == {"pass": 0, "fail": 1, "inconclusive": 3}[printed["verdict"]], said
-    assert printed["rival"] == "tunegate-smoke version 1"
+    assert printed["champion"] == "tunegate-smoke version 1"
     assert printed["version"] == "2"
     assert printed["comparison"]["champion_gain"]["value"] != 0
     assert (work / "gate" / "gate.md").read_text() in Path(environment["GITHUB_STEP_SUMMARY"]).read_text()

@@ -395,9 +395,9 @@ def test_details_is_an_option_of_the_command_and_json_has_no_use_for_it(tmp_path
     assert list(json.loads(capfd.readouterr().out)) == list(summary(planted(tmp_path)))
 
 
-def decision(found: Comparison, verdict: str, rival: str | None, *gates: GateResult) -> Decision:
+def decision(found: Comparison, verdict: str, champion: str | None, *gates: GateResult) -> Decision:
     report = GateReport(gates=list(gates), off=[], verdict=verdict)
-    return Decision(model="models:/m/3", name="m", version="3", rival=rival, gate=report, comparison=found)
+    return Decision(model="models:/m/3", name="m", version="3", champion=champion, gate=report, comparison=found)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -415,7 +415,7 @@ def test_a_gate_decision_is_one_screen_too(tmp_path, width):
     passed = decision(found, "pass", None, FIRST_RUN)
     lines = rendered(lambda page: show_decision(passed, "else where", page, details=True), width)
     assert "  no other version is in production, 400 held-out items" in lines
-    assert "tunegate promote m --version 3" in "\n".join(lines)
+    assert "tunegate promote m --version 3 --set 'store.root=else where'" in "\n".join(lines)
     assert lines[-1] == "verdict: PASS"
 
 

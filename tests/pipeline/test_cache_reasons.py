@@ -22,6 +22,7 @@ from tasks.pipeline import stages
 from tasks.pipeline.cache_reasons import Reasons
 from tasks.pipeline.policies import NOT_IDENTITY
 from tasks.runtime import fingerprint
+from tasks.models.base import start_settings
 from tasks.runtime.store import Store
 from tests.flows.test_pages import planted
 
@@ -157,6 +158,23 @@ def test_training_names_its_settings_before_what_follows_from_others(tmp_path):
         == "train.seeds 17 -> 18, start adapter changed"
     )
     assert why(tmp_path, rows=FileRef(path="elsewhere", sha256="1"), settings=TrainSpec(threads=1)) == reasons.GONE
+
+
+def test_a_start_adapter_names_the_setting_it_is_made_from(tmp_path):
+    def arguments(rank: int) -> dict:
+        return {"base": BASE, "settings": start_settings("lora", 17, TrainSpec(rank=rank), "fp32")}
+
+    kept = Reasons(Store(tmp_path), "m", "retrain")
+    kept.keep("init_adapter", "init_adapter", arguments(16))
+    assert kept.why("init_adapter", "init_adapter", arguments(8)) == "train.rank 16 -> 8"
+
+
+def test_moved_modules_are_one_reason(tmp_path):
+    kept = Reasons(Store(tmp_path), "m", "retrain")
+    kept.keep("gate", "gate", {})
+    (file,) = tmp_path.rglob("gate.json")
+    file.write_text(file.read_text().replace('"code ', '"code old.'))
+    assert kept.why("gate", "gate", {}) == "code changed: every module has another name"
 
 
 def test_at_most_three_differences_are_named_one_by_one(tmp_path):

@@ -51,8 +51,8 @@ def show_run(report: RunReport, console: "Console", *, details: bool = False, se
 def show_decision(decision: Decision, root: str, console: "Console", *, details: bool = False) -> None:
     """One screen on a registered version that was judged alone; with `details` the tables below. root: of its store."""
     _show_headline(decision.gate, f"{decision.name} version {decision.version}", console)
-    rival = f"compared with {decision.champion}" if decision.champion else "no other version is in production"
-    _show_wrapped(f"{rival}, {decision.comparison.items:,} held-out items", "  ", console)
+    against = f"compared with {decision.champion}" if decision.champion else "no other version is in production"
+    _show_wrapped(f"{against}, {decision.comparison.items:,} held-out items", "  ", console)
     _show_deciding_gates(decision.gate, console)
     _show_numbers(decision.comparison, console)
     steps = {"tables": "the same command with --details"}
