@@ -23,7 +23,7 @@ from tasks.pipeline.cache_reasons import Reasons
 from tasks.pipeline.policies import NOT_IDENTITY
 from tasks.runtime import fingerprint
 from tasks.runtime.store import Store
-from tests.flows.test_pages import planted
+from tests.support.planted import planted
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = {"model": {"name": "m"}, "curate": {"decontaminate": False}}
