@@ -4,19 +4,16 @@ import json
 import multiprocessing
 import os
 import random
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from data_contracts.data_reports import DatasetManifest, Drift, FileRef, ValidatedData
+from data_contracts.data_reports import DatasetManifest, FileRef
 from data_contracts.data_spec import CurateSpec
 from data_contracts.errors import DataError, StoreError
-from data_contracts.rows import Message, content_id, conversation_as_json
+from data_contracts.rows import Message
 from tasks.data.curation.core.shingles import words
 from tasks.data.curation.core.split import Known, position
 from tasks.data.curation.curate import Curation, curate_rows
@@ -34,73 +31,15 @@ from tasks.data.curation.row_ledger import (
     releases,
     row_history,
 )
-from tasks.data.validation.core.row_hashes import answer_hash, content_hash, normalise
+from tasks.data.validation.core.row_hashes import content_hash, normalise
 from tasks.runtime.store import Store
-
-WORDS = [f"word{i}" for i in range(20)]
-NOWHERE = FileRef(path="none", sha256="0")
+from tests.support.curated import NOWHERE, facts, run, validated
 
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both parts are worked on here: a pool of processes costs each run seconds (test_data.py has it)."""
     monkeypatch.setattr("tasks.runtime.partitions.free_cores", lambda: 1)
-
-
-def facts(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Distinct questions and answers without words in common worth mentioning."""
-    draw = random.Random(seed)
-    return [
-        (f"What is item {seed}-{i}?", " ".join(draw.choices(WORDS, k=12)) + f" {seed} {i}") for i in range(count)
-    ]  # fmt: skip
-
-
-def validated(store: Store, rows: Sequence[tuple[str, ...]], quarantined: int = 0) -> ValidatedData:
-    """Rows are question, answer and, if they belong to one, a cluster."""
-    folder = store.files / "validated" / content_id(tuple(Message("user", "\0".join(row)) for row in rows))
-    folder.mkdir(parents=True, exist_ok=True)
-    items = []
-    for line, (prompt, answer, *cluster) in enumerate(rows, start=1):
-        messages = (Message("user", prompt), Message("assistant", answer))
-        place = {
-            "row_id": content_id(messages),
-            "source": "a.jsonl",
-            "line": line,
-            "messages": conversation_as_json(messages),
-        }
-        quality = {
-            "flags": 0,
-            "repairs": 0,
-            "slice": None,
-            "cluster": cluster[0] if cluster else None,
-            "completion_chars": len(answer),
-        }
-        hashes = {"content_hash": content_hash(messages), "answer_hash": answer_hash(messages)}
-        items.append({**place, **hashes, **quality})
-    pq.write_table(pa.Table.from_pylist(items[: len(items) // 2]), folder / "kept-0.parquet")
-    pq.write_table(pa.Table.from_pylist(items[len(items) // 2 :]), folder / "kept-1.parquet")
-    bad = [{"row_id": f"{i}bad", "reason": "empty_answer"} for i in range(quarantined)]
-    (folder / "quarantine.jsonl").write_text("".join(json.dumps(item) + "\n" for item in bad))
-    (folder / "profile.json").write_text("{}")
-    return ValidatedData(
-        snapshot_id=folder.name,
-        kept=[store.ref(folder / f"kept-{i}.parquet") for i in range(2)],
-        quarantine=store.ref(folder / "quarantine.jsonl"),
-        rows_in=len(rows) + quarantined,
-        rows_kept=len(rows),
-        reasons={"empty_answer": quarantined} if quarantined else {},
-        flags={},
-        repairs={},
-        languages={},
-        drift=Drift(reference=None, values={}),
-        profile=store.ref(folder / "profile.json"),
-        contract_result=NOWHERE,
-        data_docs="none",
-    )
-
-
-def run(store: Store, rows: Sequence[tuple[str, ...]], quarantined: int = 0, **spec: Any) -> DatasetManifest:
-    return curate_rows(store, validated(store, rows, quarantined), Curation(CurateSpec(**spec), "model"))
 
 
 def lines(store: Store, ref: FileRef) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from tasks.data.ingestion.readers import read_source
 from tasks.data.ingestion.sources import Source
 from tasks.data.validation.validate import Checks, validate
 from tasks.runtime.store import Store
-from tests.data.test_readers import damage
+from tests.support.mutations import damage
 
 CASES = int(os.environ.get("TUNEGATE_FUZZ_CASES", "120"))
 SEED = int(os.environ.get("TUNEGATE_FUZZ_SEED", "11"))

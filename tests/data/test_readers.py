@@ -22,6 +22,7 @@ from tasks.data.ingestion.raw_rows import RawRow, printable
 from tasks.data.ingestion.readers import read_source
 from tasks.data.ingestion.sources import Source, find_sources, source_digests
 from tasks.runtime.store import Store
+from tests.support.mutations import damage
 
 GOOD = {"prompt": "hi", "completion": "hello"}
 LINE = json.dumps(GOOD) + "\n"
@@ -399,31 +400,6 @@ def test_a_broken_item_at_the_edge_of_what_is_in_memory_spoils_no_other(
 
 
 # --- whatever is in the files -------------------------------------------------------------------------------
-
-
-def damage(content: bytes, draw: random.Random) -> bytes:
-    """One to five random accidents."""
-    data = bytearray(content)
-    for _ in range(draw.randrange(1, 6)):
-        place, length = draw.randrange(len(data) + 1), draw.randrange(1, 60)
-        accident = draw.randrange(7)
-        if accident == 0:
-            data[place : place + 1] = bytes([draw.randrange(256)])
-        elif accident == 1:
-            del data[place : place + length]
-        elif accident == 2:
-            data[place:place] = data[draw.randrange(len(data) + 1) :][:length]
-        elif accident == 3:
-            data = data[: max(1, place)]
-        elif accident == 4:
-            data[place:place] = draw.choice([b"\0", b"\r", b"\xef\xbb\xbf", b'"', b"{", b"[", b"\\u12", b"NaN", b"\n"])
-        elif accident == 5:
-            data = bytearray(bytes(data).replace(b"\n", b"\r\n"))
-        else:
-            data[place:place] = "é高".encode(draw.choice(["latin-1", "gb18030", "utf-16"]), "ignore")
-        data = data or bytearray(b"x")
-    return bytes(data)
-
 
 RECORDS = [{"prompt": f"q{i}", "completion": "x é " * i, "tags": [{"n": i}, {"n": "]}"}]} for i in range(8)]
 TEXTS = [json.dumps(record, ensure_ascii=i % 2 > 0) for i, record in enumerate(RECORDS)]

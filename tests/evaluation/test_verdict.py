@@ -9,7 +9,6 @@ import pytest
 from pydantic import ValidationError
 
 from data_contracts.errors import DataError
-from data_contracts.reports import AdapterRef, LossPoint, Quantisation, TrainReport
 from data_contracts.run_spec import GateSpec, RunSpec
 from data_contracts.verdict import Comparison, Estimate, Served
 from tasks.evaluation.core.comparison import compare_arms
@@ -17,6 +16,7 @@ from tasks.evaluation.core.gates import interval_verdict, judge, more_needed, ov
 from tasks.evaluation.core.samples import Fact, read_samples
 from tasks.evaluation.core.stats import proportion
 from tasks.reporting.sentences import sentences
+from tests.support.verdicts import SETTINGS, trained
 
 ITEMS = 300
 rng = np.random.default_rng(1)
@@ -26,7 +26,6 @@ FACTS = {
     str(i): Fact(str(i), str(i), 4 * int(TOKENS[i]), f"file{i % 2}", "en", "up to 64 tokens" if i % 3 else "over 1,024")
     for i in range(ITEMS)
 }
-SETTINGS = GateSpec(bootstrap_draws=1000, max_accuracy_drop=None, min_stop_rate=None)
 
 
 def lowered(nats, noise=0.05, items=ITEMS):
@@ -45,21 +44,6 @@ def samples(nll, right=None, stopped=None, general=None):
     for (task, metric), values in (general or {}).items():
         lines += [line(task, metric, i, x) for i, x in enumerate(values)]
     return read_samples(json.dumps(item) for item in lines)
-
-
-def trained(name, arm=None, seed=17, seconds=1.0, peak=2_000_000_000):
-    quantised = None if (arm or name) == "lora" else Quantisation(quant_type="nf4", double_quant=True)
-    loss = [LossPoint(step=i, loss_nats=3.0, learning_rate=1e-4, seconds=seconds + i % 3 / 100) for i in range(20)]
-    return TrainReport(
-        name=name, arm=arm or name, method="lora" if (arm or name) == "lora" else "qlora", seed=seed,
-        adapter=AdapterRef(folder=name, sha256=name), step0_sha256="s", quantisation=quantised, steps=20,
-        resumed_from_step=0, train_rows=9, rows_too_long=0, too_long="left out", train_tokens=9, completion_tokens=9,
-        trainable_parameters=9, weights_bytes=10**9 if (arm or name) == "lora" else 10**8, peak_rss_bytes=peak,
-        peak_train_bytes=peak, predicted_train_bytes=None, seconds=9, train_seconds=9, useful_tokens_per_s=9,
-        final_validation_nll_nats=None, validation=[], best_step=None, stopped_early=False, micro_batches=1, loss=loss,
-        precision="fp32", precision_reason="", threads=2, threads_reason="", scoring="packed", scoring_reason="",
-        device="cpu",
-    )  # fmt: skip
 
 
 def compared(arms=None, settings=SETTINGS, released="qlora", **models):

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from tasks.models.core.adapter_files import CONFIG, INDEX, WEIGHTS, scan_adapter, scan_weights, weight_faults
 from tasks.models.core.adapter_scan import config_faults, index_faults
+from tests.support.mutations import mutate_bytes, mutate_json
 
 CASES = int(os.environ.get("TUNEGATE_FUZZ_CASES", "600"))
 SEED = int(os.environ.get("TUNEGATE_FUZZ_SEED", "11"))
@@ -423,66 +424,6 @@ def test_an_adapter_beside_all_weights_is_refused(whole):
 
 
 # --- fuzz ---------------------------------------------------------------------------------------------------
-
-JUNK = [
-    None,
-    True,
-    -1,
-    0,
-    2**70,
-    1e308,
-    float("nan"),
-    "",
-    "x" * 5000,
-    "\0",
-    "../..",
-    [],
-    [[[]]],
-    {},
-    {"a": {"b": []}},
-    "\ud800",
-]
-
-
-def mutate_bytes(raw: bytes, draw: random.Random) -> bytes:
-    """Flipped bits, cut, repeated, zeroed or shuffled pieces, another header length."""
-    data = bytearray(raw or b"\0")
-    kind = draw.randrange(7)
-    at = draw.randrange(min(len(data), draw.choice([16, 2000, len(data)])))
-    if kind == 0:
-        for _ in range(draw.choice([1, 1, 8])):
-            data[draw.randrange(at, len(data))] ^= 1 << draw.randrange(8)
-    elif kind == 1:
-        del data[at:]
-    elif kind == 2:
-        del data[at : at + draw.choice([1, 8, 100])]
-    elif kind == 3:
-        data[at:at] = draw.randbytes(draw.choice([1, 8, 100]))
-    elif kind == 4:
-        data[:8] = struct.pack("<Q", draw.choice([0, 1, 2**31, 2**60, 2**64 - 1, len(data), draw.randrange(5000)]))
-    elif kind == 5:
-        data[at : at + 4] = draw.choice([b"\0\0\xc0\x7f", b"\0\0\x80\xff", b"\xff" * 4, b"\x80\x04\x95."])
-    else:
-        data[at:at] = data[draw.randrange(len(data)) :][:200]
-    return bytes(data)
-
-
-def mutate_json(value: Any, draw: random.Random) -> Any:
-    """Keys and values of an object, at any depth, in place of each other or of junk."""
-    if not isinstance(value, dict) or not value or draw.random() < 0.1:
-        return draw.choice(JUNK)
-    name = draw.choice(list(value))
-    kind = draw.randrange(5)
-    if kind == 0:
-        return {key: item for key, item in value.items() if key != name}
-    if kind == 1:
-        return {
-            (draw.choice(["../x", "x" * 600, "lora_A", ""]) if key == name else key): item
-            for key, item in value.items()
-        }
-    if kind == 2:
-        return value | {name: value[draw.choice(list(value))]}
-    return value | {name: mutate_json(value[name], draw)}
 
 
 def test_whatever_an_index_says_it_is_refused_or_names_only_files_that_are_there():

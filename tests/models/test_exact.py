@@ -15,7 +15,7 @@ from tasks.models.workers.head_loss import HeadLoss
 from tasks.models.workers.pissa_olora_loftq import take_off_start
 from tasks.models.workers.scoring import Scoring, choose_way, scored_logits, scored_losses, to_tensors
 from tasks.models.workers.tree_attention import ATTENTION, CpuAttention, by_sdpa
-from tests.models.test_packing import attention_mask_TT
+from tests.support.packed import attention_mask_TT
 
 SMALL = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -29,13 +29,13 @@ from tasks.release import registry
 from tasks.runtime.mlflow_client import connect
 from tasks.runtime.store import digest
 from tasks.training.workers import checkpoints
-from tests.models.test_adapter_scan import mutate_bytes, mutate_json
-from tests.training.test_warm_start import (
+from tests.support.generations import (
     NAME,
     Generation,
     Place,
     workers_here,  # noqa: F401 a fixture of this module too
 )
+from tests.support.mutations import mutate_bytes, mutate_json
 
 CASES = int(os.environ.get("TUNEGATE_FUZZ_CASES", "150"))
 SEED = int(os.environ.get("TUNEGATE_FUZZ_SEED", "11"))
@@ -389,7 +389,7 @@ def test_a_base_that_would_not_load_as_it_is_meant_is_refused_before_it_is_loade
 def test_code_that_comes_with_a_base_is_not_run(base, tmp_path):
     from tasks.models.workers.loading import load_base
     from tasks.models.workers.prepare_base import prepare
-    from tests.training.test_methods import CPU
+    from tests.support.devices import CPU
 
     (base / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": ["own.Tokenizer", None]}

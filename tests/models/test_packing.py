@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.models.core.packing import ScoredSequence, group_for_packing, pack, plan_batches
+from tests.support.packed import attention_mask_TT
 
 sequences = st.lists(
     st.lists(st.integers(0, 3), min_size=2, max_size=8).flatmap(
@@ -14,19 +15,6 @@ sequences = st.lists(
     min_size=1,
     max_size=6,
 )
-
-
-def attention_mask_TT(packed):
-    """True where token i may look at token j, as the segments say it."""
-    edges = np.concatenate([[0], np.cumsum(packed.tree.node_tokens)])
-    tokens = [range(edges[node], edges[node + 1]) for node in range(len(packed.tree.node_tokens))]
-    mask = np.zeros((len(packed.input_ids_T),) * 2, bool)
-    for own, ancestors in packed.tree.segments:
-        seen = [t for node in ancestors for t in tokens[node]]
-        for token in [t for node in own for t in tokens[node]]:
-            seen.append(token)
-            mask[token, seen] = True
-    return mask
 
 
 @given(sequences)

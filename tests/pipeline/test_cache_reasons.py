@@ -24,7 +24,7 @@ from tasks.pipeline.policies import NOT_IDENTITY
 from tasks.runtime import fingerprint
 from tasks.models.base import start_settings
 from tasks.runtime.store import Store
-from tests.flows.test_pages import planted
+from tests.support.planted import planted
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = {"model": {"name": "m"}, "curate": {"decontaminate": False}}

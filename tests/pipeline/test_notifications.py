@@ -40,7 +40,7 @@ from tasks.pipeline.policies import stage
 from tasks.reporting import links
 from tasks.reporting import prefect_artifacts as artifacts
 from tasks.runtime.store import Store
-from tests.flows.test_pages import planted, saved
+from tests.support.planted import planted, saved
 from tests.support.webhook import SECRET, save_block, shown, webhook
 
 pytestmark = pytest.mark.usefixtures("prefect")

@@ -42,9 +42,9 @@ from tasks.runtime.mlflow_client import connect, open_experiment
 from tasks.runtime.processes import Launch
 from tasks.runtime.store import Store, digest, without_place
 from tasks.training.train import train_arm
-from tests.data.test_curate import facts
-from tests.data.test_curate import run as split_rows
-from tests.flows.test_pages import planted, scores
+from tests.support.curated import facts
+from tests.support.curated import run as split_rows
+from tests.support.planted import planted, scores
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAME = "proven"

@@ -31,7 +31,7 @@ from tasks.release.registry import CHAMPION, alias_version, champion, resolve
 from tasks.runtime.console import page
 from tasks.runtime.mlflow_client import connect
 from tasks.runtime.store import Store
-from tests.flows.test_pages import planted
+from tests.support.planted import planted
 from tests.support.releases import NAME, Registry, evaluation, promote_and_die, try_to_promote
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -19,8 +19,8 @@ from tasks.data.validation.validate import Checks, validate
 from tasks.runtime.processes import run_worker
 from tasks.runtime.store import Store
 from tasks.training.slots import slots_of
+from tests.support.arms import Place
 from tests.support.faults import adapter, run_together, training_job
-from tests.training.test_parallel import Place
 
 ray = pytest.importorskip("ray", reason="tunegate[ray] is not installed")
 pytest.importorskip("ray.data", reason="tunegate[ray] is not installed")

@@ -62,7 +62,7 @@ def planted(folder: Path, base: Path, version: int, method: str = "lora") -> Ser
 
     from tasks.models.workers.chat_template import load_chat
     from tasks.models.workers.loading import load_base
-    from tests.training.test_workers import CPU
+    from tests.support.devices import CPU
 
     torch.manual_seed(version + 1)
     model = get_peft_model(
@@ -101,7 +101,7 @@ def evaluated(base: Path, version: ServedVersion | None, most_tokens: int, syste
     from tasks.models.workers.chat_template import load_chat
     from tasks.models.workers.generation import write_batch
     from tasks.models.workers.loading import load_base
-    from tests.training.test_workers import CPU
+    from tests.support.devices import CPU
 
     method = json.loads(Path(version.meta_file).read_text())["method"] if version else "lora"
     chat, model = load_chat(base), load_base(base, method, CPU)

@@ -25,16 +25,15 @@ from tasks.models.workers.pissa_olora_loftq import adapted
 from tasks.models.workers.scoring import scored_losses, to_tensors
 from tasks.release.registry import _quantisation
 from tasks.runtime.store import digest
-from tasks.runtime.workers.device import Device
 from tasks.training.workers import train_adapter
 from tasks.training.workers import trainer as packed_trainer
 from tasks.training.workers.neftune import add_noise, lengths_of
 from tests.conftest import toy_rows, write_rows
+from tests.support.devices import CPU
 
 # As in a worker, where harness.py silences the deprecation warnings of libraries.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-CPU = Device("cpu", "fp32", "test", 1, "test")
 SHORT = {
     "rank": 4, "alpha": 8, "learning_rate": 1e-2, "max_steps": 6, "batch_tokens": 256, "max_tokens": 256,
     "epochs": 2, "checkpoint_steps": 3, "threads": 1,

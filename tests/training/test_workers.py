@@ -23,12 +23,10 @@ from tasks.models.workers.loading import load_base, weights_bytes
 from tasks.models.workers.prepare_base import prepare
 from tasks.models.workers.scoring import choose_way, scored_losses, to_tensors
 from tasks.runtime.processes import run_worker
-from tasks.runtime.workers.device import Device
 from tasks.training.workers.training_rows import check_batch, encode_rows
 from tests.conftest import step0_job, toy_rows, write_rows
+from tests.support.devices import CPU
 from tests.support.faults import changed, job_on
-
-CPU = Device("cpu", "fp32", "test", 1, "test")
 
 
 @pytest.fixture(scope="module")
