@@ -17,12 +17,12 @@ from data_contracts.run_spec import RunSpec
 from data_contracts.stage_inputs import RunResult, StageInputs, TrainInputs
 from data_contracts.train_spec import TrainSpec
 from flows.prepare_data import prepare_data
+from tasks.models.base import start_settings
 from tasks.pipeline import cache_reasons as reasons
 from tasks.pipeline import stages
 from tasks.pipeline.cache_reasons import Reasons
 from tasks.pipeline.policies import NOT_IDENTITY
 from tasks.runtime import fingerprint
-from tasks.models.base import start_settings
 from tasks.runtime.store import Store
 from tests.support.planted import planted
 
