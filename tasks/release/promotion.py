@@ -35,6 +35,7 @@ from tasks.runtime.store import Store
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+
 NO_CHAMPION = "none"
 _MOST_CHARACTERS = 500  # of a reason; a tag of MLflow's holds 5,000
 
@@ -246,11 +247,6 @@ def promote_version(
     plan = plan_promotion(store, name, version, compared_with)
     overrode = plan.overruled(approval, refusals_of(plan, check))
     return carry_out(store, plan, check, overrode, approval.reason).model
-
-
-def rollback_version(store: StoreSpec, name: str) -> ModelVersion:
-    """Point `champion` back at the version before. Raises ConfigError if there was none."""
-    return carry_out(store, plan_rollback(store, name), check=None).model
 
 
 def refusals_of(plan: MovePlan, check: ReleaseCheck | None) -> list[Problem]:

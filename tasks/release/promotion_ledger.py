@@ -6,14 +6,12 @@ registry has as tags (tasks/release/history.py); anyone who can change both can 
 """
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from data_contracts.errors import Problem, StoreError, TransientError
 from data_contracts.releases import Line, Move, MoveEntry, Step
@@ -68,7 +66,7 @@ def read(store: Store) -> Ledger:
     ledger.torn = bool(lines.pop())
     for number, raw in enumerate(lines, 1):
         try:
-            _add(ledger, raw, number)
+            _add(ledger, raw)
         except ValueError as error:
             ledger.problem = f"line {number}: {error}"
             break
@@ -76,30 +74,19 @@ def read(store: Store) -> Ledger:
     return ledger
 
 
-def _add(ledger: Ledger, raw: bytes, number: int) -> None:
+def _add(ledger: Ledger, raw: bytes) -> None:
     """Raises ValueError for a line that cannot follow the ones before."""
     try:
-        found = json.loads(raw)
-        line = _early(found, number) if "unix_seconds" in found and "step" not in found else Line.model_validate(found)
-    except (ValueError, KeyError, TypeError) as error:
+        line = Line.model_validate_json(raw)
+    except ValueError as error:
         raise ValueError("it is no line of a promotion ledger") from error
-    chained = line.after == ledger.last or (not line.after and all(e.move.who == "" for e in ledger.entries.values()))
-    if not chained:
+    if line.after != ledger.last:
         raise ValueError("the line before it was changed or taken out")
     known = ledger.entries.get(line.id)
     move = line.move or (known.move if known else None)
     if move is None:
         raise ValueError("it ends a move that was never begun")
     ledger.entries[line.id] = MoveEntry(move=move, step=line.step, note=line.note)
-
-
-def _early(found: dict[str, Any], number: int) -> Line:
-    """A line from before the ledger was chained and said who: only at its beginning."""
-    move = Move(
-        id=f"early-{number}", name=found["name"], act=found["act"], before=found["from"], to=found["to"], who="", run=None,
-        unix_seconds=found["unix_seconds"], why=found["reason"], overrode=[], evidence=None,
-    )  # fmt: skip
-    return Line(after="", step="done", id=move.id, unix_seconds=move.unix_seconds, note="", move=move)
 
 
 @contextmanager

@@ -26,13 +26,13 @@ from tasks.release import history, promotion
 from tasks.release import promotion_ledger as ledgers
 from tasks.release.champion import champion_baseline
 from tasks.release.judgements import keep_judgement
-from tasks.release.promotion import Approval, promote_version, rollback_version
+from tasks.release.promotion import Approval, promote_version
 from tasks.release.registry import CHAMPION, alias_version, champion, resolve
 from tasks.runtime.console import page
 from tasks.runtime.mlflow_client import connect
 from tasks.runtime.store import Store
 from tests.support.planted import planted
-from tests.support.releases import NAME, Registry, evaluation, promote_and_die, try_to_promote
+from tests.support.releases import NAME, Registry, evaluation, promote_and_die, rollback_version, try_to_promote
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -106,25 +106,6 @@ def test_half_a_line_of_a_killed_process_is_taken_away(written):
         assert file_of(written).read_text() == whole
         ledger.write("intended", move(4))
     assert [one.id for one in ledgers.read(written).unfinished] == ["m4"]
-
-
-def test_a_ledger_from_before_it_was_chained_is_continued(tmp_path):
-    store = Store(tmp_path)
-    store.files.mkdir(parents=True)
-    early = {"name": NAME, "act": "promote", "from": None, "to": "1", "reason": "gates: pass", "unix_seconds": 1.0}
-    file_of(store).write_text(json.dumps(early) + "\n" + json.dumps(early | {"from": "1", "to": "2"}) + "\n")
-    with ledgers.opened(store) as ledger:
-        ledger.write("intended", move(3))
-    found = ledgers.read(store)
-    assert found.problem is None
-    assert [(entry.move.to, entry.step) for entry in found.of(NAME)] == [
-        ("1", "done"),
-        ("2", "done"),
-        ("3", "intended"),
-    ]
-    text = file_of(store).read_text()
-    file_of(store).write_text(text + json.dumps(early) + "\n")
-    assert "line 4" in ledgers.read(store).problem, "such a line is only at the beginning"
 
 
 def test_a_ledger_that_another_process_holds_is_waited_for_and_then_reported(written):

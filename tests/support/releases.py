@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.data_reports import FileRef
-from data_contracts.reports import AdapterRef, EvalReport, SampleAnswer
+from data_contracts.errors import GateError
+from data_contracts.reports import AdapterRef, EvalReport, ModelVersion, SampleAnswer
 from data_contracts.run_spec import StoreSpec
 from data_contracts.verdict import GateReport
+from tasks.release.promotion import carry_out, plan_rollback
+from tasks.release.promotion_ledger import Ledger
+from tasks.release.registry import CHALLENGER
+from tasks.runtime.mlflow_client import connect
 from tasks.runtime.store import Store, digest
 
 NAME = "moves"
@@ -82,8 +87,7 @@ class Registry:
         import mlflow
         from mlflow.models import infer_signature
 
-        from tasks.release.registry import CHALLENGER
-        from tasks.runtime.mlflow_client import connect, open_experiment
+        from tasks.runtime.mlflow_client import open_experiment
 
         client, adapter = connect(self.store), self.adapter(seed)
         open_experiment(client, self.store, NAME)
@@ -133,7 +137,6 @@ def words_of(base: Path) -> dict[str, Any]:
 
 def try_to_promote(root: str, version: str, start: Any, ends: Any) -> None:
     """Plan, wait for the others, then move: how it ended."""
-    from data_contracts.errors import GateError
     from tasks.release import promotion
 
     store = StoreSpec(root=root)
@@ -152,7 +155,6 @@ def promote_and_die(root: str, version: str, write: int, torn: bool) -> None:
     from mlflow import MlflowClient
 
     from tasks.release.promotion import promote_version
-    from tasks.release.promotion_ledger import Ledger
 
     number = itertools.count()
 
@@ -171,3 +173,8 @@ def promote_and_die(root: str, version: str, write: int, torn: bool) -> None:
     for name in ("set_registered_model_alias", "set_registered_model_tag"):
         setattr(MlflowClient, name, dying(getattr(MlflowClient, name)))
     promote_version(StoreSpec(root=root), NAME, version)
+
+
+def rollback_version(store: StoreSpec, name: str) -> ModelVersion:
+    """Point `champion` back at the version before. Raises ConfigError if there was none."""
+    return carry_out(store, plan_rollback(store, name), check=None).model

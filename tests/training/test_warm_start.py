@@ -21,7 +21,6 @@ from tasks.data.curation.trained_rows import ids_of, publish_ids, read_ids
 from tasks.pipeline.policies import stage_key
 from tasks.release import registry
 from tasks.release.champion import champion_baseline
-from tasks.release.promotion import rollback_version
 from tasks.reproduction.dataset import RebuiltSplits
 from tasks.reproduction.reproduce import begin_again, train_again
 from tasks.runtime.mlflow_client import connect
@@ -41,6 +40,7 @@ from tests.support.generations import (
     Place,
     workers_here,  # noqa: F401 a fixture of this module too
 )
+from tests.support.releases import rollback_version
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = [f"{i:064x}" for i in range(100)]
