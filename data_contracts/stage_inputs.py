@@ -71,13 +71,15 @@ class TrainInputs(StageInputs):
 
 
 class EvaluationInputs(StageInputs):
-    """What the evaluations of a run share."""
+    """What all evaluations of a run have in common: base, items, settings, arithmetic."""
 
     base: BaseModelRef
     test: FileRef
     spec: EvaluateSpec
+    task_files: FileRef | None  # the user's own lm-eval tasks, by content
     max_tokens: int  # of a held-out row, as in training
-    precision: str
+    precision: str  # may be auto
+    threads: int | None  # no part of a key
 
 
 class RunResult(StageInputs):

@@ -137,8 +137,9 @@ def forms_of(arm: TrainReport, forms: list[ServingForm]) -> list[EvalTarget]:
 def evaluation_inputs(spec: RunSpec, base: BaseModelRef, test: FileRef) -> EvaluationInputs:
     """What every evaluation of a run shares."""
     return EvaluationInputs(
-        base=base, test=test, spec=spec.evaluate, max_tokens=spec.train.max_tokens, precision=spec.model.precision
-    )
+        base=base, test=test, spec=spec.evaluate, task_files=task_files(spec.evaluate),
+        max_tokens=spec.train.max_tokens, precision=spec.model.precision, threads=spec.train.threads,
+    )  # fmt: skip
 
 
 def score_models(
@@ -147,12 +148,11 @@ def score_models(
     """Score the base, every target and the champion on the frozen items."""
     targets = [EvalTarget(name="base", method="lora"), *targets]
     targets += [baseline.target] if baseline and baseline.target else []
-    own, confidence = task_files(spec.evaluate), spec.gates.confidence
-    return run.run(stages.evaluate_stage, Store.of(spec.store), inputs, targets, own, confidence, spec.train.threads)
+    return run.run(stages.evaluate_stage, Store.of(spec.store), inputs, targets, spec.gates.confidence)
 
 
 def measure_serving(run: Stages, spec: RunSpec, inputs: EvaluationInputs, target: EvalTarget) -> Served | None:
     """The candidate alone in a process, measured; only if a gate asks for it."""
     if spec.gates.max_ms_per_token is None and spec.gates.max_memory_gb is None:
         return None
-    return run.run(stages.serve_alone_stage, Store.of(spec.store), inputs, target, spec.train.threads)
+    return run.run(stages.serve_alone_stage, Store.of(spec.store), inputs, target)

@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 import uuid
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from data_contracts.errors import ConfigError, Problem
 from data_contracts.jobs.evaluation import BenchmarkItemsJob, EvaluateJob, EvaluationReport, ScoredModel, StoredResult
 from data_contracts.reports import BaseModelRef, EvalReport, EvalTarget
 from data_contracts.run_spec import EvaluateSpec
+from data_contracts.stage_inputs import EvaluationInputs
 from data_contracts.verdict import Served
 from tasks.evaluation.core.samples import clusters_of, read_facts, read_samples
 from tasks.evaluation.core.stats import proportion
@@ -31,39 +31,19 @@ SCORING_LIBRARIES = (
 _FILES = ("samples.jsonl", "facts.jsonl")
 
 
-@dataclass(frozen=True)
-class ScoringInputs:
-    """What all targets of an evaluation have in common: base, items, settings, arithmetic."""
-
-    base: BaseModelRef
-    test: FileRef
-    evaluate: EvaluateSpec
-    task_files: FileRef | None  # the user's own lm-eval tasks, by content
-    max_tokens: int
-    precision: str  # may be auto
-    threads: int | None
-
-    @property
-    def key_settings(self) -> dict[str, Any]:
-        """The settings that shape a score. `forms` only says which targets there are; own tasks count by content."""
-        own = {"task_folder": self.task_files.sha256 if self.task_files else None}
-        shared = {"max_tokens": self.max_tokens, "precision": self.precision}
-        return self.evaluate.model_dump(exclude={"forms"}) | shared | own
-
-
 def evaluate_targets(
-    store: Store, scoring: ScoringInputs, targets: list[EvalTarget], confidence: float, *, force: bool = False
+    store: Store, inputs: EvaluationInputs, targets: list[EvalTarget], confidence: float, *, force: bool = False
 ) -> list[EvalReport]:
     """Score every target in the same precision on the same kind of device: a report each.
 
     A target's key holds its adapter, base, items and settings, but not its name. `precision` may be auto, so the worker is
     given what was scored before, perhaps on another machine, and scores again what it would score otherwise.
     """
-    keys = {target.name: _key(target, scoring) for target in targets}
+    keys = {target.name: _key(target, inputs) for target in targets}
     before = {name: None if force else _scored_in(store, key) for name, key in keys.items()}
     if None in before.values() or len(set(before.values())) > 1:
-        _score(store, _job(store, scoring, targets, before), keys, force=force)
-    return [_report(store, target, scoring.test, keys[target.name], confidence) for target in targets]
+        _score(store, _job(store, inputs, targets, before), keys, force=force)
+    return [_report(store, target, inputs.test, keys[target.name], confidence) for target in targets]
 
 
 def _scored_in(store: Store, key: str) -> str | None:
@@ -72,12 +52,19 @@ def _scored_in(store: Store, key: str) -> str | None:
     return str(json.loads(file.read_text())["scored_in"]) if file.exists() else None
 
 
-def _key(target: EvalTarget, scoring: ScoringInputs) -> str:
+def _key(target: EvalTarget, inputs: EvaluationInputs) -> str:
     code = code_digest((_WORKER,)) + json.dumps(library_versions(SCORING_LIBRARIES))
     quantised = target.quantisation.model_dump_json() if target.quantisation else ""
     form = [target.method, quantised, str(target.merged), target.adapter.sha256 if target.adapter else ""]
-    settings = json.dumps(scoring.key_settings, sort_keys=True)
-    return content_key(*form, scoring.base.digest, scoring.test.sha256, code, settings)[:32]
+    settings = json.dumps(_key_settings(inputs), sort_keys=True)
+    return content_key(*form, inputs.base.digest, inputs.test.sha256, code, settings)[:32]
+
+
+def _key_settings(inputs: EvaluationInputs) -> dict[str, Any]:
+    """The settings that shape a score. `forms` only says which targets there are; own tasks count by content."""
+    own = {"task_folder": inputs.task_files.sha256 if inputs.task_files else None}
+    shared = {"max_tokens": inputs.max_tokens, "precision": inputs.precision}
+    return inputs.spec.model_dump(exclude={"forms"}) | shared | own
 
 
 def _score(store: Store, job: EvaluateJob, keys: dict[str, str], *, force: bool) -> None:
@@ -95,12 +82,12 @@ def _score(store: Store, job: EvaluateJob, keys: dict[str, str], *, force: bool)
 
 
 def _job(
-    store: Store, scoring: ScoringInputs, targets: list[EvalTarget], before: dict[str, str | None] | None = None
+    store: Store, inputs: EvaluationInputs, targets: list[EvalTarget], before: dict[str, str | None] | None = None
 ) -> EvaluateJob:
     return EvaluateJob(
-        **scoring.evaluate.model_dump(exclude={"forms"}), base=str(checked_base(store, scoring.base)),
-        test=str(store.path(scoring.test)), targets=[_scored_model(store, target) for target in targets],
-        before=before or {}, precision=scoring.precision, threads=scoring.threads, max_tokens=scoring.max_tokens,
+        **inputs.spec.model_dump(exclude={"forms"}), base=str(checked_base(store, inputs.base)),
+        test=str(store.path(inputs.test)), targets=[_scored_model(store, target) for target in targets],
+        before=before or {}, precision=inputs.precision, threads=inputs.threads, max_tokens=inputs.max_tokens,
     )  # fmt: skip
 
 
@@ -141,10 +128,10 @@ def _report(store: Store, target: EvalTarget, test: FileRef, key: str, confidenc
     )
 
 
-def serve_alone(store: Store, scoring: ScoringInputs, target: EvalTarget) -> Served:
+def serve_alone(store: Store, inputs: EvaluationInputs, target: EvalTarget) -> Served:
     """Time and memory of one model in a new process that loads it and answers the sample questions, nothing else."""
-    only_answers = scoring.evaluate.model_copy(update={"tasks": [], "task_folder": None})
-    job = _job(store, replace(scoring, evaluate=only_answers), [target])
+    only_answers = inputs.spec.model_copy(update={"tasks": [], "task_folder": None})
+    job = _job(store, inputs.model_copy(update={"spec": only_answers}), [target])
     out = store.files / "evaluations" / f"alone-{uuid.uuid4().hex}"
     try:
         found = run_worker(_WORKER, job, out, Launch(f"serve {target.name} alone"))
@@ -156,9 +143,11 @@ def serve_alone(store: Store, scoring: ScoringInputs, target: EvalTarget) -> Ser
 
 def check_tasks(store: Store, base: BaseModelRef, test: FileRef, evaluate: EvaluateSpec, max_tokens: int) -> list[str]:
     """Find the lm-eval tasks and their data now, not after hours of training. Raises ConfigError for what is missing."""
-    scoring = ScoringInputs(base, test, evaluate, task_files=None, max_tokens=max_tokens, precision="auto", threads=1)
+    inputs = EvaluationInputs(
+        base=base, test=test, spec=evaluate, task_files=None, max_tokens=max_tokens, precision="auto", threads=1
+    )
     out = store.files / "evaluations" / f"check-{uuid.uuid4().hex}"
-    run_worker(_WORKER, _job(store, scoring, []), out, Launch("check tasks"))
+    run_worker(_WORKER, _job(store, inputs, []), out, Launch("check tasks"))
     shutil.rmtree(out)
     return evaluate.tasks
 

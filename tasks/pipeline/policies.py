@@ -27,6 +27,7 @@ from data_contracts.redaction import has_secret
 from data_contracts.reports import AdapterRef, BaseModelRef
 from data_contracts.retry_table import explained, is_transient
 from data_contracts.run_spec import RunSpec, StoreSpec
+from data_contracts.stage_inputs import StageInputs
 from tasks.data.validation import check_rows as validation
 from tasks.evaluation import evaluate as evaluation
 from tasks.models import base as bases
@@ -68,12 +69,10 @@ _MODEL_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 @dataclass(frozen=True)
 class Policy:
-    code: tuple[
-        str, ...
-    ]  # modules, with what they import and shapes results; and files by their path in the repository
+    code: tuple[str, ...]  # modules, with what they import and shapes results; files by their path in the repository
     libraries: tuple[str, ...] = ()
     timeout_seconds: float = 1 * _HOURS
-    version: int = 1  # raise it where the result changes by code that no digest sees: a contract, the store, a template
+    version: int = 1  # raise it where the result changes by code that no digest sees: a contract, the store
     device: bool = False  # it fills the GPU, or the cores: one such stage at a time (tasks/pipeline/device_lock.py)
 
 
@@ -188,7 +187,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, BaseModelRef):
         return value.digest
     if isinstance(value, BaseModel):
-        left_out = NOT_IDENTITY if isinstance(value, Section) else _NOT_IDENTITY_OF_REPORTS
+        left_out = NOT_IDENTITY if isinstance(value, Section | StageInputs) else _NOT_IDENTITY_OF_REPORTS
         return {name: plain(item) for name, item in value if name not in left_out}
     if isinstance(value, dict):  # its keys are names that people chose
         return {str(key): plain(item) for key, item in value.items()}

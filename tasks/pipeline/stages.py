@@ -126,20 +126,11 @@ def train_stage(store: Store, inputs: TrainInputs, slot: Slot | None = None) -> 
 # --- evaluation ---------------------------------------------------------------------------------------------
 
 
-def _scoring(inputs: EvaluationInputs, task_files: FileRef | None, threads: int | None) -> evaluation.ScoringInputs:
-    return evaluation.ScoringInputs(
-        base=inputs.base, test=inputs.test, evaluate=inputs.spec, task_files=task_files, max_tokens=inputs.max_tokens,
-        precision=inputs.precision, threads=threads,
-    )  # fmt: skip
-
-
 @stage("evaluate")
 def evaluate_stage(
-    store: Store, inputs: EvaluationInputs, targets: list[EvalTarget], task_files: FileRef | None, confidence: float,
-    threads: int | None,
-) -> list[EvalReport]:  # fmt: skip
-    scoring = _scoring(inputs, task_files, threads)
-    return evaluation.evaluate_targets(store, scoring, targets, confidence, force=is_forced())
+    store: Store, inputs: EvaluationInputs, targets: list[EvalTarget], confidence: float
+) -> list[EvalReport]:
+    return evaluation.evaluate_targets(store, inputs, targets, confidence, force=is_forced())
 
 
 @stage("compare")
@@ -151,9 +142,8 @@ def compare_stage(
 
 
 @stage("serve_alone")
-def serve_alone_stage(store: Store, inputs: EvaluationInputs, target: EvalTarget, threads: int | None) -> Served:
-    scoring = _scoring(inputs, task_files=None, threads=threads)
-    return evaluation.serve_alone(store, scoring, target)
+def serve_alone_stage(store: Store, inputs: EvaluationInputs, target: EvalTarget) -> Served:
+    return evaluation.serve_alone(store, inputs, target)
 
 
 @stage("gate")

@@ -12,9 +12,9 @@ from data_contracts.jobs.reproduction import AdaptersReport, CompareAdaptersJob
 from data_contracts.lineage import EVIDENCE, Code, Compared, Lineage, Machine, Reproduction, result_of
 from data_contracts.reports import AdapterRef, BaseModelRef, EvalTarget, TrainReport
 from data_contracts.run_spec import RunSpec
-from data_contracts.stage_inputs import StartInputs, TrainInputs
+from data_contracts.stage_inputs import EvaluationInputs, StartInputs, TrainInputs
 from data_contracts.train_spec import TrainSpec
-from tasks.evaluation.evaluate import ScoringInputs, evaluate_targets
+from tasks.evaluation.evaluate import evaluate_targets
 from tasks.models.base import init_adapter, prepare_base, start_settings
 from tasks.models.core.adapter_files import WEIGHTS
 from tasks.release import registry
@@ -151,11 +151,11 @@ def compare_again(
     adapters = {"then": recorded_adapter(version, then), "now": arm.adapter}
     targets = [EvalTarget(name=name, adapter=adapter, **own) for name, adapter in adapters.items()]
     only_loss = {"tasks": ["domain_nll"], "forms": [], "sample_questions": 0, "task_folder": None}
-    scoring = ScoringInputs(
-        base=rebuilt.base, test=rebuilt.rows.test, evaluate=spec.evaluate.model_copy(update=only_loss), task_files=None,
+    inputs = EvaluationInputs(
+        base=rebuilt.base, test=rebuilt.rows.test, spec=spec.evaluate.model_copy(update=only_loss), task_files=None,
         max_tokens=spec.train.max_tokens, precision=then.machine.precision, threads=arm.threads,
     )  # fmt: skip
-    scores = evaluate_targets(place, scoring, targets, spec.gates.confidence)
+    scores = evaluate_targets(place, inputs, targets, spec.gates.confidence)
     losses = {report.target: report.nll_nats for report in scores}
     return AdapterDistance(AdaptersReport.model_validate(found).distance, losses["then"], losses["now"])
 

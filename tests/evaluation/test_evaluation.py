@@ -18,13 +18,14 @@ from data_contracts.run_spec import EvaluateSpec
 from tasks.evaluation import evaluate as evaluation
 from tasks.evaluation.core.items import cluster_keys, item_slices
 from tasks.evaluation.core.text_scores import exact_match, repetition, rouge_l
-from tasks.evaluation.evaluate import ScoringInputs, evaluate_targets, serve_alone
+from tasks.evaluation.evaluate import evaluate_targets, serve_alone
 from tasks.models.workers.chat_template import Chat, load_chat
 from tasks.models.workers.generation import write_all, write_batch
 from tasks.models.workers.loading import load_base
 from tasks.runtime.store import Store, digest
 from tasks.runtime.workers.device import Device
 from tests.conftest import toy_rows, write_rows
+from tests.support.devices import evaluation_of
 
 CPU = Device("cpu", "fp32", "test", 1, "test")
 NF4 = {"quant_type": "nf4", "double_quant": True}
@@ -337,7 +338,7 @@ def test_reports_say_what_was_measured_and_of_which_items(store, adapters):
     targets = [EvalTarget(name="base", method="lora"),
                EvalTarget(name="qlora", method="qlora", adapter=adapter, quantisation=quantisation),
                EvalTarget(name="merged", method="qlora", adapter=adapter, merged=True)]  # fmt: skip
-    scoring = ScoringInputs(base, test, evaluate, None, 256, "fp32", 1)
+    scoring = evaluation_of(base, test, evaluate)
     elsewhere = evaluation._key(targets[0], scoring)
     with place.publish("evaluations", elsewhere) as folder:
         (folder / "result.json").write_text('{"scored_in": "bf16 on cuda"}')  # the same store on a machine with a GPU
@@ -365,7 +366,7 @@ def test_reports_say_what_was_measured_and_of_which_items(store, adapters):
 @pytest.mark.slow
 def test_a_model_alone_is_timed_and_its_process_measured(store):
     place, base, test = store
-    scoring = ScoringInputs(base, test, EvaluateSpec(), None, 256, "fp32", 1)
+    scoring = evaluation_of(base, test, EvaluateSpec())
     served = serve_alone(place, scoring, EvalTarget(name="base", method="lora"))
     assert served.ms_per_token > 0
     assert served.peak_bytes > 50e6

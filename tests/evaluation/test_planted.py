@@ -18,12 +18,13 @@ from data_contracts.run_spec import EvaluateSpec, GateSpec
 from data_contracts.verdict import Comparison, GateReport
 from tasks.evaluation.compare import compare_models
 from tasks.evaluation.core.gates import judge
-from tasks.evaluation.evaluate import ScoringInputs, evaluate_targets
+from tasks.evaluation.evaluate import evaluate_targets
 from tasks.models.workers.init_adapter import make_step0
 from tasks.models.workers.prepare_base import prepare
 from tasks.runtime.store import Store, digest
 from tasks.training.workers.train_adapter import train
 from tests.conftest import step0_job, toy_rows, write_rows
+from tests.support.devices import evaluation_of
 from tests.support.faults import job_on
 
 pytestmark = pytest.mark.slow
@@ -108,8 +109,7 @@ def gated(adapters, tmp_path_factory) -> dict[str, tuple[Comparison, GateReport]
     ]
     settings = EvaluateSpec(tasks=["domain_nll"], sample_questions=0)
     reports = {
-        report.target: report
-        for report in evaluate_targets(store, ScoringInputs(base, test, settings, None, 256, "fp32", 1), targets, 0.95)
+        report.target: report for report in evaluate_targets(store, evaluation_of(base, test, settings), targets, 0.95)
     }
     found = {}
     for name in CANDIDATES:

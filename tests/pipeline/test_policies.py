@@ -11,7 +11,9 @@ from prefect import Task
 from data_contracts.data_reports import FileRef
 from data_contracts.data_spec import CurateSpec
 from data_contracts.errors import ConfigError, Problem, TransientError
-from data_contracts.stage_inputs import HASHED_ONLY
+from data_contracts.reports import BaseModelRef
+from data_contracts.run_spec import EvaluateSpec
+from data_contracts.stage_inputs import HASHED_ONLY, EvaluationInputs
 from data_contracts.train_spec import TrainSpec
 from tasks.pipeline import stages
 from tasks.pipeline.policies import POLICIES, stage, stage_key
@@ -47,6 +49,22 @@ def test_only_a_transient_error_is_retried(error, retried):
 def test_a_key_does_not_depend_on_where_the_store_is():
     keys = {stage_key("curate", {"store": Store(Path(root)), "spec": CurateSpec()}) for root in ("a", "b")}
     assert len(keys) == 1
+
+
+def test_a_field_of_a_group_counts_as_a_single_argument_does():
+    def key(**changes):
+        base = BaseModelRef(
+            name="tiny", digest="b", path="bases/tiny", note="", revision=None, stops=[], chat_template=None
+        )
+        inputs = EvaluationInputs(
+            **{"base": base, "test": FileRef(path="t", sha256="1"), "spec": EvaluateSpec(), "task_files": None}
+            | {"max_tokens": 256, "precision": "auto", "threads": 1} | changes
+        )  # fmt: skip
+        return stage_key("evaluate", {"inputs": inputs})
+
+    assert key() == key(threads=2)
+    assert key() != key(precision="fp32")
+    assert key() != key(task_files=FileRef(path="tasks", sha256="2"))
 
 
 def test_a_name_that_a_person_chose_is_no_setting_that_is_left_out():
